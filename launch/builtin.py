@@ -1,0 +1,240 @@
+"""Small models and data made on demand, so that a first run needs no download: ``builtin:addition`` and
+``builtin:gsm8k``.
+
+A model is a Qwen2 of about 0.8M parameters, warmed up by supervised training until it is right now and then; GRPO
+does the rest. Everything follows from the seed and lands in a cache (``$MILLRACE_CACHE``, default
+``~/.cache/millrace``) that a later run finds again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.config import Config
+from shared.errors import InputError, nearest
+
+SCHEME = "builtin:"
+DATA = Path(__file__).parent / "data"
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A builtin task: its rows and how its base model is warmed up."""
+
+    rows: Callable[[], tuple[list[Row], list[Row]]]
+    """Training and evaluation rows."""
+    prompt_column: str
+    target: Callable[[Row], str]
+    """The completion that supervised training teaches."""
+    alphabet: str | None
+    """Characters of the tokenizer; None for bytes."""
+    chat_template: str | None
+    max_position: int
+    steps: int
+    """Most supervised steps."""
+    batch: int
+    stop_accuracy: float
+    """Stop once this share of unseen completions is right under greedy decoding."""
+
+
+def addition_rows() -> tuple[list[Row], list[Row]]:
+    """All sums of two two-digit numbers, 512 of them held out."""
+    pairs = [(x, y) for x in range(10, 100) for y in range(10, 100)]
+    random.Random(0).shuffle(pairs)
+    rows = [{"prompt": f"{x}+{y}=", "answer": str(x + y)} for x, y in pairs]
+    return rows[512:], rows[:512]
+
+
+def gsm8k_rows() -> tuple[list[Row], list[Row]]:
+    """The 100 rows of GSM8K that ship with Millrace: 80 to train on, 20 held out."""
+    lines = (DATA / "gsm8k" / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return rows[:80], rows[80:]
+
+
+def gsm8k_target(row: Row) -> str:
+    """The reasoning left out and the final number in the format that the recipe rewards."""
+    return f"<think></think><answer>{row['answer'].rsplit('####', 1)[1].strip()}</answer>"
+
+
+CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+TASKS = {
+    "addition": Task(addition_rows, "prompt", lambda row: row["answer"], "0123456789+=", None, 64, 400, 256, 0.36),
+    "gsm8k": Task(gsm8k_rows, "question", gsm8k_target, None, CHAT, 1024, 60, 16, 2.0),
+}
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def resolve(config: Config) -> Config:
+    """Replace every ``builtin:`` path of ``config`` by a real one, making model and data if the cache lacks them."""
+    model, data = config.model, config.data
+    if model.path.startswith(SCHEME):
+        model = model.model_copy(update={"path": str(_model(_task_name(model.path, "model.path"), config.run.seed))})
+    changes = {}
+    for index, split in enumerate(("train", "eval")):
+        path = getattr(data, split)
+        if path and path.startswith(SCHEME):
+            changes[split] = str(_data(_task_name(path, f"data.{split}"), index))
+    return config.model_copy(update={"model": model, "data": data.model_copy(update=changes)})
+
+
+def _task_name(path: str, key: str) -> str:
+    name = path.removeprefix(SCHEME)
+    if name not in TASKS:
+        guess = nearest(name, TASKS)
+        code = "E401" if key.startswith("model") else "E201"
+        fix = f'{key} = "{SCHEME}{guess}"' if guess else "choose one of these"
+        raise InputError(code, "unknown builtin", key, f'"{path}"', f"one of {', '.join(SCHEME + t for t in TASKS)}", fix)
+    return name
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("MILLRACE_CACHE", Path.home() / ".cache" / "millrace"))
+
+
+def _data(name: str, index: int) -> Path:
+    path = _cache() / f"{name}-{('train', 'eval')[index]}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in TASKS[name].rows()[index])
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        _write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    return path
+
+
+def _model(name: str, seed: int) -> Path:
+    recipe = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
+    path = _cache() / f"{name}-seed{seed}-{recipe}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, lambda part: _make_model(TASKS[name], name, seed, part))
+    return path
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside ``path``, then rename: a cache entry is complete or absent."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    write(part)
+    try:
+        part.rename(path)
+    except OSError:
+        if not path.exists():  # Otherwise another process was first, with the same content.
+            raise
+
+
+def make_tokenizer(task: Task) -> Any:
+    """A fast tokenizer with one token per character (or byte) of the task."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if task.alphabet is None:
+        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={s: i + len(SPECIAL) for i, s in enumerate(symbols)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        vocabulary = {s: i for i, s in enumerate([*SPECIAL, *task.alphabet])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
+    fast.chat_template = task.chat_template
+    return fast
+
+
+def _make_model(task: Task, name: str, seed: int, path: Path) -> None:
+    """Warm up a fresh model on the task's training rows and save it in Hugging Face form."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    print(f"making the base model builtin:{name} (seed {seed}); later runs find it in {path.parent}", flush=True)
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(task)
+    vocabulary = 32 * -(-len(tokenizer) // 32)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=task.max_position,
+            initializer_range=0.06,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    train, _ = task.rows()
+    rows = [_encode(tokenizer, task, row) for row in train]
+    # Unseen rows judge when to stop; they are training rows of the recipe, never its evaluation rows.
+    random.Random(seed).shuffle(rows)
+    unseen, rows = rows[:256], rows[256:] if len(rows) > 512 else rows
+    started, accuracy = time.monotonic(), 0.0
+    for step, batch in enumerate(_batches(rows, task, seed)):
+        rate = min(1.0, (step + 1) / 20) * (1 - 0.95 * step / task.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * rate
+        loss, _ = _supervised(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 9:
+            with torch.no_grad():
+                accuracy = _supervised(model, unseen)[1] if task.stop_accuracy <= 1 else 0.0
+            spent = time.monotonic() - started
+            print(f"  supervised step {step + 1}: loss {float(loss.detach()):.3f}, exact on unseen {accuracy:.2f}, {spent:.0f} s", flush=True)
+            if accuracy >= task.stop_accuracy:
+                break
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _encode(tokenizer: Any, task: Task, row: Row) -> tuple[list[int], int]:
+    """``(prompt + completion + end token, prompt length)``."""
+    prompt = row[task.prompt_column]
+    if task.chat_template is not None:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt)["input_ids"]
+    return [*ids, *tokenizer(task.target(row))["input_ids"], tokenizer.eos_token_id], len(ids)
+
+
+def _batches(rows: list[tuple[list[int], int]], task: Task, seed: int) -> Iterator[list[tuple[list[int], int]]]:
+    chooser = random.Random(seed)
+    for _ in range(task.steps):
+        yield chooser.sample(rows, min(task.batch, len(rows)))
+
+
+def _supervised(model: Any, batch: list[tuple[list[int], int]]) -> tuple[Any, float]:
+    """Cross-entropy over the completions, and the share of them that greedy decoding would get right.
+
+    Greedy decoding reproduces a target exactly if and only if every one of its tokens is the likeliest.
+    """
+    import torch
+
+    width = max(len(ids) for ids, _ in batch)
+    tokens = torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full((len(batch), width), -100)
+    for i, (ids, start) in enumerate(batch):
+        tokens[i, : len(ids)] = torch.tensor(ids)
+        labels[i, start : len(ids)] = torch.tensor(ids[start:])
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    labels = labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    right = (logits.argmax(-1) == labels) | (labels == -100)
+    return loss, float(right.all(1).float().mean())

@@ -1,0 +1,113 @@
+"""Rewards ``[N, G]`` become advantages ``[N, G]``: pure float32 functions, listed in ``ADVANTAGES``.
+
+NaN marks a completion to which no reward applied: it gets advantage 0 and statistics skip it. Invariants of every
+group-relative entry: a group whose valid rewards are all equal, or with fewer than two of them, gets exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def _stats(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``valid [N, G]``, clean rewards ``[N, G]``, group mean ``[N, 1]`` and centred rewards ``[N, G]``.
+
+    Centred rewards are exactly 0 where a group has no variance: in float32 the mean of seven 0.1s is not 0.1.
+    """
+    if torch.isinf(rewards).any():
+        raise ValueError("rewards must be finite (NaN means not applicable), found an infinite one")
+    valid = ~torch.isnan(rewards)
+    clean = torch.where(valid, rewards, 0.0).float()
+    count = valid.sum(1, keepdim=True)
+    mean = clean.sum(1, keepdim=True) / count.clamp(min=1)
+    highest = torch.where(valid, clean, -torch.inf).amax(1, keepdim=True)
+    lowest = torch.where(valid, clean, torch.inf).amin(1, keepdim=True)
+    centred = torch.where(valid & (highest > lowest), clean - mean, 0.0)
+    return valid, clean, mean, centred
+
+
+def _deviation(centred: Tensor, count: Tensor) -> Tensor:
+    """Standard deviation with Bessel's correction along the last dimension, kept; 0 for fewer than two entries."""
+    squares = (centred * centred).sum(-1, keepdim=True)
+    return torch.sqrt(squares / (count - 1).clamp(min=1))
+
+
+def whiten(values: Tensor, valid: Tensor) -> Tensor:
+    """``(x - mean) / sqrt(var + 1e-8)`` over the valid entries of the whole step, 0 elsewhere."""
+    count = valid.sum().clamp(min=1)
+    mean = torch.where(valid, values, 0.0).sum() / count
+    centred = torch.where(valid, values - mean, 0.0)
+    variance = (centred * centred).sum() / (count - 1).clamp(min=1)
+    return centred / torch.sqrt(variance + 1e-8)
+
+
+def grpo(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """Z-score: ``(R - group mean) / (deviation + eps)``; ``scale`` is group, batch or none (arXiv 2402.03300).
+
+    ``batch`` divides by the deviation of all raw rewards of the step.
+    """
+    valid, clean, _, centred = _stats(rewards)
+    if scale == "none":
+        return centred
+    if scale == "group":
+        return centred / (_deviation(centred, valid.sum(1, keepdim=True)) + eps)
+    if scale == "batch":
+        count = valid.sum()
+        around = torch.where(valid, clean - clean.sum() / count.clamp(min=1), 0.0).flatten()
+        return centred / (_deviation(around, count) + eps)
+    raise ValueError(f"scale must be group, batch or none, found {scale!r}")
+
+
+def dr_grpo(rewards: Tensor) -> Tensor:
+    """Centre only: ``R - group mean`` (Dr. GRPO, arXiv 2503.20783)."""
+    return _stats(rewards)[3]
+
+
+def rloo(rewards: Tensor) -> Tensor:
+    """``R_i`` minus the mean of the other valid rewards of its group (arXiv 2402.14740)."""
+    valid, _, _, centred = _stats(rewards)
+    count = valid.sum(1, keepdim=True)
+    return centred * count / (count - 1).clamp(min=1)
+
+
+def maxrl(rewards: Tensor) -> Tensor:
+    """``(R - mean) / mean`` where the group mean is positive, else 0; rewards must be >= 0 (arXiv 2602.02710)."""
+    _, clean, mean, centred = _stats(rewards)
+    if (clean < 0).any():
+        raise ValueError(f"maxrl needs rewards >= 0, found {clean.min().item():g}")
+    return torch.where(mean > 0, centred / torch.where(mean > 0, mean, 1.0), 0.0)
+
+
+def reinforce_pp(rewards: Tensor) -> Tensor:
+    """Rewards whitened over the step, no group baseline (REINFORCE++, arXiv 2501.03262)."""
+    valid, clean, _, _ = _stats(rewards)
+    return whiten(clean, valid)
+
+
+def reinforce_pp_baseline(rewards: Tensor) -> Tensor:
+    """Group-centred rewards whitened over the step (arXiv 2501.03262)."""
+    valid, _, _, centred = _stats(rewards)
+    return whiten(centred, valid)
+
+
+def opo(rewards: Tensor, *, lengths: Tensor) -> Tensor:
+    """``R`` minus the length-weighted mean of its group; ``lengths [N, G]`` in tokens (OPO, arXiv 2505.23585)."""
+    valid, clean, _, centred = _stats(rewards)
+    weight = torch.where(valid, lengths, 0).float()
+    baseline = (weight * clean).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    varied = (centred != 0).any(1, keepdim=True)
+    return torch.where(valid & varied, clean - baseline, 0.0)
+
+
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "maxrl": maxrl,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "opo": opo,
+}

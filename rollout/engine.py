@@ -1,0 +1,182 @@
+"""One vLLM replica: it generates groups, takes weights and proves them.
+
+``EnginePool`` runs it as an async Ray actor; a test may build it in-process. A group is one request with n = G, so
+its prompt is prefilled once. Invariant: a token's log-prob is that of the distribution it was sampled from, and
+its version span names the weights that produced it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared.config import Config
+from shared.types import Completion, IntArray, VersionSpan
+from shared.weights import Canary, Publication
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is sampled; ``temperature`` 0 is greedy."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+def engine_environment(config: Config, index: int) -> dict[str, str]:
+    """Environment variables of engine number ``index``; they must be set before vLLM is imported."""
+    cores = config.rollout.cpu_cores
+    binding = cores.split("|")[index] if "|" in cores else cores
+    eager = bool(config.rollout.vllm.get("enforce_eager"))
+    return {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": binding,
+        "OMP_NUM_THREADS": str(config.rollout.cpu_threads),
+        # Without a compiled model vLLM would still compile its log-prob ranking: ten seconds in the first request.
+        **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),
+    }
+
+
+class Engine:
+    """A vLLM ``AsyncLLM`` with the six calls that a rollout needs."""
+
+    def __init__(self, config: Config, index: int = 0, load_format: str = "dummy") -> None:
+        """Start vLLM. With ``load_format`` dummy the weights are random until the first publication arrives."""
+        os.environ.update(engine_environment(config, index))
+        from vllm import AsyncEngineArgs
+        from vllm.config import WeightTransferConfig
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from rollout.weight_receiver import SHM_BACKEND
+
+        on_cpu = current_platform.is_cpu()
+        arguments: dict[str, Any] = {
+            "model": config.model.path,
+            "tokenizer": config.model.tokenizer or config.model.path,
+            "trust_remote_code": config.model.trust_remote_code,
+            "dtype": config.model.dtype,
+            "seed": config.run.seed + index,
+            "load_format": load_format,
+            "max_model_len": config.max_model_len,
+            "tensor_parallel_size": config.rollout.tensor_parallel_size,
+            "enable_prefix_caching": True,
+            # Raw log-probs would be those before the temperature: not the distribution that was sampled.
+            "logprobs_mode": "processed_logprobs",
+            "weight_transfer_config": WeightTransferConfig(backend=SHM_BACKEND if on_cpu else "nccl"),
+            "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
+            "disable_log_stats": True,
+        }
+        if on_cpu:
+            arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
+        self.index = index
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.rollout.vllm)))
+        self._tokenizer = self._llm.get_tokenizer()
+        self._requests = 0
+
+    async def generate(self, token_ids: IntArray, sampling: Sampling, version: int) -> tuple[Completion, ...]:
+        """Sample ``sampling.n`` completions of one prompt ``[P]``; ``version`` is the newest proved policy version."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            n=sampling.n,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            stop=list(sampling.stop) or None,
+            logprobs=0,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = await self._request(token_ids, parameters, version)
+        texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
+        return tuple(
+            Completion(
+                token_ids=np.asarray(output.token_ids, dtype=np.int32),
+                logprobs=np.asarray(
+                    [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
+                    dtype=np.float32,
+                ),
+                text=text,
+                finish_reason=output.finish_reason,
+                version_spans=tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions or ()),
+            )
+            for output, text in zip(outputs, texts, strict=True)
+        )
+
+    async def prompt_logprobs(self, token_ids: IntArray, version: int) -> np.ndarray:
+        """Log-probs ``[T - 1] float32`` of ``token_ids[1:]`` under the engine's weights, at temperature 1."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        result = await self._run(token_ids, parameters, version)
+        entries = result.prompt_logprobs[1:]
+        values = [entry[int(token)].logprob for token, entry in zip(token_ids[1:], entries, strict=True)]
+        return np.asarray(values, dtype=np.float32)
+
+    async def receive(self, publication: Publication) -> dict[str, float]:
+        """Take ``publication``: pause, start, update, finish, label, resume. Returns the seconds of each stage.
+
+        Running requests freeze in place and go on under the new weights. A failed round leaves the engine paused:
+        vLLM recovers exactly from a repeated round, and dies if it resumes on half-loaded weights.
+        """
+        import time
+
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        marks = [time.monotonic()]
+
+        def mark() -> None:
+            marks.append(time.monotonic())
+
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        mark()
+        await self._llm.start_weight_update()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=publication.update_info()))
+        mark()
+        await self._llm.finish_weight_update(str(publication.version))
+        mark()
+        await self._llm.resume_generation()
+        mark()
+        names = ("pause", "transfer", "finish", "resume")
+        stages = {name: end - start for name, start, end in zip(names, marks, marks[1:], strict=False)}
+        return stages | {"paused": marks[-1] - marks[0]}
+
+    async def prove(self, canary: Canary, version: int) -> float:
+        """Largest absolute difference between the engine's and the learner's log-probs of the canary, in nats."""
+        ours = await self.prompt_logprobs(canary.token_ids, version)
+        return float(np.max(np.abs(ours - canary.logprobs)))
+
+    async def weight_version(self) -> str:
+        """The label of the weights in use."""
+        return await self._llm.get_weight_version()
+
+    async def health(self) -> int:
+        """The process id, if the engine answers."""
+        await self._llm.check_health()
+        return os.getpid()
+
+    async def close(self) -> None:
+        """Stop vLLM's processes."""
+        self._llm.shutdown()
+
+    async def _request(self, token_ids: IntArray, parameters: Any, version: int) -> list[Any]:
+        result = await self._run(token_ids, parameters, version)
+        return sorted(result.outputs, key=lambda output: output.index)
+
+    async def _run(self, token_ids: IntArray, parameters: Any, version: int) -> Any:
+        self._requests += 1
+        # The salt keeps a new request from reusing prefix-cache blocks computed under older weights.
+        prompt = {"prompt_token_ids": [int(t) for t in token_ids], "cache_salt": str(version)}
+        result = None
+        async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
+            pass
+        return result

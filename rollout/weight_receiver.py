@@ -1,0 +1,118 @@
+"""The worker's half of a weight transfer, loaded by vLLM through ``worker_extension_cls``.
+
+Importing this module registers our backends with vLLM's weight-transfer factory before the model loads. The rounds
+are vLLM's own: start, update, finish; what is added is proof. Invariant: nothing is loaded from a publication whose
+bytes do not match its digest, and a tied output head follows its embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from shared.errors import WeightProofFailed
+from shared.weights import Segment, TensorMeta, digest, views
+
+SHM_BACKEND = "millrace_shm"
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """Nothing to agree on: every update names its segment."""
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """Where the bytes lie and what they must hash to (see ``Publication.update_info``)."""
+
+    segment: str
+    digest: str
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+    sizes: list[int]
+
+    def tensors(self) -> list[TensorMeta]:
+        """The layout as metadata."""
+        rows = zip(self.names, self.dtype_names, self.shapes, self.offsets, self.sizes, strict=True)
+        return [TensorMeta(name, dtype, tuple(shape), offset, size) for name, dtype, shape, offset, size in rows]
+
+
+class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+    """Takes full tensors from shared memory: the backend for CPU engines."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        """Put the layers back into loadable form; CPU linears are packed and cannot be written in place."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        """Hash the segment, refuse it on a mismatch, then load every tensor."""
+        buffer, metas = Segment(update_info.segment).bytes, update_info.tensors()
+        received = digest(views(buffer, metas))
+        if received != update_info.digest:
+            raise WeightProofFailed(f"segment {update_info.segment}: hashed {received}, the learner sent {update_info.digest}")
+        flat = torch.from_numpy(buffer)
+        named = [(m.name, _tensor(flat, m)) for m in metas]
+        self.model.load_weights(named)
+        load_tied_head(self.model, named)
+
+    def finish_weight_update(self) -> None:
+        """Finalise the layers."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing to release: a segment belongs to the learner."""
+
+
+def _tensor(flat: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
+    dtype = getattr(torch, meta.dtype)
+    return flat[meta.offset : meta.offset + meta.nbytes].view(dtype).view(meta.shape)
+
+
+def load_tied_head(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Give a tied output head the embedding's new values, through its own loader.
+
+    A checkpoint of a tied model has no ``lm_head.weight``, so a reload leaves the head as it was. On a CPU the head
+    is a packed copy, not a view of the embedding, and would go on producing the old policy's logits.
+    """
+    head = getattr(model, "lm_head", None)
+    if not getattr(model.config, "tie_word_embeddings", False) or not hasattr(head, "weight"):
+        return
+    for name, tensor in named:
+        if name.endswith("embed_tokens.weight"):
+            head.weight.weight_loader(head.weight, tensor)
+
+
+class MillraceWorker:
+    """Mixed into vLLM's worker class; the names must not occur there."""
+
+    def millrace_thread_count(self) -> int:
+        """OpenMP threads of this worker."""
+        return torch.get_num_threads()
+
+
+def register_backends() -> None:
+    """Make our backends known to vLLM; safe to call again."""
+    registry: dict[str, Any] = WeightTransferEngineFactory._registry
+    if SHM_BACKEND not in registry:
+        WeightTransferEngineFactory.register_engine(SHM_BACKEND, ShmWeightTransferEngine)
+
+
+register_backends()

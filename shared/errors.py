@@ -1,0 +1,89 @@
+"""Every error a user can meet, in one form, and the exit code each ends with.
+
+An ``InputError`` is the user's to mend (exit code 2) and prints as one line without a traceback; any other
+``MillraceError`` is a fault of a machine, process or bug (exit code 1). Errors cross process borders, so each
+keeps its fields in ``args`` and survives pickling.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MillraceError(Exception):
+    """A failure that Millrace itself detected; the run ends with ``exit_code``."""
+
+    exit_code = 1
+
+
+class InputError(MillraceError):
+    """One wrong input: ``error[E###] what — place. Found X, expected Y. Fix: ...``."""
+
+    exit_code = 2
+
+    def __init__(self, code: str, what: str, place: str, found: str, expected: str, fix: str) -> None:
+        super().__init__(code, what, place, found, expected, fix)
+        self.code, self.what, self.place = code, what, place
+        self.found, self.expected, self.fix = found, expected, fix
+
+    def __str__(self) -> str:
+        return f"error[{self.code}] {self.what} — {self.place}. Found {self.found}, expected {self.expected}. Fix: {self.fix}"
+
+
+class InputErrors(MillraceError):
+    """All the wrong inputs found in one pass, printed together, one line each."""
+
+    exit_code = 2
+
+    def __init__(self, problems: list[InputError]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class EngineFailed(MillraceError):
+    """A rollout engine died, hung or could not be started."""
+
+
+class LearnerFailed(MillraceError):
+    """A learner rank died, hung or could not be started."""
+
+
+class WeightProofFailed(MillraceError):
+    """An engine does not hold the weights that the learner published."""
+
+
+class NothingToLearn(MillraceError):
+    """Too many groups or steps in a row carried no training signal."""
+
+
+class GroupFailed(MillraceError):
+    """One group could not be generated or scored; it is dropped and counted under ``cause``."""
+
+    def __init__(self, group_id: int, cause: str, detail: str) -> None:
+        super().__init__(group_id, cause, detail)
+        self.group_id, self.cause, self.detail = group_id, cause, detail
+
+    def __str__(self) -> str:
+        return f"group {self.group_id} failed ({self.cause}): {self.detail}"
+
+
+def raise_all(problems: list[InputError]) -> None:
+    """Raise ``problems`` together, or return when there is none."""
+    if problems:
+        raise InputErrors(problems)
+
+
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """The option most similar to ``name``, for "did you mean"; None when nothing is close."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """``text`` on one line and at most ``limit`` characters, for use inside a message."""
+    flat = " ".join(str(text).split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

@@ -1,0 +1,151 @@
+"""One publication of weights on the wire: its manifest, its bytes, and the digests that prove them.
+
+The learner writes a publication, the controller carries its manifest, every engine reads and proves it. Bytes lie
+in order of decoder layer, because vLLM packs a layer as soon as all its elements arrived. Invariant: an engine
+that took a publication has hashed exactly the bytes that it loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+SHM_DIR = Path("/dev/shm")
+SHM_PREFIX = "millrace-"
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """One full tensor in Hugging Face naming."""
+
+    name: str
+    dtype: str
+    """torch's name without the prefix, for example ``float32``."""
+    shape: tuple[int, ...]
+    offset: int
+    """Byte offset in the publication."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A fixed token sequence with the learner's log-probs: the behavioural proof of a publication."""
+
+    token_ids: NDArray[np.int32]
+    """``[T] int32``."""
+    logprobs: NDArray[np.float32]
+    """``[T - 1] float32``: log-prob of ``token_ids[1:]`` at temperature 1."""
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Everything an engine needs to take weights and to prove that it took them."""
+
+    version: int
+    """Policy version of these weights."""
+    backend: str
+    """vLLM weight-transfer backend that carries the bytes."""
+    segment: str
+    """Shared-memory file with the bytes; empty for backends that send them over a device link."""
+    tensors: tuple[TensorMeta, ...]
+    digest: str
+    """blake3 of all bytes in order."""
+    canary: Canary
+    seconds: float = 0.0
+    """Time the learner spent gathering and writing."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights in bytes."""
+        return sum(t.nbytes for t in self.tensors)
+
+    def update_info(self) -> dict[str, Any]:
+        """The msgpack-able argument of vLLM's ``update_weights`` for the shared-memory backend."""
+        return {
+            "segment": self.segment,
+            "digest": self.digest,
+            "names": [t.name for t in self.tensors],
+            "dtype_names": [t.dtype for t in self.tensors],
+            "shapes": [list(t.shape) for t in self.tensors],
+            "offsets": [t.offset for t in self.tensors],
+            "sizes": [t.nbytes for t in self.tensors],
+        }
+
+
+def describe(named: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[TensorMeta, ...]:
+    """Lay tensors out back to back, each aligned to 64 bytes."""
+    metas, offset = [], 0
+    for name, dtype, shape in named:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        metas.append(TensorMeta(name, str(dtype).removeprefix("torch."), tuple(shape), offset, nbytes))
+        offset += (nbytes + 63) // 64 * 64
+    return tuple(metas)
+
+
+class Segment:
+    """A shared-memory file, mapped; the learner owns it, engines map it read-only."""
+
+    def __init__(self, name: str, size: int | None = None) -> None:
+        """Create ``name`` with ``size`` bytes, or map an existing one when ``size`` is None."""
+        self.name, self._path = name, SHM_DIR / name
+        flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        fd = os.open(self._path, flags, 0o600)
+        try:
+            if size is not None:
+                os.posix_fallocate(fd, 0, max(size, 1))
+            # A private copy-on-write mapping reads the same pages; torch refuses to warn-free wrap read-only memory.
+            access = mmap.ACCESS_COPY if size is None else mmap.ACCESS_WRITE
+            self._map = mmap.mmap(fd, 0, access=access)
+        finally:
+            os.close(fd)
+
+    @property
+    def bytes(self) -> NDArray[np.uint8]:
+        """The whole segment as ``[size] uint8``, without a copy."""
+        return np.frombuffer(self._map, dtype=np.uint8)
+
+    def unlink(self) -> None:
+        """Remove the file; existing mappings stay valid."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+
+
+def digest(chunks: Iterable[NDArray[np.uint8]]) -> str:
+    """blake3 of ``chunks`` in order, as hex."""
+    from blake3 import blake3
+
+    hasher = blake3()
+    for chunk in chunks:
+        hasher.update(memoryview(chunk))
+    return hasher.hexdigest()
+
+
+def views(buffer: NDArray[np.uint8], tensors: Iterable[TensorMeta]) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of each tensor inside ``buffer``, without a copy."""
+    for meta in tensors:
+        yield buffer[meta.offset : meta.offset + meta.nbytes]
+
+
+def segment_name(run_id: str, label: str) -> str:
+    """Name of a shared-memory file; carries the run id so that a run can remove what it left."""
+    return f"{SHM_PREFIX}{run_id}-{label}"
+
+
+def remove_segments(run_id: str) -> list[str]:
+    """Unlink every shared-memory file of ``run_id`` that is still there; returns their names."""
+    left = [path for path in SHM_DIR.glob(f"{SHM_PREFIX}{run_id}-*")]
+    for path in left:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    return [path.name for path in left]
