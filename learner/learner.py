@@ -20,8 +20,10 @@ from learner.batching import TrainBatch, build_rows, collate, split
 from learner.choices import Choices
 from learner.logprobs import ATTENTION_NAME, PolicyModel, register_attention
 from learner.losses import LossInputs, grpo_loss
+from learner.weight_sender import WeightSender, full_tensors
 from shared.config import Config
 from shared.types import RolloutGroup, StepReport
+from shared.weights import Canary, Publication
 
 
 class Learner:
@@ -93,11 +95,17 @@ class Learner:
         finally:
             policy.temperature = temperature
 
+    def open_sender(self, run_id: str) -> None:
+        """Make room for publications; ``run_id`` names their shared memory."""
+        self._sender = WeightSender(self.engine, run_id, is_sender=self.rank == 0)
+
+    def publish(self, canary: np.ndarray) -> Publication | None:
+        """Snapshot the weights with the policy's log-probs of ``canary [T]``; rank 0 returns the publication."""
+        return self._sender.export(self.policy_version, Canary(canary, self.sequence_logprobs(canary)))
+
     def save(self, directory: str) -> str:
         """Write the policy in Hugging Face form (safetensors, config, tokenizer) and return the directory."""
         from transformers import AutoTokenizer
-
-        from learner.weight_sender import full_tensors
 
         state = {name: tensor.cpu().contiguous().clone() for name, tensor in full_tensors(self.engine) if self.rank == 0}
         if self.rank == 0:

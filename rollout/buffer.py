@@ -18,7 +18,8 @@ class RolloutBuffer:
     """Groups between admission and training; each leaves exactly once: taken, or discarded with a reason."""
 
     def __init__(self, groups_per_step: int, max_staleness: int, barren_limit: int) -> None:
-        self._capacity = (max_staleness + 1) * groups_per_step
+        self._groups_per_step, self._steps_ahead = groups_per_step, max_staleness + 1
+        self._capacity = groups_per_step * self._steps_ahead
         self._barren_limit = barren_limit
         self._slots = 0
         self._waiting: OrderedDict[int, RolloutGroup | None] = OrderedDict()
@@ -77,11 +78,12 @@ class RolloutBuffer:
         self.fates["taken"] += count
         return taken
 
-    async def release(self, count: int) -> None:
-        """The weights of the step that took ``count`` groups are published: admit as many."""
+    async def release(self, count: int, steps_left: int) -> None:
+        """The weights of the step that took ``count`` groups are published: admit as many, if steps are left for them."""
         async with self._changed:
             self._slots -= count
             assert self._slots >= 0
+            self._capacity = self._groups_per_step * min(self._steps_ahead, steps_left)
             self._changed.notify_all()
 
     def _head_is_ready(self) -> bool:

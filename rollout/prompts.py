@@ -179,13 +179,21 @@ class PromptStream:
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def next(self) -> tuple[int, Prompt]:
-        """``(group_id, prompt)``: the row at the cursor in its epoch's permutation."""
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.cursor / len(self._prompts)
+
+    def peek(self) -> Prompt:
+        """The prompt at the cursor in its epoch's permutation."""
         epoch, position = divmod(self.cursor, len(self._prompts))
-        if epoch != self._epoch:
+        if self._shuffle and epoch != self._epoch:
             self._epoch = epoch
-            if self._shuffle:
-                self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts))
-        group_id = self.cursor
+            self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts))
+        return self._prompts[int(self._order[position])]
+
+    def next(self) -> tuple[int, Prompt]:
+        """``(group_id, prompt)`` at the cursor, which moves on."""
+        prompt, group_id = self.peek(), self.cursor
         self.cursor += 1
-        return group_id, self._prompts[int(self._order[position])]
+        return group_id, prompt

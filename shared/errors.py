@@ -56,6 +56,10 @@ class WeightProofFailed(MillraceError):
     """An engine does not hold the weights that the learner published."""
 
 
+class Stalled(MillraceError):
+    """No step finished within ``run.stall_timeout_s``."""
+
+
 class NothingToLearn(MillraceError):
     """Too many groups or steps in a row carried no training signal."""
 

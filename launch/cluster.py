@@ -1,0 +1,120 @@
+"""The cluster: connect, compare needs with what is there, reserve, tear down.
+
+Ray waits for ever and in silence for resources that do not exist, so needs are compared first and the table is
+printed. Without ``RAY_ADDRESS`` a run starts a private Ray of its own and never attaches to somebody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.config import Config
+from shared.errors import InputError, one_line
+
+ROOT = Path(__file__).resolve().parent.parent
+PLACEMENT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Ray resources of a run: one bundle per engine, one per learner rank."""
+
+    engine: dict[str, float]
+    engines: int
+    rank: dict[str, float]
+    ranks: int
+
+    @classmethod
+    def of(cls, config: Config, on_gpu: bool) -> Needs:
+        """What ``config`` takes. Reward workers are light and take no reserved resource."""
+        tp = config.rollout.tensor_parallel_size
+        if on_gpu:
+            engine, rank = {"GPU": float(tp), "CPU": 1.0}, {"GPU": 1.0, "CPU": 1.0}
+        else:
+            engine = {"CPU": float(config.rollout.cpu_threads * tp)}
+            rank = {"CPU": float(config.learner.cpu_threads)}
+        return cls(engine, config.rollout.num_engines, rank, config.learner.num_ranks)
+
+    def total(self, resource: str) -> float:
+        """Sum over the bundles."""
+        return self.engine.get(resource, 0) * self.engines + self.rank.get(resource, 0) * self.ranks
+
+
+@dataclass
+class Reservation:
+    """Placement groups that hold the run's resources."""
+
+    engines: list[Any]
+    learner: Any
+
+    def release(self) -> None:
+        """Give everything back."""
+        from ray.util import remove_placement_group
+
+        for group in [*self.engines, self.learner]:
+            remove_placement_group(group)
+
+
+def connect(config: Config) -> None:
+    """Join the cluster that ``RAY_ADDRESS`` names, else start a private one. Raises ``InputError`` E502."""
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": bool(os.environ.get("MILLRACE_WORKER_LOGS")), "logging_level": "warning"}
+    if not address:
+        # Threads of one machine may share cores; Ray's own count is only bookkeeping here.
+        cpus = max(os.cpu_count() or 1, int(Needs.of(config, on_gpu=False).total("CPU")))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace=uuid.uuid4().hex, **quiet)
+        return
+    try:
+        ray.init(address=address, namespace=uuid.uuid4().hex, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        found = one_line(error)
+        raise InputError("E502", "cannot reach Ray", f"RAY_ADDRESS={address}", found, "a live cluster", "start it, or unset RAY_ADDRESS") from None
+
+
+def check_resources(config: Config, origin: str) -> Needs:
+    """The run's needs, compared with the cluster. Raises ``InputError`` E501 with a table."""
+    import ray
+
+    have = ray.cluster_resources()
+    on_gpu = have.get("GPU", 0) > 0
+    needs = Needs.of(config, on_gpu)
+    for resource in ("GPU", "CPU"):
+        needed, there = needs.total(resource), have.get(resource, 0)
+        if needed > there:
+            per_engine, ranks = needs.engine.get(resource, 0), needs.rank.get(resource, 0) * needs.ranks
+            found = f"{there:g} in the cluster"
+            expected = f"{needed:g} (engines {needs.engines} x {per_engine:g}, learner {ranks:g})"
+            fit = int((there - ranks) // per_engine) if per_engine else 0
+            fix = f"rollout.num_engines = {fit}" if fit >= 1 else f"a cluster with at least {needed:g} {resource}s"
+            raise InputError("E501", f"not enough {resource}s", f"{origin}:rollout.num_engines", found, expected, fix)
+    return needs
+
+
+async def reserve(needs: Needs) -> Reservation:
+    """Reserve one placement group per engine and one for the learner. Raises ``InputError`` E501 when they stay pending."""
+    from ray.util import placement_group
+
+    engines = [placement_group([needs.engine], strategy="STRICT_PACK") for _ in range(needs.engines)]
+    learner = placement_group([needs.rank] * needs.ranks, strategy="PACK")
+    reservation = Reservation(engines, learner)
+    try:
+        await asyncio.wait_for(asyncio.gather(*(group.ready() for group in [*engines, learner])), PLACEMENT_TIMEOUT_S)
+    except TimeoutError:
+        reservation.release()
+        found, expected = f"resources still taken after {PLACEMENT_TIMEOUT_S:g} s", f"{needs.total('CPU'):g} CPUs and {needs.total('GPU'):g} GPUs free"
+        raise InputError("E501", "not enough resources", "cluster", found, expected, "end the other jobs, or ask for less") from None
+    return reservation
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of every actor: it imports Millrace from where the driver did."""
+    path = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {"PYTHONPATH": os.pathsep.join(p for p in dict.fromkeys(path) if p), "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,242 @@
+"""READ THIS FIRST: the run, as two loops joined by one bounded buffer.
+
+``_produce`` turns prompts into scored groups; ``_learn`` takes groups in admission order, trains, and publishes
+weights while both loops go on. A slot of the buffer is released only after the weights of the step that used it are
+proved on every engine: that bounds staleness, and ``max_staleness = 0`` is the synchronous mode. The controller
+knows no Ray; engines, rewards and learners are objects with async methods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from typing import Any, Protocol
+
+import numpy as np
+
+from rollout.buffer import RolloutBuffer
+from rollout.engine import Sampling
+from rollout.prompts import PromptStream
+from shared.config import Config
+from shared.errors import GroupFailed, InputError, LearnerFailed, Stalled
+from shared.metrics import group_metrics
+from shared.types import Completion, IntArray, Prompt, RolloutGroup, StepReport
+from shared.weights import Publication
+
+FAILURE_WINDOW = 200
+CANARY_TOKENS = 64
+
+
+class Engines(Protocol):
+    """What the controller needs of ``EnginePool``."""
+
+    async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]: ...
+    async def receive(self, publication: Publication) -> dict[str, float]: ...
+
+
+class Rewards(Protocol):
+    """What the controller needs of ``RewardPool``."""
+
+    counters: Counter[str]
+    state: dict[str, Any]
+
+    async def score(self, group_id: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Any: ...
+
+
+class Learners(Protocol):
+    """What the controller needs of ``LearnerGroup``."""
+
+    async def train_step(self, groups: list[RolloutGroup]) -> StepReport: ...
+    async def publish(self, canary: IntArray) -> Publication: ...
+    async def save(self, directory: str) -> str: ...
+
+
+class Recorder(Protocol):
+    """What the controller needs of ``RunFolder``."""
+
+    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None: ...
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None: ...
+
+
+class Controller:
+    """Runs a training run from version 0 to ``run.steps``."""
+
+    def __init__(
+        self, config: Config, train: PromptStream, held_out: list[Prompt], engines: Engines, rewards: Rewards, learners: Learners, recorder: Recorder
+    ) -> None:
+        self._config, self._train, self._held_out = config, train, held_out
+        self._engines, self._rewards, self._learners, self._recorder = engines, rewards, learners, recorder
+        self._version = 0
+        self._per_step = config.learner.prompts_per_step
+        self.buffer = RolloutBuffer(self._per_step, config.rollout.max_staleness, config.algorithm.barren_limit)
+        self._canary = np.concatenate([train.peek().token_ids] * 2)[:CANARY_TOKENS]
+        self._delivery: asyncio.Task[None] | None = None
+        self._delivered_at = time.monotonic()
+        self._recent_failures: deque[bool] = deque(maxlen=FAILURE_WINDOW)
+        self._skipped = 0
+        self._tokens = 0
+
+    async def run(self) -> None:
+        """Publish version 0, evaluate, train, evaluate. Any failure on either side ends both."""
+        await self._engines.receive(await self._learners.publish(self._canary))
+        await self._evaluate()
+        self._delivered_at = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                producer = tasks.create_task(self._produce())
+                await self._learn(tasks)
+                producer.cancel()
+        except* (Exception,) as failures:  # The first cause tells the story; the rest are its echoes.
+            raise failures.exceptions[0] from None
+        await self._evaluate()
+
+    # --- prompts become scored groups ---
+
+    async def _produce(self) -> None:
+        async with asyncio.TaskGroup() as groups:
+            while True:
+                await self.buffer.admit()
+                group_id, prompt = self._train.next()
+                self.buffer.enter(group_id)
+                groups.create_task(self._roll_out(group_id, prompt))
+
+    async def _roll_out(self, group_id: int, prompt: Prompt) -> None:
+        """One group: generated, scored, put in the buffer; a failed one gives its slot back, counted."""
+        rollout = self._config.rollout
+        sampling = Sampling(rollout.group_size, rollout.max_new_tokens, rollout.temperature, stop=tuple(rollout.stop))
+        try:
+            completions = await self._engines.generate(group_id, prompt, sampling)
+            scores = await self._rewards.score(group_id, prompt, completions)
+        except GroupFailed as failure:
+            await self.buffer.discard(group_id, failure.cause)
+            self._check_failures(failure)
+            return
+        self._recent_failures.append(False)
+        rewards = scores.combined(self._config.reward.functions)
+        group = RolloutGroup(group_id, prompt, completions, rewards, scores.parts, scores.extra)
+        if self._config.algorithm.zero_variance == "resample" and not group.has_signal():
+            await self.buffer.discard(group_id, "no_signal")
+        else:
+            await self.buffer.put(group)
+
+    def _check_failures(self, failure: GroupFailed) -> None:
+        """A failed group is dropped, never scored 0; too many of them end the run."""
+        self._recent_failures.append(True)
+        settings = self._config.reward
+        total = sum(n for fate, n in self.buffer.fates.items() if fate not in ("taken", "no_signal"))
+        share = sum(self._recent_failures) / FAILURE_WINDOW
+        if total > settings.max_failed_groups or share > settings.max_failed_share:
+            causes = ", ".join(f"{n} {fate}" for fate, n in self.buffer.fates.most_common() if fate not in ("taken", "no_signal"))
+            found = f"{total} dropped groups ({causes}); last: {failure}"
+            expected = f"<= reward.max_failed_groups = {settings.max_failed_groups} and <= {settings.max_failed_share:.0%} of the last {FAILURE_WINDOW}"
+            raise InputError("E310", "too many reward failures", "reward", found, expected, "correct the function or raise timeout_s")
+
+    # --- scored groups become new weights ---
+
+    async def _learn(self, tasks: asyncio.TaskGroup) -> None:
+        config = self._config
+        while self._version < config.run.steps:
+            try:
+                async with asyncio.timeout(config.run.stall_timeout_s):
+                    await self._step(tasks)
+            except TimeoutError:
+                raise Stalled(self._status()) from None
+            if config.eval.every_steps and self._version % config.eval.every_steps == 0 and self._version < config.run.steps:
+                await self._delivered()
+                await self._evaluate()
+        await self._delivered()
+
+    async def _step(self, tasks: asyncio.TaskGroup) -> None:
+        """Take, train, publish; the publication is delivered while the next step already begins."""
+        clock = time.monotonic
+        started = clock()
+        groups = await self.buffer.take(self._per_step)
+        taken = clock()
+        metrics = group_metrics(groups, self._version)
+        assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
+        report = await self._learners.train_step(groups)
+        trained = clock()
+        if not report.applied:
+            self._count_skipped(report)
+            await self.buffer.release(self._per_step, self._config.run.steps - self._version)
+            return
+        self._skipped, self._version = 0, report.policy_version
+        publication = await self._learners.publish(self._canary)
+        metrics |= report.metrics | {
+            "policy_version": float(self._version),
+            "time/controller/wait_for_groups": taken - started,
+            "time/controller/train": trained - taken,
+            "time/controller/export": clock() - trained,
+            "buffer/ready": float(self.buffer.ready),
+            "buffer/in_flight": float(self.buffer.in_flight),
+        }
+        await self._delivered()
+        metrics["time/controller/wait_for_delivery"] = clock() - trained - metrics["time/controller/export"]
+        self._delivery = tasks.create_task(self._deliver(publication, groups, metrics))
+
+    async def _deliver(self, publication: Publication, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
+        """Bring the engines to the publication, release the step's slots, record the step."""
+        sync = await self._engines.receive(publication)
+        await self.buffer.release(self._per_step, self._config.run.steps - publication.version)
+        now = time.monotonic()
+        seconds, self._delivered_at = now - self._delivered_at, now
+        sampled = sum(len(c.token_ids) for group in groups for c in group.completions)
+        self._tokens += sampled + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
+        metrics |= sync | {
+            "sync/export_seconds": publication.seconds,
+            "num_tokens": float(self._tokens),
+            "throughput/rollout_tokens_per_second": sampled / seconds,
+            "throughput/train_tokens_per_second": metrics.get("train_tokens", 0.0) / seconds,
+            "throughput/samples_per_second": sum(len(g.completions) for g in groups) / seconds,
+            "time/step": seconds,
+        }
+        metrics |= {f"reward_pool/{name}": float(n) for name, n in self._rewards.counters.items()}
+        metrics |= {f"groups/{fate}": float(n) for fate, n in self.buffer.fates.items()}
+        self._rewards.state = {"global_step": publication.version, "max_steps": self._config.run.steps, "epoch": self._train.epoch}
+        self._recorder.step(publication.version, metrics, groups)
+
+    async def _delivered(self) -> None:
+        """Wait until the previous publication, if any, has reached every engine."""
+        if self._delivery is not None:
+            await self._delivery
+
+    def _count_skipped(self, report: StepReport) -> None:
+        """A step without any training signal is normal; non-finite gradients in a row are not."""
+        if report.metrics.get("groups/trained") == 0.0:
+            return
+        self._skipped += 1
+        if self._skipped >= self._config.learner.max_skipped_steps:
+            raise LearnerFailed(
+                f"{self._skipped} steps in a row had a non-finite loss or gradient at policy version {self._version} "
+                "(learner.max_skipped_steps); lower learner.lr or check the rewards"
+            )
+
+    # --- held-out prompts become a score ---
+
+    async def _evaluate(self) -> None:
+        """Greedy completions of the held-out prompts, scored by the run's own reward functions."""
+        if not self._held_out:
+            return
+        limit = self._config.eval.max_new_tokens or self._config.rollout.max_new_tokens
+        sampling = Sampling(1, limit, 0.0, stop=tuple(self._config.rollout.stop))
+
+        async def one(index: int, prompt: Prompt) -> Any:
+            completions = await self._engines.generate(-1 - index, prompt, sampling)
+            return await self._rewards.score(-1 - index, prompt, completions)
+
+        scores = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(self._held_out)))
+        parts = {name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts}
+        combined = np.concatenate([s.combined(self._config.reward.functions) for s in scores])
+        metrics = {f"eval/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
+        self._recorder.evaluated(self._version, metrics | {"eval/reward": float(np.nanmean(combined))})
+
+    def _status(self) -> str:
+        """Who waits for whom, for the log of a run that stands still."""
+        waiting = self.buffer.in_flight - self.buffer.ready
+        delivering = self._delivery is not None and not self._delivery.done()
+        return (
+            f"no step finished within run.stall_timeout_s = {self._config.run.stall_timeout_s:g} s: policy version {self._version}, "
+            f"{self.buffer.ready} scored groups wait for the learner, {waiting} groups are generated, scored or trained, "
+            f"a publication is {'still on its way to an engine' if delivering else 'not under way'}"
+        )

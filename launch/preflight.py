@@ -1,0 +1,196 @@
+"""Everything that can be checked before an actor exists: choices, model files, tokenizer, data, rewards.
+
+Errors of one pass are collected and raised together. The model is judged by its configuration and the headers of
+its safetensors files; its weights are not loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout.prompts import PromptSet
+from rollout.rewards import load_reward, missing_column, reward_name
+from shared.config import Config
+from shared.errors import InputError, InputErrors, raise_all
+from shared.types import Prompt
+
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+@dataclass
+class Prepared:
+    """What a checked configuration turned into."""
+
+    config: Config
+    train: PromptSet
+    held_out: list[Prompt]
+    warnings: list[str]
+
+
+def prepare(config: Config, origin: str, base: Path) -> Prepared:
+    """Check and load everything that needs no cluster. ``base``: the folder that reward files are relative to.
+
+    Raises ``InputErrors`` with all the problems found.
+    """
+    from launch.builtin import resolve
+
+    config = _with_reward_paths(resolve(config), base)
+    problems: list[InputError] = []
+    _collect(problems, lambda: _check_choices(config))
+    _collect(problems, lambda: check_model(config, origin))
+    raise_all(problems)
+    tokenizer = _load_tokenizer(config, origin)
+    train = _collect(problems, lambda: PromptSet.load(config, config.data.train, f"{origin}:data.train", tokenizer))
+    held_out: list[Prompt] = []
+    if config.data.eval:
+        path = config.data.eval
+        loaded = _collect(problems, lambda: PromptSet.load(config, path, f"{origin}:data.eval", tokenizer))
+        held_out = loaded.prompts[: config.eval.max_rows] if loaded else []
+    raise_all(problems)
+    assert train is not None
+    _check_rewards(config, origin, train.prompts[:1], problems)
+    warnings = _check_rows(config, train, held_out, problems)
+    raise_all(problems)
+    return Prepared(config, train, held_out, warnings)
+
+
+def _collect(problems: list[InputError], check: Any) -> Any:
+    try:
+        return check()
+    except InputErrors as errors:
+        problems += errors.problems
+    except InputError as error:
+        problems.append(error)
+    return None
+
+
+def _with_reward_paths(config: Config, base: Path) -> Config:
+    """Reward files become absolute, so that workers on other directories find them."""
+    functions = []
+    for spec in config.reward.functions:
+        source, colon, attribute = spec.function.rpartition(":")
+        if colon and source.endswith(".py") and not Path(source).is_absolute():
+            spec = spec.model_copy(update={"function": f"{(base / source).resolve()}:{attribute}"})
+        functions.append(spec)
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"functions": functions})})
+
+
+def _check_choices(config: Config) -> None:
+    from learner.choices import Choices
+
+    Choices(config)
+
+
+def check_model(config: Config, origin: str) -> None:
+    """Raises ``InputErrors`` E401, E406-E411 from the model's files alone."""
+    path, place = Path(config.model.path), f"{origin}:model.path"
+    if not (path / "config.json").is_file():
+        found = f'"{path}" (no {"config.json" if path.is_dir() else "such directory"})'
+        raise InputError("E401", "model not found", place, found, "a Hugging Face model directory", "check the path")
+    problems = []
+    shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in shape and not config.model.trust_remote_code:
+        fix = "review the code, then model.trust_remote_code = true"
+        problems.append(InputError("E408", "custom code refused", place, "auto_map in its config", "none", fix))
+    heads, context = shape.get("num_attention_heads"), shape.get("max_position_embeddings")
+    tp = config.rollout.tensor_parallel_size
+    if heads and heads % tp:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        fix = f"use {max(n for n in divisors if n <= tp)}"
+        place_tp = f"{origin}:rollout.tensor_parallel_size"
+        problems.append(InputError("E406", "heads do not split", place_tp, f"{tp} for {heads} heads", f"one of {divisors}", fix))
+    if context and config.max_model_len > context:
+        longest = context - config.rollout.max_prompt_tokens
+        found = f"{config.rollout.max_prompt_tokens} + {config.max_model_len - config.rollout.max_prompt_tokens} = {config.max_model_len}"
+        fix = f"at most {longest} new tokens" if longest > 0 else f"rollout.max_prompt_tokens below {context}"
+        problems.append(InputError("E407", "sequence too long", f"{origin}:rollout.max_new_tokens", found, f"<= {context} (model context)", fix))
+    _check_head_dim(path, shape, problems)
+    _check_weights(path, problems)
+    raise_all(problems)
+
+
+def _check_head_dim(path: Path, shape: dict[str, Any], problems: list[InputError]) -> None:
+    import torch
+
+    if torch.cuda.is_available() or not shape.get("num_attention_heads"):
+        return
+    head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    if head_dim not in CPU_HEAD_DIMS:
+        expected = ", ".join(map(str, CPU_HEAD_DIMS)) + " (CPU attention)"
+        problems.append(InputError("E410", "head_dim not supported", f"{path}/config.json:head_dim", str(head_dim), expected, "use another model"))
+
+
+def _check_weights(path: Path, problems: list[InputError]) -> None:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        others = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        found = ", ".join(others) or "no weights"
+        problems.append(InputError("E409", "no safetensors", str(path), found, "model.safetensors", "convert it once on a trusted machine"))
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            try:
+                header = json.loads(stream.read(length)) if 0 < length < size else None
+            except ValueError:
+                header = None
+        if header is None:
+            problems.append(InputError("E411", "broken weights", str(file), f"{size} bytes without a header", "a safetensors file", "download it again"))
+            continue
+        expected = 8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+        if size != expected:
+            problems.append(InputError("E411", "broken weights", str(file), f"{size} bytes", f"{expected} bytes by its header", "download it again"))
+
+
+def _load_tokenizer(config: Config, origin: str) -> Any:
+    from transformers import AutoTokenizer
+
+    source = config.model.tokenizer or config.model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        place = f"{origin}:model.tokenizer"
+        raise InputError("E401", "tokenizer not found", place, str(error).splitlines()[0], "a tokenizer directory", "check the path") from None
+    rows = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    if rows and len(tokenizer) > rows:
+        place, fix = f"{origin}:model.tokenizer", "use the model's own tokenizer"
+        raise InputError("E402", "tokenizer does not fit", place, f"{len(tokenizer)} tokens", f"<= {rows} embedding rows", fix)
+    return tokenizer
+
+
+def _check_rewards(config: Config, origin: str, sample: list[Prompt], problems: list[InputError]) -> None:
+    columns = list(sample[0].columns) if sample else []
+    names = [reward_name(spec) for spec in config.reward.functions]
+    for i, spec in enumerate(config.reward.functions):
+        key = f"{origin}:reward.functions[{i}]"
+        function = _collect(problems, lambda spec=spec, key=key: load_reward(spec, key))
+        missing = missing_column(function, columns) if function else None
+        if missing:
+            found, expected = f'parameter "{missing}" without a column', f"one of {', '.join(columns)}"
+            problems.append(InputError("E301", "reward needs a column", key, found, expected, "rename the parameter or the column"))
+        column = spec.args.get("column")
+        if column is not None and column not in columns:
+            problems.append(InputError("E301", "reward needs a column", f"{key}.args.column", str(column), f"one of {', '.join(columns)}", "name a column"))
+        if names.count(names[i]) > 1 and names.index(names[i]) == i:
+            problems.append(InputError("E301", "reward name twice", f"{key}.name", names[i], "different names", "set reward.functions.name"))
+
+
+def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:
+    name, needed = Path(config.data.train).name, config.learner.prompts_per_step
+    if len(train.prompts) < needed:
+        found, expected = f"{len(train.prompts)} usable rows", f">= learner.prompts_per_step ({needed})"
+        problems.append(InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step"))
+    warnings = [f"{n} {reason} prompts of {name} dropped" for reason, n in train.dropped.items() if n]
+    seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
+    duplicates = len(train.prompts) - len(seen)
+    if duplicates:
+        warnings.append(f"warning[W209] duplicate prompts — {name}. Found {duplicates}, expected none.")
+    shared = [prompt for prompt in held_out if prompt.token_ids.tobytes() in seen]
+    if shared and not config.data.allow_overlap:
+        place = f"{Path(config.data.eval or '').name}:{shared[0].prompt_id + 1}"
+        fix = "remove them or data.allow_overlap = true"
+        problems.append(InputError("E209", "eval rows in train", place, f"{len(shared)} shared prompts", "0", fix))
+    return warnings

@@ -1,0 +1,144 @@
+"""The entry point: ``python launch/run.py CONFIG.toml [--section.field value ...]``, also as ``millrace train``.
+
+Reads and checks the configuration, prepares model and data, connects to the cluster, builds the three pools and
+hands them to the controller. Exit code 0 on success, 2 for wrong input, 1 for anything else. Heavy libraries are
+imported late, so that ``--help`` and a mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Run as a file, Python puts launch/ on the path, where the packages beside it are not found.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from shared.config import Config, known_keys, load_config
+from shared.errors import InputError, MillraceError, one_line
+
+if TYPE_CHECKING:
+    from launch.preflight import Prepared
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print at most one error, and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print_help()
+        return 0 if arguments else 2
+    debug = "--debug" in arguments
+    try:
+        files, overrides = parse(arguments)
+        train(load_config(files, overrides), Path(files[-1]), dry_run="--dry-run" in arguments)
+        return 0
+    except MillraceError as error:
+        if debug:
+            raise
+        print(error, file=sys.stderr, flush=True)
+        print(f"exit code {error.exit_code}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:  # Anything else is a bug of ours or a fault of a machine: say so, with the traceback.
+        if debug:
+            raise
+        import traceback
+
+        traceback.print_exc()
+        print(f"error[E000] unexpected {type(error).__name__}: {one_line(error)}\nexit code 1", file=sys.stderr, flush=True)
+        return 1
+
+
+def parse(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Configuration files and ``--section.field value`` overrides. Raises ``InputError`` E105 or E106."""
+    files: list[str] = []
+    overrides: dict[str, str] = {}
+    rest = [a for a in arguments if a not in ("--debug", "--dry-run")]
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            files.append(argument)
+            continue
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            if not rest or (rest[0].startswith("--") and "." in rest[0]):
+                raise InputError("E106", "bad override", f"command line:--{key}", "no value", "a value", f"--{key} VALUE")
+            value = rest.pop(0)
+        overrides[key.replace("-", "_")] = value
+    if not files:
+        raise InputError("E105", "no config", "command line", "no file", "a TOML file", "python launch/run.py launch/configs/quickstart.toml")
+    return files, overrides
+
+
+def train(config: Config, source: Path, dry_run: bool = False) -> None:
+    """Check everything, then run the whole loop."""
+    from launch.preflight import prepare
+    from launch.run_folder import resolve_output
+
+    started = time.monotonic()
+    prepared = prepare(config, source.name, source.parent)
+    output = resolve_output(config.run.output_dir)
+    for warning in prepared.warnings:
+        print(warning, flush=True)
+    asyncio.run(_train(prepared, source.name, output, started, dry_run))
+
+
+async def _train(prepared: Prepared, origin: str, output: Path, started: float, dry_run: bool) -> None:
+    import ray
+
+    from launch.cluster import check_resources, connect, reserve, worker_environment
+    from launch.controller import Controller
+    from launch.run_folder import RunFolder, dump_config
+    from learner.learner_group import LearnerGroup
+    from rollout.engine_pool import EnginePool
+    from rollout.prompts import PromptStream
+    from rollout.reward_pool import RewardPool
+    from shared.weights import remove_segments
+
+    config = prepared.config
+    run_id = uuid.uuid4().hex[:12]
+    connect(config)
+    try:
+        needs = check_resources(config, origin)
+        if dry_run:
+            print(dump_config(config) + f"\n# needs {needs}\n# dry run: everything checked, nothing started", flush=True)
+            return
+        folder = RunFolder(config, output)
+        reservation = await reserve(needs)
+        environment = worker_environment()
+        rewards = RewardPool(config, environment)
+        engines = EnginePool(config, reservation.engines, environment)
+        learners = LearnerGroup(config, run_id, reservation.learner, environment)
+        await asyncio.gather(engines.start(), learners.start(), rewards.start())
+        print(f"engines, learner and reward workers up after {time.monotonic() - started:.0f} s", flush=True)
+        stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+        controller = Controller(config, stream, prepared.held_out, engines, rewards, learners, folder)
+        try:
+            await controller.run()
+            await learners.save(str(folder.path / "checkpoints" / f"step-{config.run.steps:06d}" / "hf"))
+        finally:
+            folder.finish()
+    finally:
+        ray.shutdown()
+        remove_segments(run_id)
+
+
+def print_help() -> None:
+    """Usage and every setting with its default and meaning."""
+    print("usage: python launch/run.py CONFIG.toml [MORE.toml ...] [--section.field VALUE ...] [--dry-run] [--debug]\n")
+    for key, field in known_keys().items():
+        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        print(f"  --{key}  ({default})\n        {field.description}")
+
+
+if __name__ == "__main__":
+    # Ray and vLLM leave threads behind that can hold up a normal exit; everything of ours is closed by now.
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)

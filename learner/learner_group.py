@@ -1,0 +1,105 @@
+"""The learner's ranks as one object: spawns them as Ray actors and calls them together.
+
+Invariant: every rank gets the same call with the same groups, and a rank that dies or exceeds its deadline fails
+the whole group at once; no rank is waited for after another has failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+
+from learner.learner import Learner, free_port, learner_environment
+from shared.config import Config
+from shared.errors import LearnerFailed, one_line
+from shared.types import RolloutGroup, StepReport
+from shared.weights import Publication
+
+START_TIMEOUT_S = 300.0
+
+
+def _master_address() -> tuple[str, int]:
+    import ray
+
+    return ray.util.get_node_ip_address(), free_port()
+
+
+class LearnerGroup:
+    """``config.learner.num_ranks`` learners; ``placement`` is a Ray placement group with one bundle each."""
+
+    def __init__(self, config: Config, run_id: str, placement: Any, environment: dict[str, str]) -> None:
+        self._config, self._run_id, self._placement = config, run_id, placement
+        self._environment = environment | learner_environment(config)
+        self._ranks: list[Any] = []
+
+    async def start(self) -> None:
+        """Spawn the ranks and wait until each holds its share of the model."""
+        import ray
+
+        count = self._config.learner.num_ranks
+        probe = ray.remote(_master_address).options(**self._options(0) | {"num_gpus": 0, "num_cpus": 0})
+        master = await asyncio.wait_for(probe.remote(), START_TIMEOUT_S)
+        actor = ray.remote(Learner)
+        for rank in range(count):
+            options = self._options(rank) | {"max_restarts": 0, "max_concurrency": 1}
+            self._ranks.append(actor.options(**options).remote(self._config, rank, count, master))
+        await self._call("open_sender", self._run_id, timeout_s=START_TIMEOUT_S)
+
+    async def train_step(self, groups: list[RolloutGroup]) -> StepReport:
+        """One optimizer step on ``groups``."""
+        import ray
+
+        # One copy in the object store serves all ranks; a plain argument would be stored once per rank.
+        shared = ray.put(groups) if len(self._ranks) > 1 else groups
+        return (await self._call("train_step", shared))[0]
+
+    async def publish(self, canary: np.ndarray) -> Publication:
+        """Snapshot the weights for the engines, with the log-probs of the ``canary`` tokens ``[T]``."""
+        return (await self._call("publish", canary))[0]
+
+    async def save(self, directory: str) -> str:
+        """Write the policy in Hugging Face form."""
+        return (await self._call("save", directory))[0]
+
+    def close(self) -> None:
+        """Kill the ranks."""
+        import ray
+
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        limit = timeout_s or self._config.learner.step_timeout_s
+        calls = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
+        try:
+            return list(await asyncio.wait_for(asyncio.gather(*calls), limit))
+        except TimeoutError:
+            raise LearnerFailed(f"{method}: no answer from the learner within {limit:g} s (ranks: {len(calls)})") from None
+        except Exception as error:
+            self._raise(method, error)
+            raise
+
+    def _raise(self, method: str, error: Exception) -> None:
+        from ray.exceptions import RayActorError, RayTaskError
+
+        from shared.errors import MillraceError
+
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, MillraceError):
+            raise cause from error
+        if isinstance(error, RayActorError):
+            raise LearnerFailed(f"{method}: a learner rank died: {one_line(error, 400)}") from error
+
+    def _options(self, rank: int) -> dict[str, Any]:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundle = self._placement.bundle_specs[rank]
+        return {
+            "num_cpus": bundle.get("CPU", 0),
+            "num_gpus": bundle.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
+            "runtime_env": {"env_vars": self._environment},
+        }
+

@@ -1,0 +1,89 @@
+"""Named scalars: what a step's groups add up to, and where the numbers go.
+
+``metrics.jsonl`` is the truth, one object a step; every plot, sink and test reads it. Names follow TRL where TRL
+has one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from shared.types import RolloutGroup
+
+
+def group_metrics(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str, float]:
+    """Rewards, lengths and staleness of ``groups``, used at ``policy_version``."""
+    rewards = np.stack([group.rewards for group in groups])
+    completions = [c for group in groups for c in group.completions]
+    lengths = np.array([len(c.token_ids) for c in completions], dtype=np.float64)
+    ended = np.array([c.finish_reason == "stop" for c in completions])
+    staleness = np.array([group.staleness(policy_version) for group in groups], dtype=np.float64)
+    flat = rewards[~np.isnan(rewards)]
+    metrics = {
+        "reward": _mean(flat),
+        "reward_std": float(flat.std(ddof=1)) if flat.size > 1 else 0.0,
+        "reward_group_std": _mean(np.array([_std(row) for row in rewards])),
+        "frac_reward_zero_std": 1.0 - sum(group.has_signal() for group in groups) / len(groups),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": 1.0 - float(ended.mean()),
+        "staleness/mean": _mean(staleness),
+        "staleness/max": float(staleness.max()),
+    }
+    if ended.any():
+        metrics["completions/mean_terminated_length"] = _mean(lengths[ended])
+    for name in groups[0].reward_parts:
+        values = np.concatenate([group.reward_parts[name] for group in groups])
+        given = values[~np.isnan(values)]
+        metrics[f"rewards/{name}/mean"] = _mean(given)
+        metrics[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
+        metrics[f"rewards/{name}/none_frac"] = 1.0 - given.size / values.size
+    return metrics
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else math.nan
+
+
+def _std(row: np.ndarray) -> float:
+    given = row[~np.isnan(row)]
+    return float(given.std(ddof=1)) if given.size > 1 else 0.0
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to ``metrics.jsonl``, flushed; NaN and infinity become null."""
+
+    def __init__(self, directory: Path, tensorboard: bool = False) -> None:
+        self._file: TextIO = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Record ``metrics`` under ``step``."""
+        clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the sinks."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """All objects of a run folder's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
