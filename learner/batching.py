@@ -8,6 +8,8 @@ or ranks can change the gradient.
 from __future__ import annotations
 
 import heapq
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from learner.logprobs import Layout, PackedTokens
-from shared.types import Completion, Prompt, RolloutGroup
+from shared.types import Completion, IntArray, Prompt, RolloutGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +33,6 @@ class Row:
     """Factor on each of its token losses (see AGGREGATIONS)."""
     trainable: int
     """Tokens in its loss mask: all of the completion, or none."""
-
-    @property
-    def length(self) -> int:
-        """Prompt and completion tokens."""
-        return len(self.prompt.token_ids) + len(self.completion.token_ids)
 
 
 @dataclass(frozen=True)
@@ -72,68 +69,100 @@ def build_rows(groups: list[RolloutGroup], advantages: Tensor, weights_of: objec
 def split(rows: list[Row], budget: int, num_ranks: int) -> list[list[list[Row]]]:
     """``[rank][micro-batch][row]``: balanced by tokens, each within ``budget`` tokens, equally many on every rank.
 
-    Rows without trainable tokens contribute nothing and are left out. A bin that stays empty gets a filler: a row
-    of weight 0, because ZeRO-3 ranks must run the same number of forward passes.
+    Rows of one group stay together while they fit, because they share their prompt's tokens. Rows without trainable
+    tokens contribute nothing and are left out. A bin that stays empty gets a filler, a row of weight 0, because
+    ZeRO-3 ranks must run the same number of forward passes.
     """
-    useful = sorted((row for row in rows if row.trainable), key=lambda row: -row.length)
-    if not useful:
+    units = sorted(_units([row for row in rows if row.trainable], budget), key=_cost, reverse=True)
+    if not units:
         return [[] for _ in range(num_ranks)]
-    total = sum(row.length for row in useful)
-    per_rank = max(1, -(-total // (budget * num_ranks)))
-    while (bins := _pack(useful, budget, per_rank * num_ranks)) is None:
+    per_rank = max(1, -(-sum(map(_cost, units)) // (budget * num_ranks)))
+    while (bins := _pack(units, budget, per_rank * num_ranks)) is None:
         per_rank += 1
-    shortest = useful[-1]
+    shortest = units[-1][0]
     filler = Row(shortest.prompt, shortest.completion, shortest.group, 0.0, 0.0, 0)
     bins = [bin_ or [filler] for bin_ in bins]
     return [bins[rank::num_ranks] for rank in range(num_ranks)]
 
 
-def _pack(rows: list[Row], budget: int, count: int) -> list[list[Row]] | None:
-    """Longest first into the emptiest of ``count`` bins; None if a bin would overflow."""
+def _units(rows: list[Row], budget: int) -> Iterator[list[Row]]:
+    """Rows of one group, in as few lists within ``budget`` as it takes."""
+    for _, group in itertools.groupby(rows, key=lambda row: row.group):
+        unit: list[Row] = []
+        for row in group:
+            if unit and _cost([*unit, row]) > budget:
+                yield unit
+                unit = []
+            unit.append(row)
+        yield unit
+
+
+def _cost(unit: list[Row]) -> int:
+    """Packed tokens of rows of one group: the prompt once, every completion."""
+    return len(unit[0].prompt.token_ids) + sum(len(row.completion.token_ids) for row in unit)
+
+
+def _pack(units: list[list[Row]], budget: int, count: int) -> list[list[Row]] | None:
+    """Largest first into the emptiest of ``count`` bins; None if a bin would overflow."""
     bins: list[list[Row]] = [[] for _ in range(count)]
     heap = [(0, i) for i in range(count)]
-    for row in rows:
+    for unit in units:
         load, i = heapq.heappop(heap)
-        if load and load + row.length > budget:
+        if load and load + _cost(unit) > budget:
             return None
-        bins[i].append(row)
-        heapq.heappush(heap, (load + row.length, i))
+        bins[i] += unit
+        heapq.heappush(heap, (load + _cost(unit), i))
     return bins
 
 
 def collate(rows: list[Row], device: torch.device) -> TrainBatch:
-    """Pack ``rows`` into one micro-batch on ``device``."""
-    prompts = [len(r.prompt.token_ids) for r in rows]
-    sizes = [len(r.completion.token_ids) for r in rows]
-    lengths = [r.length for r in rows]
-    ends = np.cumsum(lengths)
+    """Pack ``rows`` into one micro-batch on ``device``; rows of one group share the tokens of their prompt."""
+    prompts: dict[int, range] = {}
+    parts: list[IntArray] = []
+    positions: list[IntArray] = []
+    layout: list[list[range]] = []
+    end = 0
+
+    def append(token_ids: IntArray, start_position: int) -> range:
+        nonlocal end
+        parts.append(token_ids)
+        positions.append(np.arange(start_position, start_position + len(token_ids), dtype=np.int32))
+        end += len(token_ids)
+        return range(end - len(token_ids), end)
+
+    for row in rows:
+        prompt_ids = row.prompt.token_ids
+        assert len(prompt_ids), "a prompt needs at least one token: the first completion token is predicted from it"
+        if row.group not in prompts:
+            prompts[row.group] = append(prompt_ids, 0)
+        layout.append([prompts[row.group], append(row.completion.token_ids, len(prompt_ids))])
+
+    sizes = [len(row.completion.token_ids) for row in rows]
     columns = max(sizes)
-    token_ids = np.concatenate([part for r in rows for part in (r.prompt.token_ids, r.completion.token_ids)])
-    position_ids = np.concatenate([np.arange(n) for n in lengths])
-    targets = np.concatenate([np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)])
-    cells = np.concatenate([i * columns + np.arange(size) for i, size in enumerate(sizes)])
-    assert min(prompts) > 0, "a prompt needs at least one token: the first completion token is predicted from it"
+    shape = (len(rows), columns)
+    inside = np.arange(columns) < np.array(sizes)[:, None]
+    targets = np.concatenate([np.arange(c.start, c.stop) for _, c in layout])
+    predictors = np.concatenate([np.array([p.stop - 1, *range(c.start, c.stop - 1)])[: len(c)] for p, c in layout])
+    rollout = np.zeros(shape, dtype=np.float32)
+    rollout[inside] = np.concatenate([row.completion.logprobs for row in rows])
+    mask = inside & np.array([bool(row.trainable) for row in rows])[:, None]
 
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.asarray(values), dtype=dtype).to(device)
 
-    rollout = np.zeros(len(rows) * columns, dtype=np.float32)
-    rollout[cells] = np.concatenate([r.completion.logprobs for r in rows])
-    mask = np.zeros(len(rows) * columns, dtype=bool)
-    mask[cells] = np.concatenate([np.full(size, bool(r.trainable)) for r, size in zip(rows, sizes, strict=True)])
-    shape = (len(rows), columns)
     return TrainBatch(
         rows=tuple(rows),
         tokens=PackedTokens(
-            token_ids=tensor(token_ids, torch.int64),
-            position_ids=tensor(position_ids, torch.int64),
-            layout=Layout.of(lengths).to(device),
+            token_ids=tensor(np.concatenate(parts), torch.int64),
+            position_ids=tensor(np.concatenate(positions), torch.int64),
+            layout=Layout.of(layout).to(device),
             targets=tensor(targets, torch.int64),
-            cells=tensor(cells, torch.int64),
+            predictors=tensor(predictors, torch.int64),
+            cells=tensor(np.flatnonzero(inside), torch.int64),
             shape=shape,
         ),
-        rollout_logprobs=tensor(rollout, torch.float32).view(shape),
-        mask=tensor(mask, torch.bool).view(shape),
-        advantages=tensor([[r.advantage] for r in rows], torch.float32),
-        weights=tensor([[r.weight] for r in rows], torch.float32),
+        rollout_logprobs=tensor(rollout, torch.float32),
+        mask=tensor(mask, torch.bool),
+        advantages=tensor([[row.advantage] for row in rows], torch.float32),
+        weights=tensor([[row.weight] for row in rows], torch.float32),
     )

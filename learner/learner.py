@@ -163,7 +163,7 @@ class Learner:
         metrics |= {
             "groups/trained": float(len(groups)),
             "advantages/abs_mean": float(advantages.abs().mean()),
-            "train_tokens": float(sum(row.length for row in rows if row.trainable)),
+            "train_tokens": float(sum(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rows if r.trainable)),
             "trainable_tokens": float(sum(row.trainable for row in rows)),
         }
         return split(rows, self.config.learner.max_tokens_per_microbatch, self.world_size), metrics

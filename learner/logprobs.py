@@ -1,8 +1,8 @@
 """From packed tokens to per-token log-probs and entropy, in float32: the only place with the shift by one.
 
-Sequences lie end to end in one row without padding. Attention is block-diagonal by construction: tokens are laid
-out as right-padded rows inside the attention alone, where causality already hides the padding, so no mask exists
-that could leak. The output head runs in chunks over completion tokens; no ``[tokens, vocabulary]`` matrix is kept.
+Sequences lie end to end in one row without padding, and a prompt lies there once for all its completions. Attention
+is separate by construction: tokens are laid out as right-padded rows inside the attention alone, where causality
+already hides the padding, so no mask exists that could leak. The output head runs in chunks over completion tokens; no ``[tokens, vocabulary]`` matrix is kept.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,22 +20,28 @@ CHUNK_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each of ``T`` packed tokens goes in ``[B, L]`` right-padded rows."""
+    """Where each of ``T`` packed tokens goes in ``[B, L]`` right-padded rows, one row per completion.
+
+    Completions of one prompt share its tokens: they are packed once and occur in every such row. Keys and values are
+    read by all rows; the output of a shared token, which cannot depend on what follows, is taken from the first.
+    """
 
     gather: Tensor
     """``[B, L] int64``: packed index of each cell; T for padding."""
     scatter: Tensor
-    """``[T] int64``: flat cell of each packed token."""
+    """``[T] int64``: flat cell that gives each packed token its output."""
 
     @classmethod
-    def of(cls, lengths: list[int]) -> Layout:
-        """The layout of sequences with these lengths, packed in order."""
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        starts = sizes.cumsum(0) - sizes
-        columns = torch.arange(int(sizes.max()))
-        inside = columns < sizes[:, None]
-        gather = torch.where(inside, starts[:, None] + columns, int(sizes.sum()))
-        return cls(gather, inside.flatten().nonzero().flatten())
+    def of(cls, rows: list[list[range]]) -> Layout:
+        """The layout of ``rows``, each a list of ranges of packed indices (its prompt, its completion)."""
+        count = max(part.stop for row in rows for part in row)
+        longest = max(sum(map(len, row)) for row in rows)
+        gather = np.full((len(rows), longest), count, dtype=np.int64)
+        for cells, row in zip(gather, rows, strict=True):
+            tokens = np.concatenate([np.arange(part.start, part.stop) for part in row])
+            cells[: len(tokens)] = tokens
+        packed, first_cell = np.unique(gather, return_index=True)
+        return cls(torch.from_numpy(gather), torch.from_numpy(first_cell[packed < count]))
 
     def to(self, device: torch.device) -> Layout:
         """The layout on another device."""
@@ -43,40 +50,13 @@ class Layout:
 
 def _pad(packed: Tensor, layout: Layout) -> Tensor:
     """``[T, ...] -> [B, L, ...]``, zeros in the padding."""
-    zero = packed.new_zeros((1, *packed.shape[1:]))
-    rows, columns = layout.gather.shape
-    return torch.cat([packed, zero]).index_select(0, layout.gather.flatten()).view(rows, columns, *packed.shape[1:])
+    padded = torch.cat([packed, packed.new_zeros((1, *packed.shape[1:]))])
+    return padded.index_select(0, layout.gather.flatten()).view(*layout.gather.shape, *packed.shape[1:])
 
 
 def _pack(padded: Tensor, layout: Layout) -> Tensor:
     """``[B, L, ...] -> [T, ...]``."""
     return padded.flatten(0, 1).index_select(0, layout.scatter)
-
-
-class _ToPadded(torch.autograd.Function):
-    """Packed to padded rows; the adjoint is a plain gather, where autograd would scatter-add."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return _pad(packed, layout)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _pack(grad, ctx.layout), None
-
-
-class _ToPacked(torch.autograd.Function):
-    """Padded rows to packed: the adjoint of ``_ToPadded``."""
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return _pack(padded, layout)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _pad(grad, ctx.layout), None
 
 
 def packed_attention(
@@ -95,11 +75,11 @@ def packed_attention(
     """Causal attention within each packed sequence; query ``[1, H, T, D]``, key and value ``[1, H_kv, T, D]``."""
     if sliding_window is not None and sliding_window < layout.gather.shape[1]:
         raise ValueError(f"sequences of {layout.gather.shape[1]} tokens exceed the sliding window of {sliding_window}")
-    q, k, v = (_ToPadded.apply(x[0].transpose(0, 1), layout).transpose(1, 2) for x in (query, key, value))
+    q, k, v = (_pad(x[0].transpose(0, 1), layout).transpose(1, 2) for x in (query, key, value))
     out = nn.functional.scaled_dot_product_attention(
         q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
     )
-    return _ToPacked.apply(out.transpose(1, 2), layout)[None], None
+    return _pack(out.transpose(1, 2), layout)[None], None
 
 
 def register_attention() -> None:
@@ -167,6 +147,8 @@ class PackedTokens:
     layout: Layout
     targets: Tensor
     """``[K] int64``: packed index of each completion token."""
+    predictors: Tensor
+    """``[K] int64``: packed index of the token before it, whose output predicts it: the shift by one."""
     cells: Tensor
     """``[K] int64``: flat cell of each completion token in ``[B, C]``."""
     shape: tuple[int, int]
@@ -182,10 +164,7 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
 
     def forward(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-        """``(logprobs, entropy)``, each ``[B, C] float32``, 0 outside the completions.
-
-        The logits that predict token t come from position t - 1: this is the shift by one.
-        """
+        """``(logprobs, entropy)``, each ``[B, C] float32``, 0 outside the completions."""
         hidden = self.model.base_model(
             input_ids=tokens.token_ids[None],
             position_ids=tokens.position_ids[None],
@@ -193,7 +172,7 @@ class PolicyModel(nn.Module):
             use_cache=False,
             layout=tokens.layout,
         ).last_hidden_state[0]
-        predictors = hidden.index_select(0, tokens.targets - 1)
+        predictors = hidden.index_select(0, tokens.predictors)
         labels = tokens.token_ids[tokens.targets]
         weight = self.model.get_output_embeddings().weight
         flat = _TokenLogProbs.apply(predictors, weight, labels, self.temperature)
