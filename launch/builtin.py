@@ -96,7 +96,9 @@ def _task_name(path: str, key: str) -> str:
         guess = nearest(name, TASKS)
         code = "E401" if key.startswith("model") else "E201"
         fix = f'{key} = "{SCHEME}{guess}"' if guess else "choose one of these"
-        raise InputError(code, "unknown builtin", key, f'"{path}"', f"one of {', '.join(SCHEME + t for t in TASKS)}", fix)
+        raise InputError(
+            code, "unknown builtin", key, f'"{path}"', f"one of {', '.join(SCHEME + t for t in TASKS)}", fix
+        )
     return name
 
 
@@ -198,7 +200,10 @@ def _make_model(task: Task, name: str, seed: int, path: Path) -> None:
             with torch.no_grad():
                 accuracy = _supervised(model, unseen)[1] if task.stop_accuracy <= 1 else 0.0
             spent = time.monotonic() - started
-            print(f"  supervised step {step + 1}: loss {float(loss.detach()):.3f}, exact on unseen {accuracy:.2f}, {spent:.0f} s", flush=True)
+            print(
+                f"  supervised step {step + 1}: loss {float(loss.detach()):.3f}, exact on unseen {accuracy:.2f}, {spent:.0f} s",
+                flush=True,
+            )
             if accuracy >= task.stop_accuracy:
                 break
     model.save_pretrained(path)
@@ -209,7 +214,9 @@ def _encode(tokenizer: Any, task: Task, row: Row) -> tuple[list[int], int]:
     """``(prompt + completion + end token, prompt length)``."""
     prompt = row[task.prompt_column]
     if task.chat_template is not None:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
     ids = tokenizer(prompt)["input_ids"]
     return [*ids, *tokenizer(task.target(row))["input_ids"], tokenizer.eos_token_id], len(ids)
 

@@ -76,7 +76,14 @@ def connect(config: Config) -> None:
         ray.init(address=address, namespace=uuid.uuid4().hex, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         found = one_line(error)
-        raise InputError("E502", "cannot reach Ray", f"RAY_ADDRESS={address}", found, "a live cluster", "start it, or unset RAY_ADDRESS") from None
+        raise InputError(
+            "E502",
+            "cannot reach Ray",
+            f"RAY_ADDRESS={address}",
+            found,
+            "a live cluster",
+            "start it, or unset RAY_ADDRESS",
+        ) from None
 
 
 def check_resources(config: Config, origin: str) -> Needs:
@@ -109,8 +116,13 @@ async def reserve(needs: Needs) -> Reservation:
         await asyncio.wait_for(asyncio.gather(*(group.ready() for group in [*engines, learner])), PLACEMENT_TIMEOUT_S)
     except TimeoutError:
         reservation.release()
-        found, expected = f"resources still taken after {PLACEMENT_TIMEOUT_S:g} s", f"{needs.total('CPU'):g} CPUs and {needs.total('GPU'):g} GPUs free"
-        raise InputError("E501", "not enough resources", "cluster", found, expected, "end the other jobs, or ask for less") from None
+        found, expected = (
+            f"resources still taken after {PLACEMENT_TIMEOUT_S:g} s",
+            f"{needs.total('CPU'):g} CPUs and {needs.total('GPU'):g} GPUs free",
+        )
+        raise InputError(
+            "E501", "not enough resources", "cluster", found, expected, "end the other jobs, or ask for less"
+        ) from None
     return reservation
 
 

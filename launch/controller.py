@@ -2,7 +2,7 @@
 
 ``_produce`` turns prompts into scored groups; ``_learn`` takes groups in admission order, trains, and publishes
 weights while both loops go on. A slot of the buffer is released only after the weights of the step that used it are
-proved on every engine: that bounds staleness, and ``max_staleness = 0`` is the synchronous mode. The controller
+loaded in every engine: that bounds staleness, and ``max_staleness = 0`` is the synchronous mode. The controller
 knows no Ray; engines, rewards and learners are objects with async methods.
 """
 
@@ -33,6 +33,7 @@ class Engines(Protocol):
 
     async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]: ...
     async def receive(self, publication: Publication) -> dict[str, float]: ...
+    async def prove(self, publication: Publication) -> dict[str, float]: ...
 
 
 class Rewards(Protocol):
@@ -63,7 +64,14 @@ class Controller:
     """Runs a training run from version 0 to ``run.steps``."""
 
     def __init__(
-        self, config: Config, train: PromptStream, held_out: list[Prompt], engines: Engines, rewards: Rewards, learners: Learners, recorder: Recorder
+        self,
+        config: Config,
+        train: PromptStream,
+        held_out: list[Prompt],
+        engines: Engines,
+        rewards: Rewards,
+        learners: Learners,
+        recorder: Recorder,
     ) -> None:
         self._config, self._train, self._held_out = config, train, held_out
         self._engines, self._rewards, self._learners, self._recorder = engines, rewards, learners, recorder
@@ -79,7 +87,9 @@ class Controller:
 
     async def run(self) -> None:
         """Publish version 0, evaluate, train, evaluate. Any failure on either side ends both."""
-        await self._engines.receive(await self._learners.publish(self._canary))
+        publication = await self._learners.publish(self._canary)
+        await self._engines.receive(publication)
+        await self._engines.prove(publication)
         await self._evaluate()
         self._delivered_at = time.monotonic()
         try:
@@ -87,7 +97,7 @@ class Controller:
                 producer = tasks.create_task(self._produce())
                 await self._learn(tasks)
                 producer.cancel()
-        except* (Exception,) as failures:  # The first cause tells the story; the rest are its echoes.
+        except* Exception as failures:  # The first cause tells the story; the rest are its echoes.
             raise failures.exceptions[0] from None
         await self._evaluate()
 
@@ -127,10 +137,14 @@ class Controller:
         total = sum(n for fate, n in self.buffer.fates.items() if fate not in ("taken", "no_signal"))
         share = sum(self._recent_failures) / FAILURE_WINDOW
         if total > settings.max_failed_groups or share > settings.max_failed_share:
-            causes = ", ".join(f"{n} {fate}" for fate, n in self.buffer.fates.most_common() if fate not in ("taken", "no_signal"))
+            causes = ", ".join(
+                f"{n} {fate}" for fate, n in self.buffer.fates.most_common() if fate not in ("taken", "no_signal")
+            )
             found = f"{total} dropped groups ({causes}); last: {failure}"
             expected = f"<= reward.max_failed_groups = {settings.max_failed_groups} and <= {settings.max_failed_share:.0%} of the last {FAILURE_WINDOW}"
-            raise InputError("E310", "too many reward failures", "reward", found, expected, "correct the function or raise timeout_s")
+            raise InputError(
+                "E310", "too many reward failures", "reward", found, expected, "correct the function or raise timeout_s"
+            )
 
     # --- scored groups become new weights ---
 
@@ -142,7 +156,11 @@ class Controller:
                     await self._step(tasks)
             except TimeoutError:
                 raise Stalled(self._status()) from None
-            if config.eval.every_steps and self._version % config.eval.every_steps == 0 and self._version < config.run.steps:
+            if (
+                config.eval.every_steps
+                and self._version % config.eval.every_steps == 0
+                and self._version < config.run.steps
+            ):
                 await self._delivered()
                 await self._evaluate()
         await self._delivered()
@@ -176,15 +194,17 @@ class Controller:
         self._delivery = tasks.create_task(self._deliver(publication, groups, metrics))
 
     async def _deliver(self, publication: Publication, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
-        """Bring the engines to the publication, release the step's slots, record the step."""
+        """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
         sync = await self._engines.receive(publication)
         await self.buffer.release(self._per_step, self._config.run.steps - publication.version)
+        sync |= await self._engines.prove(publication)
         now = time.monotonic()
         seconds, self._delivered_at = now - self._delivered_at, now
         sampled = sum(len(c.token_ids) for group in groups for c in group.completions)
         self._tokens += sampled + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
         metrics |= sync | {
             "sync/export_seconds": publication.seconds,
+            "sync/bytes": float(publication.nbytes),
             "num_tokens": float(self._tokens),
             "throughput/rollout_tokens_per_second": sampled / seconds,
             "throughput/train_tokens_per_second": metrics.get("train_tokens", 0.0) / seconds,
@@ -193,7 +213,11 @@ class Controller:
         }
         metrics |= {f"reward_pool/{name}": float(n) for name, n in self._rewards.counters.items()}
         metrics |= {f"groups/{fate}": float(n) for fate, n in self.buffer.fates.items()}
-        self._rewards.state = {"global_step": publication.version, "max_steps": self._config.run.steps, "epoch": self._train.epoch}
+        self._rewards.state = {
+            "global_step": publication.version,
+            "max_steps": self._config.run.steps,
+            "epoch": self._train.epoch,
+        }
         self._recorder.step(publication.version, metrics, groups)
 
     async def _delivered(self) -> None:

@@ -101,12 +101,23 @@ def check_model(config: Config, origin: str) -> None:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         fix = f"use {max(n for n in divisors if n <= tp)}"
         place_tp = f"{origin}:rollout.tensor_parallel_size"
-        problems.append(InputError("E406", "heads do not split", place_tp, f"{tp} for {heads} heads", f"one of {divisors}", fix))
+        problems.append(
+            InputError("E406", "heads do not split", place_tp, f"{tp} for {heads} heads", f"one of {divisors}", fix)
+        )
     if context and config.max_model_len > context:
         longest = context - config.rollout.max_prompt_tokens
         found = f"{config.rollout.max_prompt_tokens} + {config.max_model_len - config.rollout.max_prompt_tokens} = {config.max_model_len}"
         fix = f"at most {longest} new tokens" if longest > 0 else f"rollout.max_prompt_tokens below {context}"
-        problems.append(InputError("E407", "sequence too long", f"{origin}:rollout.max_new_tokens", found, f"<= {context} (model context)", fix))
+        problems.append(
+            InputError(
+                "E407",
+                "sequence too long",
+                f"{origin}:rollout.max_new_tokens",
+                found,
+                f"<= {context} (model context)",
+                fix,
+            )
+        )
     _check_head_dim(path, shape, problems)
     _check_weights(path, problems)
     raise_all(problems)
@@ -120,7 +131,16 @@ def _check_head_dim(path: Path, shape: dict[str, Any], problems: list[InputError
     head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     if head_dim not in CPU_HEAD_DIMS:
         expected = ", ".join(map(str, CPU_HEAD_DIMS)) + " (CPU attention)"
-        problems.append(InputError("E410", "head_dim not supported", f"{path}/config.json:head_dim", str(head_dim), expected, "use another model"))
+        problems.append(
+            InputError(
+                "E410",
+                "head_dim not supported",
+                f"{path}/config.json:head_dim",
+                str(head_dim),
+                expected,
+                "use another model",
+            )
+        )
 
 
 def _check_weights(path: Path, problems: list[InputError]) -> None:
@@ -128,7 +148,11 @@ def _check_weights(path: Path, problems: list[InputError]) -> None:
     if not files:
         others = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         found = ", ".join(others) or "no weights"
-        problems.append(InputError("E409", "no safetensors", str(path), found, "model.safetensors", "convert it once on a trusted machine"))
+        problems.append(
+            InputError(
+                "E409", "no safetensors", str(path), found, "model.safetensors", "convert it once on a trusted machine"
+            )
+        )
     for file in files:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -138,11 +162,29 @@ def _check_weights(path: Path, problems: list[InputError]) -> None:
             except ValueError:
                 header = None
         if header is None:
-            problems.append(InputError("E411", "broken weights", str(file), f"{size} bytes without a header", "a safetensors file", "download it again"))
+            problems.append(
+                InputError(
+                    "E411",
+                    "broken weights",
+                    str(file),
+                    f"{size} bytes without a header",
+                    "a safetensors file",
+                    "download it again",
+                )
+            )
             continue
         expected = 8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
         if size != expected:
-            problems.append(InputError("E411", "broken weights", str(file), f"{size} bytes", f"{expected} bytes by its header", "download it again"))
+            problems.append(
+                InputError(
+                    "E411",
+                    "broken weights",
+                    str(file),
+                    f"{size} bytes",
+                    f"{expected} bytes by its header",
+                    "download it again",
+                )
+            )
 
 
 def _load_tokenizer(config: Config, origin: str) -> Any:
@@ -153,11 +195,15 @@ def _load_tokenizer(config: Config, origin: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
     except (OSError, ValueError) as error:
         place = f"{origin}:model.tokenizer"
-        raise InputError("E401", "tokenizer not found", place, str(error).splitlines()[0], "a tokenizer directory", "check the path") from None
+        raise InputError(
+            "E401", "tokenizer not found", place, str(error).splitlines()[0], "a tokenizer directory", "check the path"
+        ) from None
     rows = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     if rows and len(tokenizer) > rows:
         place, fix = f"{origin}:model.tokenizer", "use the model's own tokenizer"
-        raise InputError("E402", "tokenizer does not fit", place, f"{len(tokenizer)} tokens", f"<= {rows} embedding rows", fix)
+        raise InputError(
+            "E402", "tokenizer does not fit", place, f"{len(tokenizer)} tokens", f"<= {rows} embedding rows", fix
+        )
     return tokenizer
 
 
@@ -170,19 +216,36 @@ def _check_rewards(config: Config, origin: str, sample: list[Prompt], problems: 
         missing = missing_column(function, columns) if function else None
         if missing:
             found, expected = f'parameter "{missing}" without a column', f"one of {', '.join(columns)}"
-            problems.append(InputError("E301", "reward needs a column", key, found, expected, "rename the parameter or the column"))
+            problems.append(
+                InputError("E301", "reward needs a column", key, found, expected, "rename the parameter or the column")
+            )
         column = spec.args.get("column")
         if column is not None and column not in columns:
-            problems.append(InputError("E301", "reward needs a column", f"{key}.args.column", str(column), f"one of {', '.join(columns)}", "name a column"))
+            problems.append(
+                InputError(
+                    "E301",
+                    "reward needs a column",
+                    f"{key}.args.column",
+                    str(column),
+                    f"one of {', '.join(columns)}",
+                    "name a column",
+                )
+            )
         if names.count(names[i]) > 1 and names.index(names[i]) == i:
-            problems.append(InputError("E301", "reward name twice", f"{key}.name", names[i], "different names", "set reward.functions.name"))
+            problems.append(
+                InputError(
+                    "E301", "reward name twice", f"{key}.name", names[i], "different names", "set reward.functions.name"
+                )
+            )
 
 
 def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:
     name, needed = Path(config.data.train).name, config.learner.prompts_per_step
     if len(train.prompts) < needed:
         found, expected = f"{len(train.prompts)} usable rows", f">= learner.prompts_per_step ({needed})"
-        problems.append(InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step"))
+        problems.append(
+            InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step")
+        )
     warnings = [f"{n} {reason} prompts of {name} dropped" for reason, n in train.dropped.items() if n]
     seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
     duplicates = len(train.prompts) - len(seen)

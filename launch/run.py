@@ -11,14 +11,18 @@ import asyncio
 import os
 import sys
 import time
+import traceback
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Run as a file, Python puts launch/ on the path, where the packages beside it are not found.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from shared.config import Config, known_keys, load_config
+from shared.config import Config
+from shared.config_loader import known_keys, load_config
 from shared.errors import InputError, MillraceError, one_line
 
 if TYPE_CHECKING:
@@ -26,32 +30,41 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run, print at most one error, and return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Train, and return the exit code."""
+    return guarded(sys.argv[1:] if arguments is None else arguments, _train_command)
+
+
+def _train_command(arguments: list[str]) -> None:
+    files, overrides = parse(arguments)
+    train(load_config(files, overrides), Path(files[-1]), dry_run="--dry-run" in arguments)
+
+
+def guarded(arguments: list[str], verb: Callable[[list[str]], None]) -> int:
+    """Run ``verb``; print help, or at most one error without a traceback, and return the exit code."""
     if not arguments or "--help" in arguments or "-h" in arguments:
         print_help()
         return 0 if arguments else 2
     debug = "--debug" in arguments
     try:
-        files, overrides = parse(arguments)
-        train(load_config(files, overrides), Path(files[-1]), dry_run="--dry-run" in arguments)
+        verb(arguments)
         return 0
     except MillraceError as error:
         if debug:
             raise
-        print(error, file=sys.stderr, flush=True)
-        print(f"exit code {error.exit_code}", file=sys.stderr, flush=True)
+        print(f"{error}\nexit code {error.exit_code}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
-    except Exception as error:  # Anything else is a bug of ours or a fault of a machine: say so, with the traceback.
+    except Exception as error:  # A bug of ours or a fault of a machine: the one case that needs its traceback.
         if debug:
             raise
-        import traceback
-
         traceback.print_exc()
-        print(f"error[E000] unexpected {type(error).__name__}: {one_line(error)}\nexit code 1", file=sys.stderr, flush=True)
+        print(
+            f"error[E000] unexpected {type(error).__name__}: {one_line(error)}\nexit code 1",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
 
 
@@ -68,11 +81,20 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         key, equals, value = argument[2:].partition("=")
         if not equals:
             if not rest or (rest[0].startswith("--") and "." in rest[0]):
-                raise InputError("E106", "bad override", f"command line:--{key}", "no value", "a value", f"--{key} VALUE")
+                raise InputError(
+                    "E106", "bad override", f"command line:--{key}", "no value", "a value", f"--{key} VALUE"
+                )
             value = rest.pop(0)
         overrides[key.replace("-", "_")] = value
     if not files:
-        raise InputError("E105", "no config", "command line", "no file", "a TOML file", "python launch/run.py launch/configs/quickstart.toml")
+        raise InputError(
+            "E105",
+            "no config",
+            "command line",
+            "no file",
+            "a TOML file",
+            "python launch/run.py launch/configs/quickstart.toml",
+        )
     return files, overrides
 
 
@@ -107,7 +129,9 @@ async def _train(prepared: Prepared, origin: str, output: Path, started: float, 
     try:
         needs = check_resources(config, origin)
         if dry_run:
-            print(dump_config(config) + f"\n# needs {needs}\n# dry run: everything checked, nothing started", flush=True)
+            print(
+                dump_config(config) + f"\n# needs {needs}\n# dry run: everything checked, nothing started", flush=True
+            )
             return
         folder = RunFolder(config, output)
         reservation = await reserve(needs)

@@ -44,7 +44,14 @@ class RunFolder:
             (path / "samples").mkdir(parents=True, exist_ok=True)
             (path / "config.toml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
-            raise InputError("E601", "cannot write the run folder", f"run.output_dir = {path}", str(error), "a writable directory", "another place") from None
+            raise InputError(
+                "E601",
+                "cannot write the run folder",
+                f"run.output_dir = {path}",
+                str(error),
+                "a writable directory",
+                "another place",
+            ) from None
         self._metrics = MetricsWriter(path, config.run.tensorboard)
         self._started = self._printed = time.monotonic()
         self._first_step = 0.0
@@ -64,11 +71,17 @@ class RunFolder:
             left = (now - self._first_step) / max(step - 1, 1) * (last - step)
             rate = metrics["throughput/rollout_tokens_per_second"]
             kl = f"  kl {metrics['kl']:.4f}" if "kl" in metrics else ""
-            print(f"step {step:>5}/{last}  reward {metrics['reward']:.3f}{kl}  |A| {metrics['advantages/abs_mean']:.2f}  {rate:,.0f} tokens/s  {_clock(left)} left", flush=True)
+            print(
+                f"step {step:>5}/{last}  reward {metrics['reward']:.3f}{kl}  |A| {metrics['advantages/abs_mean']:.2f}  {rate:,.0f} tokens/s  {_clock(left)} left",
+                flush=True,
+            )
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation of policy version ``step``: before the first step as row 0, later with the next row."""
-        shown = "  ".join(f"{name.removeprefix('eval/').removeprefix('rewards/').removesuffix('/mean')} {value:.3f}" for name, value in metrics.items())
+        shown = "  ".join(
+            f"{name.removeprefix('eval/').removeprefix('rewards/').removesuffix('/mean')} {value:.3f}"
+            for name, value in metrics.items()
+        )
         print(f"evaluation at version {step}: {shown}", flush=True)
         if step in (0, self._config.run.steps):
             self._metrics.write(step, metrics)
@@ -133,7 +146,10 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, config: Config) -> None:
     if trained:
         steps, rewards = zip(*trained, strict=True)
         window = max(1, len(rewards) // 50)
-        smooth = [sum(rewards[max(0, i - window + 1) : i + 1]) / len(rewards[max(0, i - window + 1) : i + 1]) for i in range(len(rewards))]
+        smooth = [
+            sum(rewards[max(0, i - window + 1) : i + 1]) / len(rewards[max(0, i - window + 1) : i + 1])
+            for i in range(len(rewards))
+        ]
         axis.plot(steps, rewards, color="#9db8d9", linewidth=0.8, label="reward of a step")
         axis.plot(steps, smooth, color="#1f4e8c", linewidth=1.8, label=f"mean of {window} steps")
     evaluated = [(row["step"], row["eval/reward"]) for row in rows if row.get("eval/reward") is not None]

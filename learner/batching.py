@@ -51,7 +51,9 @@ class TrainBatch:
     """``[B, 1] float32``."""
 
 
-def build_rows(groups: list[RolloutGroup], advantages: Tensor, weights_of: object, *, mask_truncated: bool) -> list[Row]:
+def build_rows(
+    groups: list[RolloutGroup], advantages: Tensor, weights_of: object, *, mask_truncated: bool
+) -> list[Row]:
     """All sequences of the step with their loss weights.
 
     ``advantages [N, G]``; ``weights_of(lengths [M], groups [M]) -> [M]`` is the bound aggregation.

@@ -42,7 +42,9 @@ def bind(choice: Choice, table: Mapping[str, Callable[..., Any]], kind: str, key
             )
     for name in accepted:
         if parameters[name].default is inspect.Parameter.empty and name not in choice.args:
-            raise InputError("E107", f"missing argument of {kind} {choice.name}", key, "nothing", name, f"set {key}.{name}")
+            raise InputError(
+                "E107", f"missing argument of {kind} {choice.name}", key, "nothing", name, f"set {key}.{name}"
+            )
     return functools.partial(function, **choice.args)
 
 
@@ -54,9 +56,18 @@ def _find(name: str, table: Mapping[str, Callable[..., Any]], kind: str, key: st
         try:
             return getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise InputError("E107", f"cannot import {kind}", f"{key}.name", str(error), "an importable function", "correct the name") from None
+            raise InputError(
+                "E107", f"cannot import {kind}", f"{key}.name", str(error), "an importable function", "correct the name"
+            ) from None
     guess = nearest(name, table)
-    raise InputError("E107", f"unknown {kind}", f"{key}.name", name, f"one of {', '.join(table)}", f'"{guess}"' if guess else "choose one of these")
+    raise InputError(
+        "E107",
+        f"unknown {kind}",
+        f"{key}.name",
+        name,
+        f"one of {', '.join(table)}",
+        f'"{guess}"' if guess else "choose one of these",
+    )
 
 
 class Choices:
@@ -79,7 +90,9 @@ class Choices:
         sampling = algorithm.importance_sampling
         self.loss = LossSettings(
             policy_loss=bound(algorithm.policy_loss, POLICY_LOSSES, "policy loss", "algorithm.policy_loss"),
-            kl_estimator=bound(Choice(name=algorithm.kl.estimator), KL_ESTIMATORS, "KL estimator", "algorithm.kl.estimator"),
+            kl_estimator=bound(
+                Choice(name=algorithm.kl.estimator), KL_ESTIMATORS, "KL estimator", "algorithm.kl.estimator"
+            ),
             kl_coef=algorithm.kl.coef,
             kl_corrected=algorithm.kl.corrected,
             importance_sampling=None if sampling.level == "none" else sampling.model_dump(),
@@ -99,5 +112,3 @@ class Choices:
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
-
-

@@ -7,7 +7,6 @@ depend on how it was split into micro-batches and ranks.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from learner.batching import TrainBatch, build_rows, collate, split
 from learner.choices import Choices
+from learner.distributed import deepspeed_config, join_group
 from learner.logprobs import ATTENTION_NAME, PolicyModel, register_attention
 from learner.losses import LossInputs, grpo_loss
 from learner.weight_sender import WeightSender, full_tensors
@@ -29,12 +29,14 @@ from shared.weights import Canary, Publication
 class Learner:
     """Trains the policy on groups: ``train_step``, ``sequence_logprobs``, ``save``."""
 
-    def __init__(self, config: Config, rank: int = 0, world_size: int = 1, master: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+    def __init__(
+        self, config: Config, rank: int = 0, world_size: int = 1, master: tuple[str, int] = ("127.0.0.1", 0)
+    ) -> None:
         """Join the learner's process group and load the policy (and the reference, if a KL term needs it)."""
         self.config, self.rank, self.world_size = config, rank, world_size
         self.policy_version = 0
         self._grad_norm = self._lr = float("nan")
-        _join(config, rank, world_size, master)
+        join_group(config, rank, world_size, master)
         import deepspeed
 
         self._choices = Choices(config)
@@ -107,7 +109,9 @@ class Learner:
         """Write the policy in Hugging Face form (safetensors, config, tokenizer) and return the directory."""
         from transformers import AutoTokenizer
 
-        state = {name: tensor.cpu().contiguous().clone() for name, tensor in full_tensors(self.engine) if self.rank == 0}
+        state = {
+            name: tensor.cpu().contiguous().clone() for name, tensor in full_tensors(self.engine) if self.rank == 0
+        }
         if self.rank == 0:
             Path(directory).mkdir(parents=True, exist_ok=True)
             model = self.engine.module.model
@@ -145,7 +149,9 @@ class Learner:
             return reference.to(self.device)
         import deepspeed
 
-        engine, *_ = deepspeed.initialize(model=reference, config=deepspeed_config(self.config), dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=reference, config=deepspeed_config(self.config), dist_init_required=False
+        )
         return engine.eval()
 
     def _plan(self, groups: list[RolloutGroup]) -> tuple[list[list[list[Any]]], dict[str, float]]:
@@ -163,7 +169,9 @@ class Learner:
         metrics |= {
             "groups/trained": float(len(groups)),
             "advantages/abs_mean": float(advantages.abs().mean()),
-            "train_tokens": float(sum(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rows if r.trainable)),
+            "train_tokens": float(
+                sum(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rows if r.trainable)
+            ),
             "trainable_tokens": float(sum(row.trainable for row in rows)),
         }
         return split(rows, self.config.learner.max_tokens_per_microbatch, self.world_size), metrics
@@ -194,7 +202,11 @@ class Learner:
         # The loss is already a sum weighted over the whole step. DeepSpeed averages gradients over the ranks and would
         # divide by accumulation steps: undo the first, switch off the second.
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        metrics |= {"loss": loss.detach(), "entropy_sum": (entropy.detach() * batch.mask).sum(), "tokens_sum": batch.mask.sum()}
+        metrics |= {
+            "loss": loss.detach(),
+            "entropy_sum": (entropy.detach() * batch.mask).sum(),
+            "tokens_sum": batch.mask.sum(),
+        }
         return {name: float(value) for name, value in metrics.items()}
 
     def _step(self) -> bool:
@@ -237,55 +249,3 @@ class Learner:
             "is_weight": "importance_sampling/mean",
         }
         return {renamed.get(name, name): value for name, value in (mean | rest).items()}
-
-
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The DeepSpeed configuration of ``config``; the user's own keys are merged over it."""
-    settings = config.learner
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # Every step() is the accumulation boundary: a token budget needs a varying number of micro-batches.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        "steps_per_print": 1 << 60,
-    }
-    for key, value in settings.deepspeed.items():
-        ours[key] = ours[key] | value if isinstance(value, dict) and isinstance(ours.get(key), dict) else value
-    return ours
-
-
-def learner_environment(config: Config) -> dict[str, str]:
-    """Environment variables of a learner rank; they must be set before torch is imported."""
-    return {"OMP_NUM_THREADS": str(config.learner.cpu_threads), "DS_LOG_LEVEL": "warning"}
-
-
-def _join(config: Config, rank: int, world_size: int, master: tuple[str, int]) -> None:
-    """Initialise DeepSpeed's process group; a single in-process learner picks its own port."""
-    import deepspeed
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(config.learner.cpu_threads)
-    if torch.distributed.is_initialized():
-        return
-    host, port = master
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": host,
-        "MASTER_PORT": str(port or free_port()),
-    }
-    deepspeed.init_distributed(verbose=False)
-
-
-def free_port() -> int:
-    """A TCP port that is free on this host at this moment."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from learner.learner import Learner, free_port, learner_environment
+from learner.distributed import free_port, learner_environment
+from learner.learner import Learner
 from shared.config import Config
 from shared.errors import LearnerFailed, one_line
 from shared.types import RolloutGroup, StepReport
@@ -76,7 +77,9 @@ class LearnerGroup:
         try:
             return list(await asyncio.wait_for(asyncio.gather(*calls), limit))
         except TimeoutError:
-            raise LearnerFailed(f"{method}: no answer from the learner within {limit:g} s (ranks: {len(calls)})") from None
+            raise LearnerFailed(
+                f"{method}: no answer from the learner within {limit:g} s (ranks: {len(calls)})"
+            ) from None
         except Exception as error:
             self._raise(method, error)
             raise
@@ -102,4 +105,3 @@ class LearnerGroup:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
             "runtime_env": {"env_vars": self._environment},
         }
-

@@ -14,17 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0
-
-
-def _exp(x: Tensor) -> Tensor:
-    """``exp`` with its argument clamped to +-20 (gradient 0 beyond), so that no ratio overflows."""
-    return torch.exp(x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-
-
-def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` on the mask, 0 elsewhere; unlike a product this also removes NaN, in value and in gradient."""
-    return torch.where(mask.bool(), x, 0.0)
+from learner.off_policy import LOG_RATIO_LIMIT, bounded_exp, importance_weights, masked
 
 
 def _lengths(mask: Tensor) -> Tensor:
@@ -35,9 +25,18 @@ def _lengths(mask: Tensor) -> Tensor:
 # --- policy losses: (log_ratio [B, T], advantages [B, 1], mask [B, T], *, logprobs) -> [B, T], to be minimised ---
 
 
-def clip(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: Tensor | None = None, low: float = 0.2, high: float = 0.2, delta: float | None = None) -> Tensor:
+def clip(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    low: float = 0.2,
+    high: float = 0.2,
+    delta: float | None = None,
+) -> Tensor:
     """``-min(rho A, clamp(rho, 1-low, 1+high) A)`` (PPO, arXiv 1707.06347); ``delta`` caps rho for A < 0."""
-    return _clipped(_exp(masked(log_ratio, mask)), advantages, low, high, delta)
+    return _clipped(bounded_exp(masked(log_ratio, mask)), advantages, low, high, delta)
 
 
 def _clipped(rho: Tensor, advantages: Tensor, low: float, high: float, delta: float | None) -> Tensor:
@@ -45,7 +44,16 @@ def _clipped(rho: Tensor, advantages: Tensor, low: float, high: float, delta: fl
     return -torch.minimum(free * advantages, rho.clamp(1 - low, 1 + high) * advantages)
 
 
-def dual_clip(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: Tensor | None = None, low: float = 0.2, high: float = 0.2, c: float = 3.0) -> Tensor:
+def dual_clip(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    low: float = 0.2,
+    high: float = 0.2,
+    c: float = 3.0,
+) -> Tensor:
     """``clip``, and for A < 0 at most ``-c A`` (arXiv 1912.09729)."""
     loss = clip(log_ratio, advantages, mask, low=low, high=high)
     return torch.where(advantages < 0, torch.minimum(loss, -c * advantages), loss)
@@ -56,34 +64,77 @@ def reinforce(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: 
     return -advantages * masked(_current(log_ratio, logprobs), mask)
 
 
-def cispo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: Tensor | None = None, cap: float = 5.0, floor: float = 0.0) -> Tensor:
+def cispo(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    cap: float = 5.0,
+    floor: float = 0.0,
+) -> Tensor:
     """``-sg(clamp(rho, floor, cap)) A logprobs`` (CISPO, arXiv 2506.13585); ``cap`` is an absolute ratio."""
-    weight = _exp(masked(log_ratio, mask)).clamp(floor, cap).detach()
+    weight = bounded_exp(masked(log_ratio, mask)).clamp(floor, cap).detach()
     return -weight * advantages * masked(_current(log_ratio, logprobs), mask)
 
 
-def sapo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: Tensor | None = None, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tensor:
+def sapo(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+) -> Tensor:
     """``-(4/tau) sigmoid(tau (rho - 1)) A``: a smooth gate instead of a clip (SAPO, arXiv 2511.20347)."""
     tau = torch.where(advantages > 0, tau_pos, tau_neg)
-    return -(4 / tau) * torch.sigmoid(tau * (_exp(masked(log_ratio, mask)) - 1)) * advantages
+    return -(4 / tau) * torch.sigmoid(tau * (bounded_exp(masked(log_ratio, mask)) - 1)) * advantages
 
 
-def sequence_clip(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: Tensor | None = None, low: float = 3e-4, high: float = 4e-4, delta: float | None = None) -> Tensor:
+def sequence_clip(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    low: float = 3e-4,
+    high: float = 4e-4,
+    delta: float | None = None,
+) -> Tensor:
     """``clip`` of the row's geometric-mean ratio, the same value in every column (GSPO, arXiv 2507.18071)."""
     mean = masked(log_ratio, mask).sum(1, keepdim=True) / _lengths(mask)
-    return _clipped(_exp(mean), advantages, low, high, delta).expand_as(log_ratio)
+    return _clipped(bounded_exp(mean), advantages, low, high, delta).expand_as(log_ratio)
 
 
-def gmpo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: Tensor | None = None, low: float = 0.4, high: float = 0.4) -> Tensor:
+def gmpo(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    low: float = 0.4,
+    high: float = 0.4,
+) -> Tensor:
     """Geometric mean of token ratios clipped in log space, the same value in every column (arXiv 2507.20673)."""
     ratio = masked(log_ratio, mask)
     bounded = ratio.clamp(-low, high)
     pessimistic = torch.where(advantages > 0, torch.minimum(ratio, bounded), torch.maximum(ratio, bounded))
     mean = masked(pessimistic, mask).sum(1, keepdim=True) / _lengths(mask)
-    return (-_exp(mean) * advantages).expand_as(log_ratio)
+    return (-bounded_exp(mean) * advantages).expand_as(log_ratio)
 
 
-def vespo(log_ratio: Tensor, advantages: Tensor, mask: Tensor, *, logprobs: Tensor | None = None, k_pos: float = 2.0, lam_pos: float = 3.0, k_neg: float = 3.0, lam_neg: float = 2.0) -> Tensor:
+def vespo(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    logprobs: Tensor | None = None,
+    k_pos: float = 2.0,
+    lam_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lam_neg: float = 2.0,
+) -> Tensor:
     """``-phi A logprobs`` with a detached gamma-shaped weight phi of the sequence's log-ratio (arXiv 2602.10693)."""
     s = masked(log_ratio, mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).sum(1, keepdim=True)
     s = s.clamp(-18.420680743952367, LOG_RATIO_LIMIT)  # ln 1e-8
@@ -126,7 +177,7 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """``exp(-d) + d - 1``: unbiased, >= 0, low variance (Schulman 2020; GRPO eq. 4, arXiv 2402.03300)."""
     d = logprobs - ref_logprobs
-    return _exp(-d) + d - 1
+    return bounded_exp(-d) + d - 1
 
 
 def absolute(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -183,25 +234,6 @@ AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
 # --- composition ---
 
 
-def importance_weights(old: Tensor, rollout: Tensor, mask: Tensor, *, level: str, mode: str, low: float | None, high: float | None) -> Tensor:
-    """Weights ``exp(old - rollout)`` that correct staleness and engine mismatch: ``[B, T]`` or ``[B, 1]``, detached.
-
-    Truncated importance sampling: ``truncate`` clamps to ``[low, high]``, ``mask`` sets weights outside to 0. A
-    non-finite difference counts as 0, that is weight 1.
-    """
-    difference = masked(old - rollout, mask).detach()
-    difference = torch.where(torch.isfinite(difference), difference, 0.0)
-    if level != "token":
-        difference = difference.sum(1, keepdim=True)
-    if level == "sequence_geometric":
-        difference = difference / _lengths(mask)
-    weights = _exp(difference)
-    lowest, highest = 0.0 if low is None else low, float("inf") if high is None else high
-    if mode == "truncate":
-        return weights.clamp(lowest, highest)
-    return torch.where((weights >= lowest) & (weights <= highest), weights, 0.0)
-
-
 @dataclass(frozen=True)
 class LossInputs:
     """What the loss of one micro-batch is made of; log-probs and mask ``[B, T]``, the rest ``[B, 1]``."""
@@ -250,7 +282,7 @@ def grpo_loss(x: LossInputs, settings: LossSettings) -> tuple[Tensor, dict[str, 
     if x.ref_logprobs is not None:
         kl = settings.kl_estimator(masked(x.logprobs, mask), masked(x.ref_logprobs, mask))
         if settings.kl_corrected:
-            kl = kl * _exp(log_ratio)
+            kl = kl * bounded_exp(log_ratio)
         token_loss = token_loss + settings.kl_coef * kl
         metrics["kl_sum"] = masked(kl, mask).sum().detach()
     return (masked(token_loss, mask) * x.weights).sum(), metrics

@@ -176,7 +176,6 @@ class Engine:
         self._requests += 1
         # The salt keeps a new request from reusing prefix-cache blocks computed under older weights.
         prompt = {"prompt_token_ids": [int(t) for t in token_ids], "cache_salt": str(version)}
-        result = None
         async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
-            pass
-        return result
+            final = result
+        return final

@@ -1,13 +1,14 @@
 """The engines as one object: routes groups, and takes every engine through a publication of weights.
 
-Invariants: an engine serves a version only after the digest of its bytes and the canary's log-probs matched the
-learner's, and nothing is dispatched to an engine between its resume and that proof. Engines are updated
-independently and in parallel.
+Invariant: no completion leaves the pool before the weights that sampled it were proved on their engine, by the
+digest of the received bytes and by the canary's log-probs. Generation goes on while a proof is under way; its
+results are held back until the proof is in. Engines are updated independently and in parallel.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,15 @@ from shared.weights import Publication
 ROUND_TRIES = 3
 
 
+def _stage_limit(publication: Publication) -> float:
+    """Seconds that a stage of a weight update may take: 30 plus the bytes at 100 MB/s."""
+    return 30 + publication.nbytes / 100e6
+
+
+def _worst(reports: list[dict[str, float]]) -> dict[str, float]:
+    return {name: max(report[name] for report in reports) for name in reports[0]}
+
+
 @dataclass
 class _Replica:
     """One engine actor, as the pool sees it."""
@@ -27,10 +37,10 @@ class _Replica:
     index: int
     actor: Any
     version: int = -1
-    """Newest policy version proved here."""
+    """Policy version of the weights loaded here."""
     outstanding: int = 0
-    gate: asyncio.Event = field(default_factory=asyncio.Event)
-    """Open while requests may be dispatched here."""
+    proved: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while the weights loaded here are proved."""
 
 
 class EnginePool:
@@ -48,22 +58,27 @@ class EnginePool:
 
     async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
         """Sample one prompt on the least busy engine. Raises ``GroupFailed`` if the request exceeds its deadline."""
-        replica = await self._choose()
+        replica = min(self._replicas, key=lambda r: r.outstanding)
+        limit = self._config.rollout.request_timeout_s
         replica.outstanding += 1
         try:
-            return await self._ask(
-                replica, "generate", prompt.token_ids, sampling, replica.version, timeout_s=self._config.rollout.request_timeout_s
+            completions = await self._ask(
+                replica, "generate", prompt.token_ids, sampling, replica.version, timeout_s=limit
             )
         except TimeoutError:
-            raise GroupFailed(group_id, "generation_timeout", f"> {self._config.rollout.request_timeout_s:g} s on engine-{replica.index}") from None
+            raise GroupFailed(group_id, "generation_timeout", f"> {limit:g} s on engine-{replica.index}") from None
         finally:
             replica.outstanding -= 1
+        await replica.proved.wait()
+        return completions
 
     async def receive(self, publication: Publication) -> dict[str, float]:
-        """Bring every engine to ``publication`` and prove it there. Returns the slowest engine's figures."""
-        reports = await asyncio.gather(*(self._update(replica, publication) for replica in self._replicas))
-        worst = {name: max(report[name] for report in reports) for name in reports[0]}
-        return {f"sync/{name}": value for name, value in worst.items()} | {"sync/bytes": float(publication.nbytes)}
+        """Bring every engine to ``publication``; on return all of them sample with it. Returns the slowest's figures."""
+        return _worst(await asyncio.gather(*(self._update(replica, publication) for replica in self._replicas)))
+
+    async def prove(self, publication: Publication) -> dict[str, float]:
+        """Compare every engine's canary log-probs with the learner's; then results flow. Raises ``WeightProofFailed``."""
+        return _worst(await asyncio.gather(*(self._prove(replica, publication) for replica in self._replicas)))
 
     def close(self) -> None:
         """Kill the engines."""
@@ -73,34 +88,34 @@ class EnginePool:
             ray.kill(replica.actor)
 
     async def _update(self, replica: _Replica, publication: Publication) -> dict[str, float]:
-        """One engine: pause, receive, resume, prove; then, and only then, open its gate again."""
-        clock = asyncio.get_running_loop().time
-        started = clock()
-        replica.gate.clear()
-        limit = 30 + publication.nbytes / 100e6
-        stages = await self._receive_round(replica, publication, limit)
-        resumed = clock()
+        """One engine: pause, receive, resume."""
+        started = time.monotonic()
+        replica.proved.clear()
+        stages = await self._receive_round(replica, publication)
+        replica.version = publication.version
+        seconds = time.monotonic() - started
+        return {
+            "sync/seconds": seconds,
+            "sync/pause_seconds": stages["paused"],
+            "sync/transfer_seconds": stages["transfer"],
+        }
+
+    async def _prove(self, replica: _Replica, publication: Publication) -> dict[str, float]:
+        started, limit = time.monotonic(), _stage_limit(publication)
         gap = await self._ask(replica, "prove", publication.canary, publication.version, timeout_s=limit)
         if not gap <= self._config.canary_tolerance:
             raise WeightProofFailed(
                 f"engine-{replica.index}, version {publication.version}: canary log-probs differ from the learner's "
                 f"by {gap:.3g} nats, allowed {self._config.canary_tolerance:g}"
             )
-        replica.version = publication.version
-        replica.gate.set()
-        return {
-            "seconds": clock() - started,
-            "pause_seconds": stages["paused"],
-            "transfer_seconds": stages["transfer"],
-            "proof_seconds": clock() - resumed,
-            "canary_gap": gap,
-        }
+        replica.proved.set()
+        return {"sync/proof_seconds": time.monotonic() - started, "sync/canary_gap": gap}
 
-    async def _receive_round(self, replica: _Replica, publication: Publication, limit: float) -> dict[str, float]:
+    async def _receive_round(self, replica: _Replica, publication: Publication) -> dict[str, float]:
         """A failed round leaves the engine paused and is repeated as a whole; resuming it would kill it."""
         for attempt in range(1, ROUND_TRIES + 1):
             try:
-                return await self._ask(replica, "receive", publication, timeout_s=limit)
+                return await self._ask(replica, "receive", publication, timeout_s=_stage_limit(publication))
             except (EngineFailed, TimeoutError):
                 raise
             except Exception as error:
@@ -110,17 +125,6 @@ class EnginePool:
                     ) from error
         raise AssertionError("unreachable")
 
-    async def _choose(self) -> _Replica:
-        """The open engine with the fewest outstanding groups; waits for the first to open if all are closed."""
-        while not (ready := [r for r in self._replicas if r.gate.is_set()]):
-            waits = [asyncio.ensure_future(r.gate.wait()) for r in self._replicas]
-            try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-        return min(ready, key=lambda r: r.outstanding)
-
     async def _ask(self, replica: _Replica, method: str, *arguments: Any, timeout_s: float) -> Any:
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -129,7 +133,7 @@ class EnginePool:
         except RayActorError as error:
             raise EngineFailed(f"engine-{replica.index} died in {method}: {one_line(error, 400)}") from error
         except TimeoutError:
-            if method in ("generate",):
+            if method == "generate":
                 raise
             raise EngineFailed(f"engine-{replica.index} did not answer {method} within {timeout_s:g} s") from None
         except RayTaskError as error:

@@ -30,9 +30,13 @@ def load_rows(path: str, key: str) -> list[Row]:
     if not file.is_file():
         similar = nearest(file.name, [p.name for p in file.parent.iterdir()]) if file.parent.is_dir() else None
         fix = f"did you mean {file.parent / similar}?" if similar else "give the path of a local file"
-        raise InputError("E201", "dataset not found", key, f'"{path}" (no such file)', f"a {', '.join(SUFFIXES)} file", fix)
+        raise InputError(
+            "E201", "dataset not found", key, f'"{path}" (no such file)', f"a {', '.join(SUFFIXES)} file", fix
+        )
     if file.suffix not in SUFFIXES:
-        raise InputError("E201", "dataset not found", key, f'"{path}"', f"one of {', '.join(SUFFIXES)}", "convert it once")
+        raise InputError(
+            "E201", "dataset not found", key, f'"{path}"', f"one of {', '.join(SUFFIXES)}", "convert it once"
+        )
     rows = _read_parquet(file) if file.suffix == ".parquet" else _read_text(file)
     if not rows:
         raise InputError("E203", "no rows", file.name, "0 rows", "at least 1", "check the export")
@@ -46,7 +50,9 @@ def _read_parquet(file: Path) -> list[Row]:
     try:
         return pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError("E204", "invalid parquet", file.name, str(error), "a parquet file", "export it again") from None
+        raise InputError(
+            "E204", "invalid parquet", file.name, str(error), "a parquet file", "export it again"
+        ) from None
 
 
 def _read_text(file: Path) -> list[Row]:
@@ -65,7 +71,14 @@ def _read_text(file: Path) -> list[Row]:
     if file.suffix == ".json":
         rows = _parse_json(text, file.name, 1)
         if not isinstance(rows, list):
-            raise InputError("E204", "invalid JSON", file.name, type(rows).__name__, "a list of objects", "use .jsonl for one object per line")
+            raise InputError(
+                "E204",
+                "invalid JSON",
+                file.name,
+                type(rows).__name__,
+                "a list of objects",
+                "use .jsonl for one object per line",
+            )
         numbered = list(enumerate(rows, 1))
     else:
         # JSON ends lines with a newline only; splitlines() would also cut at separators inside strings.
@@ -73,7 +86,14 @@ def _read_text(file: Path) -> list[Row]:
     for number, row in numbered:
         if not isinstance(row, dict):
             found = type(row).__name__
-            raise InputError("E204", "invalid JSON", f"{file.name}:{number}", found, "one object per line", f"repair or remove line {number}")
+            raise InputError(
+                "E204",
+                "invalid JSON",
+                f"{file.name}:{number}",
+                found,
+                "one object per line",
+                f"repair or remove line {number}",
+            )
     return [row for _, row in numbered]
 
 
@@ -83,7 +103,9 @@ def _parse_json(text: str, name: str, line: int) -> Any:
     except json.JSONDecodeError as error:
         number = line + error.lineno - 1
         found = f"{error.msg} at column {error.colno}"
-        raise InputError("E204", "invalid JSON", f"{name}:{number}", found, "one object per line", f"repair or remove line {number}") from None
+        raise InputError(
+            "E204", "invalid JSON", f"{name}:{number}", found, "one object per line", f"repair or remove line {number}"
+        ) from None
 
 
 def _check_types(rows: list[Row], name: str) -> None:
@@ -95,7 +117,9 @@ def _check_types(rows: list[Row], name: str) -> None:
             kind, first = seen.setdefault(column, (type(value), number))
             if type(value) is not kind and {type(value), kind} != {int, float}:
                 found = f"{kind.__name__} in row {first} and {type(value).__name__} in row {number}"
-                raise InputError("E206", "mixed types", f"{name}:{column}", found, "one type", f"write all of {column} as strings")
+                raise InputError(
+                    "E206", "mixed types", f"{name}:{column}", found, "one type", f"write all of {column} as strings"
+                )
 
 
 @dataclass
@@ -114,7 +138,9 @@ class PromptSet:
         for number, row in enumerate(rows, 1):
             if row.get(column) is None and column not in row:
                 others = ", ".join(row)
-                guess = nearest(column, row) or next((c for c in ("prompt", "question", "messages", "problem") if c in row), None)
+                guess = nearest(column, row) or next(
+                    (c for c in ("prompt", "question", "messages", "problem") if c in row), None
+                )
                 fix = f'data.prompt_column = "{guess}"' if guess else "set data.prompt_column"
                 raise InputError("E202", "no such column", f"{name}:{column}", f"{others} in row {number}", column, fix)
         encode = _encoder(config, tokenizer, f"{name}:1")
@@ -160,8 +186,17 @@ def _encoder(config: Config, tokenizer: Any, place: str) -> Callable[[Any], tupl
         messages = system + ([{"role": "user", "content": value}] if isinstance(value, str) else list(value))
         if template is None:
             fix = "set model.chat_template"
-            raise InputError("E403", "no chat template", "model.tokenizer", f"messages in {place}", "a template or plain prompts", fix)
-        text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+            raise InputError(
+                "E403",
+                "no chat template",
+                "model.tokenizer",
+                f"messages in {place}",
+                "a template or plain prompts",
+                fix,
+            )
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
         return messages, tokenizer(text, add_special_tokens=False)["input_ids"]
 
     return encode

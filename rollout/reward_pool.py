@@ -64,7 +64,15 @@ class RewardWorker:
             scores.seconds[name] = time.monotonic() - started
         return scores
 
-    def _call(self, name: str, function: Callable[..., Any], prompt: Prompt, completions: tuple[Completion, ...], state: dict[str, Any], scores: Scores) -> FloatArray:
+    def _call(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        prompt: Prompt,
+        completions: tuple[Completion, ...],
+        state: dict[str, Any],
+        scores: Scores,
+    ) -> FloatArray:
         count = len(completions)
         extra: dict[str, list[Any]] = {}
         logged: dict[str, list[float]] = {}
@@ -83,7 +91,9 @@ class RewardWorker:
                 result = asyncio.run(_await(result))
         except Exception as error:  # A user's function may raise anything; it becomes one typed error.
             found = f"{type(error).__name__}: {one_line(error)}"
-            raise InputError("E304", "reward raised", name, found, "a number", "correct the function for this sample") from error
+            raise InputError(
+                "E304", "reward raised", name, found, "a number", "correct the function for this sample"
+            ) from error
         values = check_rewards(result, completions, name)
         scores.extra |= extra
         scores.metrics |= {metric: sum(v) / len(v) for metric, v in logged.items()}
@@ -115,7 +125,9 @@ def check_rewards(result: Any, completions: tuple[Completion, ...], name: str) -
     count = len(completions)
 
     def wrong_count(found: str) -> InputError:
-        return InputError("E302", "wrong reward count", name, found, f"{count} numbers (one per completion)", "return a flat list")
+        return InputError(
+            "E302", "wrong reward count", name, found, f"{count} numbers (one per completion)", "return a flat list"
+        )
 
     if hasattr(result, "tolist"):
         if getattr(result, "ndim", 1) != 1:

@@ -31,7 +31,9 @@ def text_of(completion: Any) -> str:
     return next((m["content"] for m in reversed(completion) if m["role"] == "assistant"), "")
 
 
-def exact_match(completions: list[Any], *, column: str = "answer", strip: bool = True, ignore_case: bool = False, **columns: Any) -> Rewards:
+def exact_match(
+    completions: list[Any], *, column: str = "answer", strip: bool = True, ignore_case: bool = False, **columns: Any
+) -> Rewards:
     """1 if the completion equals the column, else 0."""
 
     def normal(value: Any) -> str:
@@ -62,7 +64,9 @@ def final_number(completions: list[Any], *, column: str = "answer", **columns: A
     return scores
 
 
-_THINK_ANSWER = re.compile(r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.DOTALL)
+_THINK_ANSWER = re.compile(
+    r"<think>((?:(?!</?think>|</?answer>).)*)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>", re.DOTALL
+)
 
 
 def think_answer_format(completions: list[Any], **_: Any) -> Rewards:
@@ -82,17 +86,29 @@ def _distances(completions: list[Any], completion_ids: list[Any], target: float,
     return [abs(len(text_of(c)) - target) for c in completions]
 
 
-def length_negative_abs(completions: list[Any], completion_ids: list[Any], *, target: float, unit: str = "characters", **_: Any) -> Rewards:
+def length_negative_abs(
+    completions: list[Any], completion_ids: list[Any], *, target: float, unit: str = "characters", **_: Any
+) -> Rewards:
     """``-D`` with D the distance to the target length."""
     return [-d for d in _distances(completions, completion_ids, target, unit)]
 
 
-def length_reciprocal(completions: list[Any], completion_ids: list[Any], *, target: float, unit: str = "characters", **_: Any) -> Rewards:
+def length_reciprocal(
+    completions: list[Any], completion_ids: list[Any], *, target: float, unit: str = "characters", **_: Any
+) -> Rewards:
     """``1 / (1 + D)``: steep near the target, flat far away."""
     return [1 / (1 + d) for d in _distances(completions, completion_ids, target, unit)]
 
 
-def length_exponential(completions: list[Any], completion_ids: list[Any], *, target: float, rate: float = 0.1, unit: str = "characters", **_: Any) -> Rewards:
+def length_exponential(
+    completions: list[Any],
+    completion_ids: list[Any],
+    *,
+    target: float,
+    rate: float = 0.1,
+    unit: str = "characters",
+    **_: Any,
+) -> Rewards:
     """``exp(-rate D)``: smooth, in (0, 1]."""
     return [math.exp(-rate * d) for d in _distances(completions, completion_ids, target, unit)]
 
@@ -125,15 +141,23 @@ SUPPLIED = {"prompts", "completions", "completion_ids", "trainer_state", "log_ex
 
 def load_reward(spec: RewardFunction, key: str) -> Callable[..., Any]:
     """The reward function that ``spec`` names, with its ``args`` bound. Raises ``InputError`` E301."""
-    found = _find(spec.function, key)
+    found: Any = _find(spec.function, key)
     try:
         if inspect.isclass(found):
-            return found(**spec.args)
+            instance: Callable[..., Any] = found(**spec.args)
+            return instance
         if spec.args:
             inspect.signature(found).bind_partial(**spec.args)
             return functools.partial(found, **spec.args)
     except TypeError as error:
-        raise InputError("E301", "reward arguments refused", f"{key}.args", str(error), "the function's own parameters", "correct args") from None
+        raise InputError(
+            "E301",
+            "reward arguments refused",
+            f"{key}.args",
+            str(error),
+            "the function's own parameters",
+            "correct args",
+        ) from None
     return found
 
 
@@ -149,14 +173,17 @@ def _find(name: str, key: str) -> Callable[..., Any]:
         module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except Exception as error:  # Importing runs the user's code, which may raise anything.
         found = f"{type(error).__name__}: {error}"
-        raise InputError("E301", "reward import failed", f"{key}.function", found, name, "install it or correct the name") from None
+        raise InputError(
+            "E301", "reward import failed", f"{key}.function", found, name, "install it or correct the name"
+        ) from None
     if not hasattr(module, attribute):
         public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         guess = nearest(attribute, public)
         found = f'no attribute "{attribute}" in {source}'
         fix = f'"{source}:{guess}"' if guess else "correct the name"
         raise InputError("E301", "reward import failed", f"{key}.function", found, f"one of {', '.join(public)}", fix)
-    return getattr(module, attribute)
+    found: Callable[..., Any] = getattr(module, attribute)
+    return found
 
 
 def _import_file(path: Path) -> Any:
@@ -164,7 +191,8 @@ def _import_file(path: Path) -> Any:
         raise FileNotFoundError(f"no such file: {path}")
     name = f"millrace_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -178,9 +206,11 @@ def reward_name(spec: RewardFunction) -> str:
 
 def missing_column(function: Callable[..., Any], columns: list[str]) -> str | None:
     """A required parameter that is neither a supplied keyword nor a dataset column, or None."""
-    target = function if inspect.isroutine(function) or isinstance(function, functools.partial) else function.__call__
-    for name, parameter in inspect.signature(target).parameters.items():
-        required = parameter.default is inspect.Parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    for name, parameter in inspect.signature(function).parameters.items():
+        required = parameter.default is inspect.Parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
         if required and name not in SUPPLIED and name not in columns:
             return name
     return None

@@ -67,7 +67,9 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         buffer, metas = Segment(update_info.segment).bytes, update_info.tensors()
         received = digest(views(buffer, metas))
         if received != update_info.digest:
-            raise WeightProofFailed(f"segment {update_info.segment}: hashed {received}, the learner sent {update_info.digest}")
+            raise WeightProofFailed(
+                f"segment {update_info.segment}: hashed {received}, the learner sent {update_info.digest}"
+            )
         flat = torch.from_numpy(buffer)
         named = [(m.name, _tensor(flat, m)) for m in metas]
         self.model.load_weights(named)
@@ -93,7 +95,7 @@ def load_tied_head(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tens
     is a packed copy, not a view of the embedding, and would go on producing the old policy's logits.
     """
     head = getattr(model, "lm_head", None)
-    if not getattr(model.config, "tie_word_embeddings", False) or not hasattr(head, "weight"):
+    if head is None or not getattr(model.config, "tie_word_embeddings", False) or not hasattr(head, "weight"):
         return
     for name, tensor in named:
         if name.endswith("embed_tokens.weight"):

@@ -127,7 +127,7 @@ def digest(chunks: Iterable[NDArray[np.uint8]]) -> str:
 
     hasher = blake3()
     for chunk in chunks:
-        hasher.update(memoryview(chunk))
+        hasher.update(chunk.data)
     return hasher.hexdigest()
 
 
@@ -144,7 +144,7 @@ def segment_name(run_id: str, label: str) -> str:
 
 def remove_segments(run_id: str) -> list[str]:
     """Unlink every shared-memory file of ``run_id`` that is still there; returns their names."""
-    left = [path for path in SHM_DIR.glob(f"{SHM_PREFIX}{run_id}-*")]
+    left = list(SHM_DIR.glob(f"{SHM_PREFIX}{run_id}-*"))
     for path in left:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()

@@ -1,0 +1,45 @@
+# Everything a newcomer needs: `make quickstart` and `make test` install what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0+cpu
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
+
+.PHONY: install quickstart test test-fast lint format lock clean
+
+install: $(VENV)/installed
+
+# --no-deps: the lock is complete, and resolving would pull in CUDA builds of torchvision and its like (see cpu.in).
+$(VENV)/installed: requirements/cpu.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"error[E702] version out of range — python. Found {v[0]}.{v[1]}, expected 3.11 (the lock was made for it). Fix: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) || $(PIP) --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	$(PIP) -r requirements/cpu.lock
+	$(PIP) --no-build-isolation --editable .
+	$(BIN)/python -m launch.prebuild
+	@touch $@
+
+quickstart: install
+	$(BIN)/python launch/run.py launch/configs/quickstart.toml
+
+test: install
+	$(BIN)/python -m pytest -q
+
+test-fast: install
+	$(BIN)/python -m pytest -q -m "not stack"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lock:
+	uv pip compile --quiet requirements/cpu.in --override requirements/excluded.txt --python-version 3.11 \
+	  --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --output-file requirements/cpu.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

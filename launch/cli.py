@@ -1,0 +1,31 @@
+"""The ``millrace`` command: one verb a module."""
+
+from __future__ import annotations
+
+import sys
+
+VERBS = {
+    "train": ("launch.run", "train a policy: millrace train CONFIG.toml [--section.field VALUE ...]"),
+    "evaluate": ("launch.evaluate", "score a model directory: millrace evaluate CONFIG.toml [--model.path DIR]"),
+}
+
+
+def main() -> int:
+    """Dispatch to a verb; exit code 2 for an unknown one."""
+    import importlib
+
+    from shared.errors import nearest
+
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: millrace VERB ...\n" + "\n".join(f"  {name:10s} {text}" for name, (_, text) in VERBS.items()))
+        return 0 if arguments else 2
+    if arguments[0] not in VERBS:
+        guess = nearest(arguments[0], VERBS)
+        fix = f"did you mean {guess}?" if guess else "see --help"
+        print(
+            f"error[E106] unknown verb — command line. Found {arguments[0]}, expected one of {', '.join(VERBS)}. Fix: {fix}",
+            file=sys.stderr,
+        )
+        return 2
+    return int(importlib.import_module(VERBS[arguments[0]][0]).main(arguments[1:]))

@@ -1,0 +1,61 @@
+"""The learner's process group and its DeepSpeed configuration."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import torch
+
+from shared.config import Config
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed configuration of ``config``; the user's own keys are merged over it."""
+    settings = config.learner
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Every step() is the accumulation boundary: a token budget needs a varying number of micro-batches.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "steps_per_print": 1 << 60,
+    }
+    for key, value in settings.deepspeed.items():
+        ours[key] = ours[key] | value if isinstance(value, dict) and isinstance(ours.get(key), dict) else value
+    return ours
+
+
+def learner_environment(config: Config) -> dict[str, str]:
+    """Environment variables of a learner rank; they must be set before torch is imported."""
+    return {"OMP_NUM_THREADS": str(config.learner.cpu_threads), "DS_LOG_LEVEL": "warning"}
+
+
+def join_group(config: Config, rank: int, world_size: int, master: tuple[str, int]) -> None:
+    """Initialise DeepSpeed's process group; a single in-process learner picks its own port."""
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(config.learner.cpu_threads)
+    if torch.distributed.is_initialized():
+        return
+    host, port = master
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port or free_port()),
+    }
+    deepspeed.init_distributed(verbose=False)
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,42 @@
+"""Weights that correct for tokens sampled by older weights or by another implementation, and the guards around exp.
+
+Behaviour (``rollout``) and proximal (``old``) policy meet here; the ratio current/old belongs to the policy losses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+
+
+def bounded_exp(x: Tensor) -> Tensor:
+    """``exp`` with its argument clamped to +-20 (gradient 0 beyond), so that no ratio overflows."""
+    return torch.exp(x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` on the mask, 0 elsewhere; unlike a product this also removes NaN, in value and in gradient."""
+    return torch.where(mask.bool(), x, 0.0)
+
+
+def importance_weights(
+    old: Tensor, rollout: Tensor, mask: Tensor, *, level: str, mode: str, low: float | None, high: float | None
+) -> Tensor:
+    """Weights ``exp(old - rollout)`` that correct staleness and engine mismatch: ``[B, T]`` or ``[B, 1]``, detached.
+
+    Truncated importance sampling: ``truncate`` clamps to ``[low, high]``, ``mask`` sets weights outside to 0. A
+    non-finite difference counts as 0, that is weight 1.
+    """
+    difference = masked(old - rollout, mask).detach()
+    difference = torch.where(torch.isfinite(difference), difference, 0.0)
+    if level != "token":
+        difference = difference.sum(1, keepdim=True)
+    if level == "sequence_geometric":
+        difference = difference / mask.sum(1, keepdim=True).clamp(min=1)
+    weights = bounded_exp(difference)
+    lowest, highest = 0.0 if low is None else low, float("inf") if high is None else high
+    if mode == "truncate":
+        return weights.clamp(lowest, highest)
+    return torch.where((weights >= lowest) & (weights <= highest), weights, 0.0)

@@ -1,0 +1,231 @@
+"""Reads a configuration: TOML files from left to right, then ``--section.field value`` overrides, validated once.
+
+A file and the command line get the same checks and the same one-line errors; all problems of one pass are reported
+together, each with the key as the user wrote it and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from shared.config import Config, RewardFunction, Section
+from shared.errors import InputError, nearest, raise_all
+
+
+def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Config:
+    """Read TOML ``files`` left to right, apply ``overrides`` (dotted key to text) and validate.
+
+    Raises ``InputError`` E105 for an unreadable file and ``InputErrors`` with every E101-E104, E106 and E108 found.
+    """
+    table: dict[str, Any] = {}
+    origin = Path(files[-1]).name if files else "command line"
+    for name in files:
+        _merge(table, _read_toml(Path(name)))
+    overrides = overrides or {}
+    for key, text in overrides.items():
+        _assign(table, key, text)
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as error:
+        places = {key: f"command line:--{key}" for key in overrides}
+        raise_all([_explain(detail, origin, places) for detail in error.errors()])
+        raise
+    raise_all(_disagreements(config, origin))
+    return config
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        similar = nearest(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
+        fix = f"did you mean {path.parent / similar}?" if similar else "check the path"
+        raise InputError("E105", "cannot read config", str(path), "no such file", "a TOML file", fix)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        message = str(error)
+        raise InputError("E105", "cannot parse config", str(path), message, "valid TOML", "correct that line") from None
+    except UnicodeDecodeError as error:
+        found = f"byte {error.object[error.start]:#x} at offset {error.start}"
+        raise InputError("E105", "cannot parse config", str(path), found, "UTF-8", "save it as UTF-8") from None
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        old = into.get(key)
+        # A new ``name`` chooses another function: its predecessor's arguments would not fit, so it replaces the table.
+        if isinstance(value, dict) and isinstance(old, dict) and "name" not in value:
+            _merge(old, value)
+        else:
+            into[key] = value
+
+
+def _assign(table: dict[str, Any], key: str, text: str) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise InputError(
+                "E106", "bad override", f"command line:--{key}", f"{part} is not a table", "a known key", "see --help"
+            )
+    annotation = field_annotation(key)
+    if (
+        annotation is not None
+        and "str" in str(annotation)
+        and "list" not in str(annotation)
+        and "dict" not in str(annotation)
+    ):
+        table[last] = None if text == "none" else text
+        return
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text
+
+
+def field_annotation(key: str) -> Any | None:
+    """The declared type of a dotted key, or None if there is no such field."""
+    model: Any = Config
+    for part in key.split("."):
+        fields = getattr(model, "model_fields", {})
+        if part not in fields:
+            return None
+        model = fields[part].annotation
+    return model
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key with its pydantic field, in declaration order."""
+    keys: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = field
+    return keys
+
+
+_EXPECTED = {
+    "greater_than": "a number > {gt}",
+    "greater_than_equal": "a number >= {ge}",
+    "less_than_equal": "a number <= {le}",
+    "literal_error": "{expected}",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "bool_type": "true or false",
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "too_short": "at least {min_length} entries",
+    "missing": "a value",
+}
+
+
+def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
+    """One pydantic error as one of ours."""
+    parts = [str(p) for p in detail["loc"] if p not in ("int", "float", "str", "constrained-float", "constrained-int")]
+    key = ".".join(parts)
+    overridden = next((place for k, place in places.items() if k == key or k.startswith(key + ".")), None)
+    place = overridden or f"{origin}:{key}"
+    if detail["type"] == "extra_forbidden":
+        parent, last = parts[:-1], parts[-1]
+        siblings = [
+            k[len(".".join([*parent, ""])) :].split(".")[0]
+            for k in known_keys()
+            if k.startswith(".".join([*parent, ""]) if parent else "")
+        ]
+        siblings = list(dict.fromkeys(siblings)) or list(RewardFunction.model_fields)
+        guess = nearest(last, siblings)
+        if overridden:
+            fix = f"--{'.'.join([*parent, guess])}" if guess else "see --help"
+            return InputError("E106", "bad override", place, last, "a known key", fix)
+        fix = f"did you mean {'.'.join([*parent, guess])}?" if guess else "remove it"
+        return InputError("E101", "unknown key", place, last, f"one of {', '.join(siblings)}", fix)
+    template = _EXPECTED.get(detail["type"])
+    expected = template.format(**detail.get("ctx", {})) if template else detail["msg"]
+    found = "nothing" if detail["type"] == "missing" else repr(detail["input"])
+    field = known_keys().get(key)
+    default = getattr(field, "default", None)
+    example = f"{parts[-1]} = {default!r}" if isinstance(default, str | int | float) else f"set {key}"
+    code = "E106" if overridden else "E102"
+    return InputError(code, "bad override" if overridden else "bad value", place, found, expected, example)
+
+
+def _disagreements(c: Config, origin: str) -> list[InputError]:
+    """Checks that involve more than one value (E103, E104, E108, E504)."""
+    problems = []
+    group_relative = c.algorithm.advantage.name != "reinforce_pp"
+    if c.rollout.group_size < 2 and group_relative:
+        problems.append(
+            InputError(
+                "E103",
+                "group too small",
+                f"{origin}:rollout.group_size",
+                str(c.rollout.group_size),
+                ">= 2",
+                "set 8; one completion has no group to compare with",
+            )
+        )
+    if c.completions_per_step % c.learner.num_ranks:
+        near = max(1, round(c.completions_per_step / c.learner.num_ranks)) * c.learner.num_ranks
+        problems.append(
+            InputError(
+                "E104",
+                "batch does not divide",
+                f"{origin}:learner.prompts_per_step",
+                f"{c.completions_per_step} completions",
+                f"a multiple of learner.num_ranks = {c.learner.num_ranks}",
+                f"use {near} completions (nearest)",
+            )
+        )
+    for key, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        value = getattr(c.rollout, key)
+        if value != neutral:
+            problems.append(
+                InputError(
+                    "E108",
+                    "options disagree",
+                    f"{origin}:rollout.{key}",
+                    str(value),
+                    f"{neutral} (the learner scores the full distribution)",
+                    f"rollout.{key} = {neutral}",
+                )
+            )
+    if c.algorithm.old_logprobs == "rollout" and c.algorithm.importance_sampling.level != "none":
+        problems.append(
+            InputError(
+                "E108",
+                "options disagree",
+                f"{origin}:algorithm.old_logprobs, algorithm.importance_sampling.level",
+                f"rollout with {c.algorithm.importance_sampling.level}",
+                'level "none" (the correction would count twice)',
+                'algorithm.importance_sampling.level = "none"',
+            )
+        )
+    if not isinstance(c.rollout.kv_cache_gib, int) or c.rollout.kv_cache_gib < 1:
+        problems.append(
+            InputError(
+                "E504",
+                "bad KV size",
+                f"{origin}:rollout.kv_cache_gib",
+                str(c.rollout.kv_cache_gib),
+                "an integer >= 1",
+                "rollout.kv_cache_gib = 1",
+            )
+        )
+    if c.max_model_len > c.learner.max_tokens_per_microbatch:
+        problems.append(
+            InputError(
+                "E108",
+                "options disagree",
+                f"{origin}:learner.max_tokens_per_microbatch",
+                str(c.learner.max_tokens_per_microbatch),
+                f">= {c.max_model_len} (one whole sequence)",
+                f"learner.max_tokens_per_microbatch = {c.max_model_len}",
+            )
+        )
+    return problems
