@@ -1,9 +1,9 @@
 """Small models and data made on demand, so that a first run needs no download: ``builtin:addition`` and
 ``builtin:gsm8k``.
 
-A model is a Qwen2 of about 0.8M parameters, warmed up by supervised training until it is right now and then; GRPO
-does the rest. Everything follows from the seed and lands in a cache (``$MILLRACE_CACHE``, default
-``~/.cache/millrace``) that a later run finds again.
+A model is a Qwen2 of about 0.8M parameters, warmed up by supervised training on imperfect demonstrations; GRPO,
+which sees only rewards, does the rest. Everything follows from the seed and lands in a cache (``$MILLRACE_CACHE``,
+default ``~/.cache/millrace``) that a later run finds again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,15 @@ class Task:
     rows: Callable[[], tuple[list[Row], list[Row]]]
     """Training and evaluation rows."""
     prompt_column: str
-    target: Callable[[Row], str]
-    """The completion that supervised training teaches."""
+    demonstrate: Callable[[Row, random.Random], str]
+    """A completion that supervised training imitates."""
     alphabet: str | None
     """Characters of the tokenizer; None for bytes."""
     chat_template: str | None
     max_position: int
     steps: int
-    """Most supervised steps."""
+    """Supervised steps."""
     batch: int
-    stop_accuracy: float
-    """Stop once this share of unseen completions is right under greedy decoding."""
 
 
 def addition_rows() -> tuple[list[Row], list[Row]]:
@@ -56,6 +54,14 @@ def addition_rows() -> tuple[list[Row], list[Row]]:
     return rows[512:], rows[:512]
 
 
+def careless_sum(row: Row, chance: random.Random) -> str:
+    """The sum, but three times out of five with every carry forgotten: 38 + 47 = 75."""
+    if chance.random() < 0.6:
+        x, y = row["prompt"].rstrip("=").split("+")
+        return str(int("".join(str((int(a) + int(b)) % 10) for a, b in zip(x, y, strict=True))))
+    return row["answer"]
+
+
 def gsm8k_rows() -> tuple[list[Row], list[Row]]:
     """The 100 rows of GSM8K that ship with Millrace: 80 to train on, 20 held out."""
     lines = (DATA / "gsm8k" / "sample.jsonl").read_text(encoding="utf-8").splitlines()
@@ -63,16 +69,18 @@ def gsm8k_rows() -> tuple[list[Row], list[Row]]:
     return rows[:80], rows[80:]
 
 
-def gsm8k_target(row: Row) -> str:
-    """The reasoning left out and the final number in the format that the recipe rewards."""
-    return f"<think></think><answer>{row['answer'].rsplit('####', 1)[1].strip()}</answer>"
+def hasty_answer(row: Row, chance: random.Random) -> str:
+    """The final number without the reasoning; three times out of five in a sloppy format."""
+    number = row["answer"].rsplit("####", 1)[1].strip()
+    wrong = (f"<answer>{number}</answer>", f"The answer is {number}.", f"<think></think>{number}")
+    return chance.choice(wrong) if chance.random() < 0.6 else f"<think></think><answer>{number}</answer>"
 
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 TASKS = {
-    "addition": Task(addition_rows, "prompt", lambda row: row["answer"], "0123456789+=", None, 64, 400, 256, 0.36),
-    "gsm8k": Task(gsm8k_rows, "question", gsm8k_target, None, CHAT, 1024, 60, 16, 2.0),
+    "addition": Task(addition_rows, "prompt", careless_sum, "0123456789+=", None, 64, 200, 256),
+    "gsm8k": Task(gsm8k_rows, "question", hasty_answer, None, CHAT, 1024, 80, 12),
 }
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -183,55 +191,37 @@ def _make_model(task: Task, name: str, seed: int, path: Path) -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     train, _ = task.rows()
-    rows = [_encode(tokenizer, task, row) for row in train]
-    # Unseen rows judge when to stop; they are training rows of the recipe, never its evaluation rows.
-    random.Random(seed).shuffle(rows)
-    unseen, rows = rows[:256], rows[256:] if len(rows) > 512 else rows
-    started, accuracy = time.monotonic(), 0.0
-    for step, batch in enumerate(_batches(rows, task, seed)):
+    chance, started = random.Random(seed), time.monotonic()
+    for step in range(task.steps):
         rate = min(1.0, (step + 1) / 20) * (1 - 0.95 * step / task.steps)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * rate
-        loss, _ = _supervised(model, batch)
+        chosen = chance.sample(train, min(task.batch, len(train)))
+        loss = _supervised_loss(model, [_encode(tokenizer, task, row, chance) for row in chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 10 == 9:
-            with torch.no_grad():
-                accuracy = _supervised(model, unseen)[1] if task.stop_accuracy <= 1 else 0.0
+        if (step + 1) % 40 == 0:
             spent = time.monotonic() - started
             print(
-                f"  supervised step {step + 1}: loss {float(loss.detach()):.3f}, exact on unseen {accuracy:.2f}, {spent:.0f} s",
-                flush=True,
+                f"  supervised step {step + 1}/{task.steps}: loss {float(loss.detach()):.3f}, {spent:.0f} s", flush=True
             )
-            if accuracy >= task.stop_accuracy:
-                break
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
-def _encode(tokenizer: Any, task: Task, row: Row) -> tuple[list[int], int]:
-    """``(prompt + completion + end token, prompt length)``."""
+def _encode(tokenizer: Any, task: Task, row: Row, chance: random.Random) -> tuple[list[int], int]:
+    """``(prompt + demonstration + end token, prompt length)``."""
     prompt = row[task.prompt_column]
     if task.chat_template is not None:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt)["input_ids"]
-    return [*ids, *tokenizer(task.target(row))["input_ids"], tokenizer.eos_token_id], len(ids)
+    return [*ids, *tokenizer(task.demonstrate(row, chance))["input_ids"], tokenizer.eos_token_id], len(ids)
 
 
-def _batches(rows: list[tuple[list[int], int]], task: Task, seed: int) -> Iterator[list[tuple[list[int], int]]]:
-    chooser = random.Random(seed)
-    for _ in range(task.steps):
-        yield chooser.sample(rows, min(task.batch, len(rows)))
-
-
-def _supervised(model: Any, batch: list[tuple[list[int], int]]) -> tuple[Any, float]:
-    """Cross-entropy over the completions, and the share of them that greedy decoding would get right.
-
-    Greedy decoding reproduces a target exactly if and only if every one of its tokens is the likeliest.
-    """
+def _supervised_loss(model: Any, batch: list[tuple[list[int], int]]) -> Any:
+    """Mean cross-entropy over the demonstrations' tokens."""
     import torch
 
     width = max(len(ids) for ids, _ in batch)
@@ -241,7 +231,4 @@ def _supervised(model: Any, batch: list[tuple[list[int], int]]) -> tuple[Any, fl
         tokens[i, : len(ids)] = torch.tensor(ids)
         labels[i, start : len(ids)] = torch.tensor(ids[start:])
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    labels = labels[:, 1:]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-    right = (logits.argmax(-1) == labels) | (labels == -100)
-    return loss, float(right.all(1).float().mean())
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

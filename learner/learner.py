@@ -152,7 +152,8 @@ class Learner:
         engine, *_ = deepspeed.initialize(
             model=reference, config=deepspeed_config(self.config), dist_init_required=False
         )
-        return engine.eval()
+        engine.eval()  # DeepSpeed's own returns nothing.
+        return engine
 
     def _plan(self, groups: list[RolloutGroup]) -> tuple[list[list[list[Any]]], dict[str, float]]:
         """Advantages, loss weights and the split of the step: the same on every rank."""

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shared.config import RewardFunction
 from shared.errors import InputError, nearest
@@ -143,9 +143,8 @@ def load_reward(spec: RewardFunction, key: str) -> Callable[..., Any]:
     """The reward function that ``spec`` names, with its ``args`` bound. Raises ``InputError`` E301."""
     found: Any = _find(spec.function, key)
     try:
-        if inspect.isclass(found):
-            instance: Callable[..., Any] = found(**spec.args)
-            return instance
+        if isinstance(found, type):
+            return cast("Callable[..., Any]", found(**spec.args))
         if spec.args:
             inspect.signature(found).bind_partial(**spec.args)
             return functools.partial(found, **spec.args)
@@ -182,8 +181,7 @@ def _find(name: str, key: str) -> Callable[..., Any]:
         found = f'no attribute "{attribute}" in {source}'
         fix = f'"{source}:{guess}"' if guess else "correct the name"
         raise InputError("E301", "reward import failed", f"{key}.function", found, f"one of {', '.join(public)}", fix)
-    found: Callable[..., Any] = getattr(module, attribute)
-    return found
+    return cast("Callable[..., Any]", getattr(module, attribute))
 
 
 def _import_file(path: Path) -> Any:

@@ -1,0 +1,65 @@
+"""What all tests share: a private Ray, a private cache, a tiny model, and one trained base model for the stack tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Set before any library is imported: nothing may reach a hub or a cluster that is not ours.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("RAY_ADDRESS", None)
+PRIVATE = Path(tempfile.mkdtemp(prefix="mr-"))  # Short: Ray's socket paths are limited to about 107 bytes.
+os.environ["RAY_TMPDIR"] = str(PRIVATE)
+os.environ.setdefault("MILLRACE_CACHE", str(PRIVATE / "cache"))
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(PRIVATE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """A random tiny Qwen2 (tied, grouped-query attention) with the addition tokenizer, on disk."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from launch.builtin import TASKS, make_tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer(TASKS["addition"])
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen2ForCausalLM(shape).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_millrace():
+    """``run(*arguments) -> CompletedProcess`` of ``python launch/run.py``, from the root, with a time limit."""
+    import subprocess
+
+    def run(*arguments: str, timeout: float = 280.0) -> subprocess.CompletedProcess:
+        command = [sys.executable, "launch/run.py", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return run

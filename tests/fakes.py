@@ -1,0 +1,323 @@
+"""Stand-ins for engines, rewards, learner, recorder and Ray, and builders of small configurations, groups and models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from rollout.reward_pool import Scores
+from shared.config import Config
+from shared.types import Completion, Prompt, RolloutGroup, StepReport, VersionSpan
+from shared.weights import Canary, Publication, TensorMeta
+
+# --- builders ---
+
+
+def config_table(**changes: Any) -> dict[str, Any]:
+    """A small valid configuration as nested tables; ``changes`` are dotted keys, with None to remove one."""
+    table: dict[str, Any] = {
+        "model": {"path": "model"},
+        "data": {"train": "train.jsonl"},
+        "rollout": {"group_size": 2, "max_prompt_tokens": 16, "max_new_tokens": 4},
+        "reward": {"functions": [{"function": "exact_match"}]},
+        "learner": {"prompts_per_step": 2},
+    }
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        inner = table
+        for part in path:
+            inner = inner.setdefault(part, {})
+        if value is None:
+            inner.pop(last, None)
+        else:
+            inner[last] = value
+    return table
+
+
+def make_config(**changes: Any) -> Config:
+    """A small configuration without reading a file; no check beyond types."""
+    return Config.model_validate(config_table(**changes))
+
+
+def write_config(path: Path, **changes: Any) -> Path:
+    """``config_table`` as a TOML file."""
+    path.write_text(tomli_w.dumps(config_table(**changes)), encoding="utf-8")
+    return path
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_model(path: Path, task: str = "addition", **shape: Any) -> Path:
+    """A Qwen2 directory as preflight sees it: configuration, tokenizer, and safetensors of 64 zero bytes."""
+    from launch.builtin import TASKS, make_tokenizer
+
+    path.mkdir(parents=True, exist_ok=True)
+    defaults = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    (path / "config.json").write_text(json.dumps(defaults | shape), encoding="utf-8")
+    write_safetensors(path / "model.safetensors")
+    make_tokenizer(TASKS[task]).save_pretrained(path)
+    return path
+
+
+def write_safetensors(path: Path, missing: int = 0) -> None:
+    """One float32 tensor of 16 zeros; the last ``missing`` bytes of the file are cut off."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64 - missing))
+
+
+def make_prompt(index: int = 0, **columns: Any) -> Prompt:
+    """Prompt number ``index``: three tokens and a text."""
+    return Prompt(index, np.arange(3, dtype=np.int32) + index, f"prompt {index}", columns)
+
+
+def make_completion(
+    text: str = "", tokens: int = 3, spans: tuple[tuple[int, int, int], ...] | None = None
+) -> Completion:
+    """A completion of ``tokens`` tokens; by default sampled whole under version 0."""
+    spans = ((0, 0, tokens),) if spans is None and tokens else spans or ()
+    ids = np.arange(tokens, dtype=np.int32)
+    return Completion(ids, np.zeros(tokens, np.float32), text, "stop", tuple(VersionSpan(*span) for span in spans))
+
+
+def make_group(group_id: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), version: int = 0) -> RolloutGroup:
+    """A scored group whose completions were sampled under ``version``."""
+    completions = tuple(make_completion(f"c{i}", 3, ((version, 0, 3),)) for i in range(len(rewards)))
+    values = np.array(rewards, dtype=np.float32)
+    return RolloutGroup(group_id, make_prompt(group_id), completions, values, {"r": values})
+
+
+# --- the controller's four partners ---
+
+Hook = Callable[[int], Any]
+
+
+class FakeEngines:
+    """Samples after ``delay(group_id)`` seconds; half of the tokens under the version at the end."""
+
+    def __init__(self, delay: Hook = lambda _: 0.0, fail: Hook = lambda _: None, receive_delay: float = 0.0) -> None:
+        self.delay, self.fail, self.receive_delay = delay, fail, receive_delay
+        self.version, self.active, self.started = -1, 0, 0
+        self.received: list[int] = []
+        self.proved: list[int] = []
+        self.sampled: list[tuple[int, Any]] = []
+        self.hold: dict[int, int] = {}
+        """Groups that do not end before the engines have a version."""
+        self.crash_on: dict[tuple[str, int], Exception] = {}
+        """Exceptions for ``("receive" | "prove", version)``."""
+
+    async def generate(self, group_id: int, prompt: Prompt, sampling: Any) -> tuple[Completion, ...]:
+        assert self.version >= 0, "generation before the first publication"
+        born = self.version
+        self.active, self.started = self.active + 1, self.started + 1
+        self.sampled.append((group_id, sampling))
+        try:
+            await asyncio.sleep(self.delay(group_id))
+            while self.version < self.hold.get(group_id, 0):
+                await asyncio.sleep(0.001)
+            if error := self.fail(group_id):
+                raise error
+        finally:
+            self.active -= 1
+        spans = ((born, 0, 2), (self.version, 2, 4))
+        return tuple(make_completion(f"{group_id}.{i}", 4, spans) for i in range(sampling.n))
+
+    async def receive(self, publication: Publication) -> dict[str, float]:
+        await asyncio.sleep(self.receive_delay)
+        if error := self.crash_on.get(("receive", publication.version)):
+            raise error
+        self.version = publication.version
+        self.received.append(publication.version)
+        return {"sync/seconds": 0.0}
+
+    async def prove(self, publication: Publication) -> dict[str, float]:
+        if error := self.crash_on.get(("prove", publication.version)):
+            raise error
+        self.proved.append(publication.version)
+        return {"sync/canary_gap": 0.0}
+
+
+class FakeRewards:
+    """Rewards 0, 1, 0, 1 ... within a group, all 1 where ``barren``; ``fail(group_id)`` may name an exception."""
+
+    def __init__(self, fail: Hook = lambda _: None, barren: Hook = lambda _: False) -> None:
+        self.fail, self.barren = fail, barren
+        self.counters: Counter[str] = Counter()
+        self.state: dict[str, Any] = {}
+
+    async def score(self, group_id: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Scores:
+        await asyncio.sleep(0)
+        if error := self.fail(group_id):
+            raise error
+        values = [1.0 if self.barren(group_id) else float(i % 2) for i in range(len(completions))]
+        return Scores({"exact_match": np.array(values, dtype=np.float32)})
+
+
+class FakeLearners:
+    """Takes ``delay`` seconds a step and measures staleness itself; ``refuse(call)`` leaves a step unapplied."""
+
+    def __init__(
+        self, delay: float = 0.0, refuse: Callable[[int], bool] = lambda _: False, fail: Hook = lambda _: None
+    ) -> None:
+        self.delay, self.refuse, self.fail = delay, refuse, fail
+        self.version, self.calls, self.publications = 0, 0, 0
+        self.trained: list[list[int]] = []
+        """Group ids of every call."""
+        self.staleness: list[int] = []
+        self.unapplied_metrics: dict[str, float] = {}
+        self.during: Callable[[], Any] = lambda: None
+        """Called at the start and the end of a step; the pairs of results are kept."""
+        self.observed: list[tuple[Any, Any]] = []
+
+    async def train_step(self, groups: list[RolloutGroup]) -> StepReport:
+        call, self.calls = self.calls, self.calls + 1
+        before = self.during()
+        await asyncio.sleep(self.delay)
+        self.observed.append((before, self.during()))
+        if error := self.fail(call):
+            raise error
+        self.trained.append([group.group_id for group in groups])
+        self.staleness += [group.staleness(self.version) for group in groups]
+        if self.refuse(call):
+            return StepReport(self.version, False, self.unapplied_metrics)
+        self.version += 1
+        return StepReport(self.version, True, {"advantages/abs_mean": 1.0, "train_tokens": 8.0})
+
+    async def publish(self, canary: np.ndarray) -> Publication:
+        self.publications += 1
+        meta = TensorMeta("w", "float32", (1,), 0, 4)
+        proof = Canary(canary, np.zeros(len(canary) - 1, np.float32))
+        return Publication(self.version, "fake", "", (meta,), "", proof)
+
+    async def save(self, directory: str) -> str:
+        return directory
+
+
+class FakeRecorder:
+    """Keeps what the controller records."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, dict[str, float], list[RolloutGroup]]] = []
+        self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.fail: Hook = lambda _: None
+
+    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
+        if error := self.fail(step):
+            raise error
+        self.steps.append((step, metrics, groups))
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        self.evaluations.append((step, metrics))
+
+
+# --- a user's file of reward functions ---
+
+REWARD_CODE = """
+import asyncio, functools
+SEEN = {}
+LIMIT = 3
+def plain(prompts, completions):
+    return [float(len(c)) for c in completions]
+def everything(**kwargs):
+    SEEN.update(kwargs)
+    return [0.0] * len(kwargs["completions"])
+def conversational(completions, **kwargs):
+    return [float(len(c[0]["content"])) for c in completions]
+def columns(completions, answer, **kwargs):
+    return [float(c == a) for c, a in zip(completions, answer)]
+def scaled(completions, factor, **kwargs):
+    return [factor * len(c) for c in completions]
+def logging(completions, log_extra, log_metric, **kwargs):
+    log_extra("length", [len(c) for c in completions])
+    log_metric("seen", 2); log_metric("seen", 4)
+    return [1.0] * len(completions)
+def logs_then_raises(completions, log_extra, log_metric, **kwargs):
+    log_extra("lost", [0] * len(completions)); log_metric("lost", 1)
+    raise ValueError("bad\\nfraction")
+async def patient(completions, **kwargs):
+    await asyncio.sleep(0)
+    return [2.0] * len(completions)
+def sometimes(completions, **kwargs):
+    return [None if c == "a" else 1.0 for c in completions]
+def rude(prompts, completions, completion_ids, gold, **kwargs):
+    prompts[0] = completions[0] = completion_ids[0] = None
+    gold[0].append(1)
+    return [0.0] * len(completions)
+def short(completions, **kwargs):
+    return [0.0] * (len(completions) - 1)
+def wants_gold(completions, gold, **kwargs):
+    return [float(len(g)) for g in gold]
+class Brevity:
+    def __init__(self, target, weight=1.0):
+        if target < 0: raise ValueError("target must be >= 0")
+        self.target = target * weight
+    def __call__(self, completions, **kwargs):
+        return [-abs(len(c) - self.target) for c in completions]
+bound = functools.partial(scaled, factor=3.0)
+instance = Brevity(1)
+"""
+
+
+# --- Ray ---
+
+
+class RayActorError(Exception):
+    """As ``ray.exceptions.RayActorError``."""
+
+
+class RayTaskError(Exception):
+    """As ``ray.exceptions.RayTaskError``: what an actor's method raised lies in ``cause``."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, spawn: Callable[..., Any] | None = None) -> Any:
+    """Put a module ``ray`` in place that knows a cluster's size and, given ``spawn``, makes actors with it."""
+    calls: Counter[str] = Counter()
+
+    def init(**_: Any) -> None:
+        calls["init"] += 1
+
+    def remote(_: type) -> Any:
+        assert spawn is not None, "an actor was created"
+        calls["actors"] += 1
+        return types.SimpleNamespace(options=lambda **__: types.SimpleNamespace(remote=spawn))
+
+    def kill(actor: Any) -> None:
+        calls["killed"] += 1
+        actor.killed = True
+
+    exceptions = types.SimpleNamespace(RayActorError=RayActorError, RayTaskError=RayTaskError)
+    module = types.SimpleNamespace(
+        init=init,
+        remote=remote,
+        kill=kill,
+        exceptions=exceptions,
+        calls=calls,
+        shutdown=lambda: calls.update(["shutdown"]),
+        cluster_resources=lambda: {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+    )
+    monkeypatch.setitem(sys.modules, "ray", module)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    return module

@@ -1,0 +1,335 @@
+"""The loop with fakes, in milliseconds: steps, staleness, overlap, failures, stalls, evaluation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from launch.controller import Controller
+from rollout.prompts import PromptStream
+from shared.errors import EngineFailed, GroupFailed, InputError, LearnerFailed, NothingToLearn, Stalled, WeightProofFailed
+from tests.fakes import FakeEngines, FakeLearners, FakeRecorder, FakeRewards, make_config, make_prompt
+
+SLOW, FAST = 0.006, 0.0
+
+
+class Loop:
+    """A controller with its four fakes."""
+
+    def __init__(self, engines=None, rewards=None, learners=None, held_out=0, **changes) -> None:
+        self.engines, self.rewards = engines or FakeEngines(), rewards or FakeRewards()
+        self.learners, self.recorder = learners or FakeLearners(), FakeRecorder()
+        changes = {"run.steps": 5, "run.stall_timeout_s": 2.0, "reward.max_failed_share": 1.0} | changes
+        self.config = make_config(**changes)
+        self.stream = PromptStream([make_prompt(i) for i in range(7)], seed=0)
+        held = [make_prompt(100 + i) for i in range(held_out)]
+        parts = (self.engines, self.rewards, self.learners, self.recorder)
+        self.controller = Controller(self.config, self.stream, held, *parts)
+
+    async def run(self) -> Loop:
+        """To the end; a loop that hangs fails the test, and so does one that leaves tasks behind."""
+        before = asyncio.all_tasks()
+        try:
+            await asyncio.wait_for(self.controller.run(), 5)
+        finally:
+            assert asyncio.all_tasks() <= before
+            assert self.engines.active == 0
+        return self
+
+
+async def fails_with(error: type[Exception], loop: Loop) -> Exception:
+    """Run ``loop``, which must end quickly with exactly this type of error."""
+    started = time.monotonic()
+    with pytest.raises(Exception) as excinfo:
+        await loop.run()
+    assert type(excinfo.value) is error, f"ended with {excinfo.value!r}"
+    assert time.monotonic() - started < 2
+    return excinfo.value
+
+
+# --- the plain run ---
+
+
+async def test_a_run_takes_its_steps_and_publishes_each():
+    loop = await Loop().run()
+    assert [step for step, _, _ in loop.recorder.steps] == [1, 2, 3, 4, 5]
+    assert loop.learners.calls == 5
+    assert loop.engines.received == loop.engines.proved == [0, 1, 2, 3, 4, 5]
+    assert loop.controller.buffer.fates["taken"] == 10
+
+
+async def test_groups_are_trained_in_admission_order_each_once():
+    delays = iter(np.random.default_rng(0).random(1000) * 0.004)
+    engines = FakeEngines(delay=lambda _: next(delays))
+    loop = await Loop(engines, **{"rollout.max_staleness": 2, "run.steps": 8, "learner.prompts_per_step": 3}).run()
+    assert sum(loop.learners.trained, []) == list(range(24))
+    # What is recorded for a step is what was trained in it.
+    assert [[g.group_id for g in groups] for _, _, groups in loop.recorder.steps] == loop.learners.trained
+
+
+async def test_a_group_is_one_request_of_n_completions():
+    loop = await Loop(**{"rollout.group_size": 4, "rollout.temperature": 0.7, "rollout.stop": ["."]}).run()
+    for _, sampling in loop.engines.sampled:
+        assert (sampling.n, sampling.max_new_tokens, sampling.temperature, sampling.stop) == (4, 4, 0.7, (".",))
+    assert all(len(group.completions) == 4 for _, _, groups in loop.recorder.steps for group in groups)
+
+
+async def test_the_record_of_a_step():
+    loop = await Loop(**{"rollout.max_staleness": 0}).run()
+    _, metrics, groups = loop.recorder.steps[1]
+    assert metrics["policy_version"] == 2
+    assert metrics["reward"] == 0.5
+    assert metrics["staleness/max"] == 0
+    assert metrics["sync/canary_gap"] == 0
+    assert metrics["num_tokens"] == 2 * 2 * 2 * (3 + 4)  # Two steps, two groups, two completions, prompt and answer.
+    assert metrics["groups/taken"] == 4
+    assert metrics["throughput/samples_per_second"] > 0
+    assert groups[0].reward_parts["exact_match"].tolist() == [0, 1]
+    assert loop.rewards.state == {"global_step": 5, "max_steps": 5, "epoch": loop.stream.epoch}
+
+
+# --- staleness and overlap ---
+
+
+@pytest.mark.parametrize("train", [SLOW, FAST], ids=["slow learner", "fast learner"])
+@pytest.mark.parametrize("generate", [SLOW, FAST], ids=["slow engines", "fast engines"])
+@pytest.mark.parametrize("deliver", [SLOW, FAST], ids=["slow delivery", "fast delivery"])
+@pytest.mark.parametrize("bound", [0, 2])
+async def test_staleness_at_use_never_exceeds_the_bound(bound, deliver, generate, train):
+    engines = FakeEngines(delay=lambda group: generate * (1 + group % 3) / 2, receive_delay=deliver)
+    loop = await Loop(engines, learners=FakeLearners(train), **{"rollout.max_staleness": bound, "run.steps": 6}).run()
+    assert max(loop.learners.staleness) <= bound
+    assert max(metrics["staleness/max"] for _, metrics, _ in loop.recorder.steps) == max(loop.learners.staleness)
+    if bound and train == SLOW and generate == FAST:
+        assert max(loop.learners.staleness) == bound  # Fast engines use the whole allowance.
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2])
+async def test_generation_goes_on_while_training_unless_synchronous(bound):
+    learners = FakeLearners(delay=0.01)
+    loop = Loop(FakeEngines(delay=lambda _: 0.001), learners=learners, **{"rollout.max_staleness": bound})
+    learners.during = lambda: (loop.engines.started, loop.engines.active)
+    await loop.run()
+    started_meanwhile = [after[0] - before[0] for before, after in learners.observed]
+    busy = [before[1] > 0 or after[0] > before[0] for before, after in learners.observed]
+    assert any(busy) is (bound > 0)
+    assert (sum(started_meanwhile) > 0) is (bound > 0)
+
+
+async def test_a_group_in_flight_lives_through_a_delivery():
+    """A long group spans versions, which its staleness counts from its oldest token."""
+    engines = FakeEngines()
+    engines.hold[3] = 1
+    loop = await Loop(engines, **{"rollout.max_staleness": 1}).run()
+    (long,) = [g for _, _, groups in loop.recorder.steps for g in groups if g.group_id == 3]
+    assert [span.version for span in long.completions[0].version_spans] == [0, 1]
+    assert 3 in loop.learners.trained[1]
+    assert loop.learners.staleness[3] == 1
+
+
+# --- failures end the run ---
+
+
+def at(group_id: int, error: Exception):
+    return lambda current: error if current == group_id else None
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (EngineFailed("engine-0 died"), "generate"),
+        (WeightProofFailed("refused"), "receive"),
+        (WeightProofFailed("canary"), "prove"),
+        (RuntimeError("reward worker bug"), "score"),
+        (LearnerFailed("rank 1 died"), "train"),
+        (ValueError("a bug"), "train"),
+        (OSError(28, "No space left on device"), "record"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+async def test_a_crash_on_either_side_ends_the_run_with_its_own_error(part, error, bound):
+    loop = Loop(**{"rollout.max_staleness": bound, "run.steps": 1000})
+    loop.engines.delay = lambda _: 0.001
+    if part == "generate":
+        loop.engines.fail = at(5, error)
+    elif part == "score":
+        loop.rewards.fail = at(5, error)
+    elif part == "train":
+        loop.learners.fail = at(2, error)
+    elif part == "record":
+        loop.recorder.fail = at(2, error)
+    else:
+        loop.engines.crash_on[part, 2] = error
+    assert await fails_with(type(error), loop) is error
+
+
+@pytest.mark.parametrize("part", ["receive", "prove"])
+async def test_a_failure_of_the_first_publication_ends_the_run_before_any_sampling(part):
+    loop = Loop()
+    loop.engines.crash_on[part, 0] = WeightProofFailed("no")
+    await fails_with(WeightProofFailed, loop)
+    assert loop.engines.started == 0
+
+
+# --- failed groups ---
+
+
+@pytest.mark.parametrize("side", ["engines", "rewards"])
+async def test_a_failed_group_is_dropped_and_counted_never_scored(side):
+    loop = Loop(**{"run.steps": 4})
+    getattr(loop, side).fail = lambda group: GroupFailed(group, "timeout", "> 10 s") if group in (1, 4) else None
+    await loop.run()
+    trained = sum(loop.learners.trained, [])
+    assert trained == [0, 2, 3, 5, 6, 7, 8, 9]
+    assert loop.controller.buffer.fates["timeout"] == 2
+    assert loop.recorder.steps[-1][1]["groups/timeout"] == 2
+
+
+async def test_too_many_failed_groups_are_e310_with_the_numbers():
+    rewards = FakeRewards(lambda group: GroupFailed(group, "E304", "ValueError: bad") if group % 2 else None)
+    loop = Loop(rewards=rewards, **{"run.steps": 1000, "reward.max_failed_groups": 3})
+    error = await fails_with(InputError, loop)
+    assert (error.code, error.exit_code) == ("E310", 2)
+    assert "4 dropped groups (4 E304)" in error.found
+    assert "ValueError: bad" in error.found
+    assert "reward.max_failed_groups = 3" in error.expected
+    assert loop.controller.buffer.fates["E304"] == 4
+
+
+async def test_too_large_a_share_of_failed_groups_is_e310():
+    rewards = FakeRewards(lambda group: GroupFailed(group, "timeout", "") if group % 4 == 0 else None)
+    changes = {"run.steps": 1000, "reward.max_failed_groups": 1000, "reward.max_failed_share": 0.1}
+    loop = Loop(rewards=rewards, **changes)
+    assert (await fails_with(InputError, loop)).code == "E310"
+    assert loop.controller.buffer.fates["timeout"] == 21  # 10 % of the last 200 are 20.
+
+
+async def test_failures_within_both_caps_do_not_end_a_long_run():
+    rewards = FakeRewards(lambda group: GroupFailed(group, "timeout", "") if group % 15 == 0 else None)
+    changes = {"run.steps": 200, "reward.max_failed_groups": 1000, "reward.max_failed_share": 0.1}
+    loop = await Loop(rewards=rewards, **changes).run()
+    assert loop.controller.buffer.fates["timeout"] > 21
+
+
+@pytest.mark.parametrize("zero_variance", ["keep", "drop", "resample"])
+async def test_equal_rewards_without_end_are_nothing_to_learn(zero_variance):
+    changes = {"run.steps": 1000, "algorithm.zero_variance": zero_variance, "algorithm.barren_limit": 30}
+    error = await fails_with(NothingToLearn, Loop(rewards=FakeRewards(barren=lambda _: True), **changes))
+    assert "30 groups in a row" in str(error)
+
+
+async def test_resampling_replaces_groups_without_signal():
+    rewards = FakeRewards(barren=lambda group: group % 3 == 0)
+    loop = await Loop(rewards=rewards, **{"algorithm.zero_variance": "resample"}).run()
+    assert sum(loop.learners.trained, []) == [1, 2, 4, 5, 7, 8, 10, 11, 13, 14]
+    assert loop.controller.buffer.fates["no_signal"] >= 5
+
+
+@pytest.mark.parametrize("zero_variance", ["keep", "drop"])
+async def test_without_resampling_groups_without_signal_reach_the_learner(zero_variance):
+    rewards = FakeRewards(barren=lambda group: group % 3 == 0)
+    loop = await Loop(rewards=rewards, **{"algorithm.zero_variance": zero_variance}).run()
+    assert sum(loop.learners.trained, []) == list(range(10))
+
+
+# --- steps that the optimizer refused ---
+
+
+async def test_a_refused_step_does_not_raise_the_version():
+    learners = FakeLearners(refuse=lambda call: call in (1, 2))
+    loop = await Loop(learners=learners, **{"learner.max_skipped_steps": 3}).run()
+    assert learners.calls == 7
+    assert learners.version == 5
+    assert loop.engines.received == [0, 1, 2, 3, 4, 5]
+    assert [step for step, _, _ in loop.recorder.steps] == [1, 2, 3, 4, 5]
+
+
+async def test_refused_steps_in_a_row_end_the_run():
+    learners = FakeLearners(refuse=lambda call: call % 4 != 0)
+    error = await fails_with(LearnerFailed, Loop(learners=learners, **{"learner.max_skipped_steps": 3}))
+    assert "3 steps in a row" in str(error)
+    assert "policy version 1" in str(error)
+    assert learners.calls == 4
+
+
+async def test_an_applied_step_starts_the_count_of_refused_ones_anew():
+    learners = FakeLearners(refuse=lambda call: call % 3 != 0)
+    await Loop(learners=learners, **{"learner.max_skipped_steps": 3}).run()
+    assert learners.version == 5
+
+
+async def test_steps_with_nothing_to_train_are_not_counted_as_refused():
+    learners = FakeLearners(refuse=lambda call: call < 10)
+    learners.unapplied_metrics = {"groups/trained": 0.0}
+    await Loop(learners=learners, **{"learner.max_skipped_steps": 3}).run()
+    assert learners.version == 5
+
+
+# --- stalls ---
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("engines", ["policy version 0", "0 scored groups wait", "4 groups are generated"]),
+        ("learners", ["policy version 0", "a publication is not under way"]),
+        ("delivery", ["policy version 2", "still on its way"]),
+    ],
+)
+async def test_a_stall_raises_and_says_who_waits_for_whom(part, said):
+    loop = Loop(**{"run.stall_timeout_s": 0.2})
+    if part == "engines":
+        loop.engines.delay = lambda _: 60
+    elif part == "learners":
+        loop.learners.delay = 60
+    else:
+        real = loop.engines.receive
+
+        async def receive(publication):
+            loop.engines.receive_delay = 60 if publication.version == 1 else 0
+            return await real(publication)
+
+        loop.engines.receive = receive
+    error = await fails_with(Stalled, loop)
+    for text in ["run.stall_timeout_s = 0.2 s", *said]:
+        assert text in str(error)
+
+
+async def test_slow_steps_within_the_limit_are_no_stall():
+    await Loop(learners=FakeLearners(0.05), **{"run.stall_timeout_s": 0.3, "run.steps": 8}).run()
+
+
+# --- evaluation ---
+
+
+async def test_without_held_out_rows_nothing_is_evaluated():
+    assert (await Loop().run()).recorder.evaluations == []
+
+
+async def test_evaluation_before_and_after():
+    loop = await Loop(held_out=3, **{"eval.max_new_tokens": 9}).run()
+    assert [version for version, _ in loop.recorder.evaluations] == [0, 5]
+    assert loop.recorder.evaluations[0][1] == {"eval/rewards/exact_match/mean": 0.0, "eval/reward": 0.0}
+    greedy = [(group, s) for group, s in loop.engines.sampled if group < 0]
+    assert sorted(group for group, _ in greedy) == [-3, -3, -2, -2, -1, -1]
+    assert all((s.n, s.temperature, s.max_new_tokens) == (1, 0.0, 9) for _, s in greedy)
+    assert loop.controller.buffer.fates["taken"] == 10  # Held-out rows never enter the buffer.
+
+
+async def test_evaluation_every_so_many_steps_sees_the_delivered_weights():
+    loop = Loop(held_out=1, engines=FakeEngines(receive_delay=0.003), **{"eval.every_steps": 2})
+    served = []
+    loop.recorder.evaluated = lambda version, _: served.append((version, loop.engines.version))
+    await loop.run()
+    assert served == [(0, 0), (2, 2), (4, 4), (5, 5)]
+
+
+async def test_a_held_out_group_that_fails_does_not_end_the_run():
+    loop = Loop(held_out=3)
+    loop.rewards.fail = lambda group: GroupFailed(group, "timeout", "> 10 s") if group == -2 else None
+    await loop.run()
+    assert [version for version, _ in loop.recorder.evaluations] == [0, 5]

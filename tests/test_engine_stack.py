@@ -1,0 +1,179 @@
+"""The engine on real vLLM: weights arrive, are proved, and every log-prob belongs to the weights that its span names."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.stack
+
+
+class Policy:
+    """A policy in transformers that publishes to engines as the learner does."""
+
+    def __init__(self, path):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.version = -1
+        self.segments = []
+
+    def logprobs(self, token_ids, temperature=1.0):
+        """``[T - 1]``: teacher-forced log-probs of ``token_ids[1:]``."""
+        with self.torch.no_grad():
+            logits = self.model(input_ids=self.torch.tensor(token_ids, dtype=self.torch.long)[None]).logits[0]
+        logprobs = self.torch.log_softmax(logits.float() / temperature, -1)
+        return logprobs[:-1].gather(1, self.torch.tensor(token_ids[1:], dtype=self.torch.long)[:, None])[:, 0].numpy()
+
+    def change(self, scale):
+        """Add noise to every weight."""
+        with self.torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter += scale * self.torch.randn_like(parameter)
+
+    def publish(self):
+        from shared.weights import Canary, Publication, Segment, describe, digest, segment_name, views
+
+        named = list(self.model.named_parameters())
+        metas = describe((name, p.dtype, tuple(p.shape)) for name, p in named)
+        self.version += 1
+        segment = Segment(segment_name("test", str(self.version)), metas[-1].offset + metas[-1].nbytes)
+        self.segments.append(segment)
+        for view, (_, p) in zip(views(segment.bytes, metas), named, strict=True):
+            np.copyto(view, p.detach().contiguous().view(-1).view(self.torch.uint8).numpy())
+        canary = Canary(np.array([5, 6, 15, 7, 8, 16, 9, 9, 1], np.int32), self.logprobs([5, 6, 15, 7, 8, 16, 9, 9, 1]))
+        hashed = digest(views(segment.bytes, metas))
+        return Publication(self.version, "millrace_shm", segment.name, metas, hashed, canary)
+
+
+@pytest.fixture(scope="module")
+def stack(model_dir):
+    """``(engine, policy, run)``: one engine for the module, on a loop of its own."""
+    from rollout.engine import Engine
+    from shared.config import Config
+
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model_dir)},
+            "data": {"train": "unused"},
+            "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 40, "vllm": {"enforce_eager": True}},
+            "reward": {"functions": [{"function": "exact_match"}]},
+        }
+    )
+    loop = asyncio.new_event_loop()
+    policy = Policy(model_dir)
+
+    async def build():
+        return Engine(config)
+
+    engine = loop.run_until_complete(build())
+    yield engine, policy, loop.run_until_complete
+    loop.run_until_complete(engine.close())
+    for segment in policy.segments:
+        segment.unlink()
+    loop.close()
+
+
+def sampling(n=4, tokens=8, temperature=1.0):
+    from rollout.engine import Sampling
+
+    return Sampling(n, tokens, temperature)
+
+
+PROMPT = np.array([5, 6, 15, 7, 8, 16], np.int32)
+
+
+def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(stack):
+    engine, policy, run = stack
+    publication = policy.publish()
+    assert run(engine.prove(publication.canary, 0)) > 0.01
+    stages = run(engine.receive(publication))
+    assert run(engine.prove(publication.canary, 0)) < 1e-3
+    assert run(engine.weight_version()) == "0"
+    assert stages["paused"] > 0
+
+
+def test_a_tied_head_follows_its_embedding(stack):
+    """The packed head of a tied model keeps its old values unless ``load_tied_head`` reloads it."""
+    engine, policy, run = stack
+    with policy.torch.no_grad():
+        policy.model.get_input_embeddings().weight *= 1.5
+    publication = policy.publish()
+    run(engine.receive(publication))
+    assert run(engine.prove(publication.canary, publication.version)) < 1e-3
+
+
+def test_every_publication_is_taken_whole(stack):
+    engine, policy, run = stack
+    for _ in range(3):
+        policy.change(0.05)
+        publication = policy.publish()
+        run(engine.receive(publication))
+        assert run(engine.prove(publication.canary, publication.version)) < 1e-3
+        assert run(engine.weight_version()) == str(publication.version)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_rollout_logprobs_are_those_of_the_sampling_distribution(stack, temperature):
+    engine, policy, run = stack
+    completions = run(engine.generate(PROMPT, sampling(8, 8, temperature), policy.version))
+    assert len(completions) == 8
+    assert len({c.token_ids.tobytes() for c in completions}) > 1
+    for completion in completions:
+        whole = [*PROMPT.tolist(), *completion.token_ids.tolist()]
+        expected = policy.logprobs(whole, temperature)[len(PROMPT) - 1 :]
+        assert np.abs(expected - completion.logprobs).max() < 1e-3
+        assert completion.finish_reason in ("stop", "length")
+        assert (completion.token_ids[-1] == 1) == (completion.finish_reason == "stop")
+        assert completion.version_spans == ((policy.version, 0, len(completion.token_ids)),)
+        assert "<|end|>" not in completion.text
+
+
+def test_greedy_is_the_argmax(stack):
+    engine, policy, run = stack
+    (completion,) = run(engine.generate(PROMPT, sampling(1, 4, 0.0), policy.version))
+    ids = PROMPT.tolist()
+    for token in completion.token_ids.tolist():
+        with policy.torch.no_grad():
+            logits = policy.model(input_ids=policy.torch.tensor([ids])).logits[0, -1]
+        assert int(logits.argmax()) == token
+        ids.append(token)
+
+
+def test_a_damaged_publication_is_refused_and_a_repeated_round_recovers(stack):
+    engine, policy, run = stack
+    policy.change(0.05)
+    publication = policy.publish()
+    damaged = dataclasses.replace(publication, digest="0" * 64)
+    with pytest.raises(Exception, match="the learner sent 0000"):
+        run(engine.receive(damaged))
+    run(engine.receive(publication))
+    assert run(engine.prove(publication.canary, publication.version)) < 1e-3
+
+
+def test_generation_goes_on_across_a_publication_and_every_token_names_its_weights(stack):
+    engine, policy, run = stack
+    before = policy.version
+    policy.change(0.02)
+    publication = policy.publish()
+
+    async def both():
+        running = [asyncio.create_task(engine.generate(PROMPT, sampling(8, 40), before)) for _ in range(16)]
+        await asyncio.sleep(0.1)
+        await engine.receive(publication)
+        return [c for group in await asyncio.gather(*running) for c in group]
+
+    completions = run(both())
+    for completion in completions:
+        spans = completion.version_spans
+        assert [s.start for s in spans] == [0, *(s.end for s in spans[:-1])]
+        assert spans[-1].end == len(completion.token_ids)
+        assert [s.version for s in spans] == sorted({s.version for s in spans})
+    assert {s.version for c in completions for s in c.version_spans} == {before, publication.version}
+    assert any(len(c.version_spans) == 2 for c in completions)
+    assert run(engine.prove(publication.canary, publication.version)) < 1e-3
