@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.environment import check_environment
 from rollout.prompts import PromptSet
 from rollout.rewards import load_reward, missing_column, reward_name
 from shared.config import Config
@@ -37,7 +38,8 @@ def prepare(config: Config, origin: str, base: Path) -> Prepared:
     """
     from launch.builtin import resolve
 
-    config = _with_reward_paths(resolve(config), base)
+    check_environment()
+    config = _with_paths(resolve(config), base)
     problems: list[InputError] = []
     _collect(problems, lambda: _check_choices(config))
     _collect(problems, lambda: check_model(config, origin))
@@ -67,15 +69,46 @@ def _collect(problems: list[InputError], check: Any) -> Any:
     return None
 
 
-def _with_reward_paths(config: Config, base: Path) -> Config:
-    """Reward files become absolute, so that workers on other directories find them."""
+def _with_paths(config: Config, base: Path) -> Config:
+    """Absolute paths, so that workers in other directories find the same files; a cached hub model becomes its folder.
+
+    Reward files are relative to the configuration file, data files to the working directory or else to that file.
+    """
     functions = []
     for spec in config.reward.functions:
         source, colon, attribute = spec.function.rpartition(":")
         if colon and source.endswith(".py") and not Path(source).is_absolute():
             spec = spec.model_copy(update={"function": f"{(base / source).resolve()}:{attribute}"})
         functions.append(spec)
-    return config.model_copy(update={"reward": config.reward.model_copy(update={"functions": functions})})
+    data = {}
+    for key in ("train", "eval"):
+        path = getattr(config.data, key)
+        if path and not Path(path).is_file() and (base / path).is_file():
+            data[key] = str((base / path).resolve())
+    changes = {
+        "model": config.model.model_copy(update={"path": _local_model(config.model.path)}),
+        "data": config.data.model_copy(update=data),
+        "reward": config.reward.model_copy(update={"functions": functions}),
+    }
+    return config.model_copy(update=changes)
+
+
+def _local_model(path: str) -> str:
+    """The folder of a model: itself, or that of a hub id, from the cache or else downloaded; unchanged if neither."""
+    if Path(path).is_dir():
+        return str(Path(path).resolve())
+    if path.count("/") != 1 or path.startswith((".", "/")):
+        return path
+    from huggingface_hub import snapshot_download
+
+    for offline in (True, False):
+        try:
+            return snapshot_download(
+                path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"], local_files_only=offline
+            )
+        except Exception:  # Any failure to find it ends in the same E401, which names the path.
+            continue
+    return path
 
 
 def _check_choices(config: Config) -> None:

@@ -45,6 +45,8 @@ def guarded(arguments: list[str], verb: Callable[[list[str]], None]) -> int:
         print_help()
         return 0 if arguments else 2
     debug = "--debug" in arguments
+    # Threads that spin while they wait take the cores from the other processes; read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         verb(arguments)
         return 0

@@ -107,7 +107,9 @@ class Engine:
                 ),
                 text=text,
                 finish_reason=output.finish_reason,
-                version_spans=tuple(VersionSpan(int(s.version), s.start, s.end) for s in output.weight_versions or ()),
+                version_spans=tuple(
+                    VersionSpan(_version(s.version), s.start, s.end) for s in output.weight_versions or ()
+                ),
             )
             for output, text in zip(outputs, texts, strict=True)
         )
@@ -179,3 +181,8 @@ class Engine:
         async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
             final = result
         return final
+
+
+def _version(label: str) -> int:
+    """The policy version that vLLM's label names; -1 for weights loaded from disk."""
+    return -1 if label == "default" else int(label)

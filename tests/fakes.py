@@ -122,6 +122,7 @@ class FakeEngines:
         self.sampled: list[tuple[int, Any]] = []
         self.hold: dict[int, int] = {}
         """Groups that do not end before the engines have a version."""
+        self.updated = asyncio.Event()
         self.crash_on: dict[tuple[str, int], Exception] = {}
         """Exceptions for ``("receive" | "prove", version)``."""
 
@@ -133,7 +134,7 @@ class FakeEngines:
         try:
             await asyncio.sleep(self.delay(group_id))
             while self.version < self.hold.get(group_id, 0):
-                await asyncio.sleep(0.001)
+                await self.updated.wait()
             if error := self.fail(group_id):
                 raise error
         finally:
@@ -146,6 +147,8 @@ class FakeEngines:
         if error := self.crash_on.get(("receive", publication.version)):
             raise error
         self.version = publication.version
+        self.updated.set()
+        self.updated = asyncio.Event()
         self.received.append(publication.version)
         return {"sync/seconds": 0.0}
 
@@ -187,6 +190,11 @@ class FakeLearners:
         self.during: Callable[[], Any] = lambda: None
         """Called at the start and the end of a step; the pairs of results are kept."""
         self.observed: list[tuple[Any, Any]] = []
+
+    @property
+    def order(self) -> list[int]:
+        """Group ids in the order of training."""
+        return [group_id for step in self.trained for group_id in step]
 
     async def train_step(self, groups: list[RolloutGroup]) -> StepReport:
         call, self.calls = self.calls, self.calls + 1

@@ -10,7 +10,15 @@ import pytest
 
 from launch.controller import Controller
 from rollout.prompts import PromptStream
-from shared.errors import EngineFailed, GroupFailed, InputError, LearnerFailed, NothingToLearn, Stalled, WeightProofFailed
+from shared.errors import (
+    EngineFailed,
+    GroupFailed,
+    InputError,
+    LearnerFailed,
+    NothingToLearn,
+    Stalled,
+    WeightProofFailed,
+)
 from tests.fakes import FakeEngines, FakeLearners, FakeRecorder, FakeRewards, make_config, make_prompt
 
 SLOW, FAST = 0.006, 0.0
@@ -65,7 +73,7 @@ async def test_groups_are_trained_in_admission_order_each_once():
     delays = iter(np.random.default_rng(0).random(1000) * 0.004)
     engines = FakeEngines(delay=lambda _: next(delays))
     loop = await Loop(engines, **{"rollout.max_staleness": 2, "run.steps": 8, "learner.prompts_per_step": 3}).run()
-    assert sum(loop.learners.trained, []) == list(range(24))
+    assert loop.learners.order == list(range(24))
     # What is recorded for a step is what was trained in it.
     assert [[g.group_id for g in groups] for _, _, groups in loop.recorder.steps] == loop.learners.trained
 
@@ -183,8 +191,7 @@ async def test_a_failed_group_is_dropped_and_counted_never_scored(side):
     loop = Loop(**{"run.steps": 4})
     getattr(loop, side).fail = lambda group: GroupFailed(group, "timeout", "> 10 s") if group in (1, 4) else None
     await loop.run()
-    trained = sum(loop.learners.trained, [])
-    assert trained == [0, 2, 3, 5, 6, 7, 8, 9]
+    assert loop.learners.order == [0, 2, 3, 5, 6, 7, 8, 9]
     assert loop.controller.buffer.fates["timeout"] == 2
     assert loop.recorder.steps[-1][1]["groups/timeout"] == 2
 
@@ -225,7 +232,7 @@ async def test_equal_rewards_without_end_are_nothing_to_learn(zero_variance):
 async def test_resampling_replaces_groups_without_signal():
     rewards = FakeRewards(barren=lambda group: group % 3 == 0)
     loop = await Loop(rewards=rewards, **{"algorithm.zero_variance": "resample"}).run()
-    assert sum(loop.learners.trained, []) == [1, 2, 4, 5, 7, 8, 10, 11, 13, 14]
+    assert loop.learners.order == [1, 2, 4, 5, 7, 8, 10, 11, 13, 14]
     assert loop.controller.buffer.fates["no_signal"] >= 5
 
 
@@ -233,7 +240,7 @@ async def test_resampling_replaces_groups_without_signal():
 async def test_without_resampling_groups_without_signal_reach_the_learner(zero_variance):
     rewards = FakeRewards(barren=lambda group: group % 3 == 0)
     loop = await Loop(rewards=rewards, **{"algorithm.zero_variance": zero_variance}).run()
-    assert sum(loop.learners.trained, []) == list(range(10))
+    assert loop.learners.order == list(range(10))
 
 
 # --- steps that the optimizer refused ---

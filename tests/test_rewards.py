@@ -219,7 +219,7 @@ def test_what_cannot_be_loaded_is_e301(code, function, args, place, said):
 
 def test_a_file_that_raises_on_import_is_e301(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_thing\n")
-    with pytest.raises(InputError, match="ModuleNotFoundError.*no_such_thing") as excinfo:
+    with pytest.raises(InputError, match=r"ModuleNotFoundError.*no_such_thing") as excinfo:
         load_reward(spec(f"{tmp_path / 'broken.py'}:f"), "key")
     assert excinfo.value.code == "E301"
 
@@ -262,11 +262,10 @@ def test_a_function_receives_every_keyword_as_a_list_of_n(code):
 def test_conversations_are_passed_as_message_lists(code):
     messages = [{"role": "user", "content": "q"}]
     assert score(spec(f"{code}:conversational"), on=prompt(messages)).parts["conversational"].tolist() == [1, 2]
-    seen = score(spec(f"{code}:everything"), on=prompt(messages))
-    assert seen.parts["everything"].tolist() == [0, 0]
-    kwargs = sys.modules["millrace_reward_my_rewards"].SEEN
-    assert kwargs["prompts"] == [messages, messages]
-    assert kwargs["completions"][1] == [{"role": "assistant", "content": "bb"}]
+    score(spec(f"{code}:everything"), on=prompt(messages))
+    given = sys.modules["millrace_reward_my_rewards"].SEEN
+    assert given["prompts"] == [messages, messages]
+    assert given["completions"][1] == [{"role": "assistant", "content": "bb"}]
 
 
 def test_columns_are_repeated_for_each_completion(code):

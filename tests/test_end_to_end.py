@@ -1,0 +1,204 @@
+"""The whole loop for real: Ray, vLLM, DeepSpeed, rewards and weights, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.stack
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = "launch/configs/quickstart.toml"
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def our_processes() -> list[str]:
+    """Command lines of processes that hold our private temp folder in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                environment = (entry / "environ").read_bytes().decode(errors="replace")
+                if os.environ["RAY_TMPDIR"] in environment:
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def quickstart(run_millrace, tmp_path_factory):
+    """A short quickstart at ``max_staleness = 2``: ``(run folder, completed process)``."""
+    folder = tmp_path_factory.mktemp("quick") / "run"
+    changes = [
+        "--run.output_dir",
+        str(folder),
+        "--run.steps",
+        "40",
+        "--eval.every_steps",
+        "20",
+        "--run.samples_every",
+        "20",
+    ]
+    return folder, run_millrace(QUICKSTART, *changes)
+
+
+def test_the_policy_learns(quickstart):
+    folder, process = quickstart
+    assert process.returncode == 0, process.stderr[-3000:]
+    evaluations = [row["eval/reward"] for row in rows(folder) if "eval/reward" in row]
+    assert len(evaluations) == 3
+    assert evaluations[0] <= 0.5
+    assert evaluations[-1] >= evaluations[0] + 0.2
+    assert re.search(r"step +40/40 +reward 0\.\d+ +kl \d\.\d+ .* tokens/s +0:00 left", process.stdout)
+
+
+def test_staleness_is_recorded_and_within_its_bound(quickstart):
+    steps = [row for row in rows(quickstart[0]) if "staleness/max" in row]
+    assert [row["policy_version"] for row in steps] == list(range(1, 41))
+    assert max(row["staleness/max"] for row in steps) <= 2
+    assert max(row["staleness/max"] for row in steps) >= 1, "generation never ran ahead of the learner"
+
+
+def test_every_publication_is_proved(quickstart):
+    for row in rows(quickstart[0]):
+        if "sync/canary_gap" in row:
+            assert row["sync/canary_gap"] < 1e-3
+            assert row["sync/bytes"] > 3e6
+
+
+def test_metrics_carry_the_names_of_the_field(quickstart):
+    row = rows(quickstart[0])[-1] if "loss" in rows(quickstart[0])[-1] else rows(quickstart[0])[-2]
+    for name in (
+        "step policy_version reward reward_std rewards/accuracy/mean kl entropy clip_ratio/low_mean loss grad_norm "
+        "completions/mean_length frac_reward_zero_std staleness/mean staleness/max sync/seconds sync/pause_seconds "
+        "sync/bytes sync/logprob_gap throughput/rollout_tokens_per_second throughput/train_tokens_per_second "
+        "throughput/samples_per_second learning_rate num_tokens"
+    ).split():
+        assert isinstance(row[name], int | float), name
+
+
+def test_the_run_folder_holds_curve_samples_and_configuration(quickstart):
+    import pyarrow.parquet
+
+    from shared.config_loader import load_config
+
+    folder, _ = quickstart
+    assert (folder / "reward.png").read_bytes().startswith(b"\x89PNG")
+    table = pyarrow.parquet.read_table(folder / "samples" / "step-000040.parquet")
+    assert table.num_rows == 32 * 8
+    assert {"prompt", "completion", "reward", "rewards/accuracy"} <= set(table.column_names)
+    assert load_config([str(folder / "config.toml")]).run.steps == 40
+
+
+def test_the_checkpoint_scores_the_same_in_transformers_and_in_a_fresh_vllm(quickstart):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = quickstart
+    checkpoint = folder / "checkpoints" / "step-000040" / "hf"
+    expected = [row["eval/rewards/accuracy/mean"] for row in rows(folder) if "eval/reward" in row][-1]
+    command = [sys.executable, "-m", "launch.evaluate", QUICKSTART, "--model.path", str(checkpoint)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    in_vllm = json.loads(process.stdout.splitlines()[-1])
+    assert in_vllm["accuracy"] == pytest.approx(expected, abs=0.005)
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    data = Path(os.environ["MILLRACE_CACHE"]) / "addition-eval.jsonl"
+    questions = [json.loads(line) for line in data.read_text().splitlines()]
+    tokens = torch.tensor(tokenizer([q["prompt"] for q in questions])["input_ids"])
+    answers = model.generate(tokens, max_new_tokens=5, do_sample=False)[:, tokens.shape[1] :]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    right = np.mean([text == q["answer"] for text, q in zip(texts, questions, strict=True)])
+    assert right == pytest.approx(expected, abs=0.005)
+
+
+def test_nothing_is_left_after_a_run(quickstart):
+    assert our_processes() == []
+    assert not list(Path("/dev/shm").glob("millrace-*"))
+
+
+@pytest.mark.timeout(400)
+def test_two_engines_two_ranks_synchronous(run_millrace, quickstart, tmp_path):
+    """ZeRO-3 on two ranks, two engines, staleness 0; the policy still learns on what it just sampled."""
+    folder = tmp_path / "run"
+    changes = {
+        "run.output_dir": folder,
+        "run.steps": 12,
+        "rollout.num_engines": 2,
+        "rollout.max_staleness": 0,
+        "learner.num_ranks": 2,
+        "learner.zero_stage": 3,
+        "eval.max_rows": 64,
+    }
+    process = run_millrace(QUICKSTART, *(f"--{key}={value}" for key, value in changes.items()), timeout=380)
+    assert process.returncode == 0, process.stderr[-3000:]
+    steps = [row for row in rows(folder) if "staleness/max" in row]
+    assert [row["policy_version"] for row in steps] == list(range(1, 13))
+    assert {row["staleness/max"] for row in steps} == {0.0}
+    assert all(row["sync/canary_gap"] < 1e-3 and row["sync/logprob_gap_max"] < 1e-2 for row in steps)
+    assert np.mean([row["reward"] for row in steps[-4:]]) > np.mean([row["reward"] for row in steps[:4]])
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A private ``ray start --head``: the environment in which to use it."""
+    from learner.distributed import free_port
+
+    port, dashboard = free_port(), free_port()
+    # A job's `python` is the one on the path of the cluster, so the cluster is started with ours.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path}
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={os.environ['RAY_TMPDIR']}/c"]
+    head = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}, ray
+    head.terminate()
+    head.wait(60)
+
+
+def submit(cluster, *arguments: str) -> subprocess.CompletedProcess:
+    import time
+
+    environment, ray = cluster
+    command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "launch/run.py", *arguments]
+    for _ in range(20):  # The job server answers a few seconds after the head is up.
+        process = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+        )
+        if "Failed to connect" not in process.stderr + process.stdout:
+            break
+        time.sleep(1)
+    return process
+
+
+@pytest.mark.timeout(400)
+def test_a_submitted_job_succeeds(cluster, tmp_path):
+    folder = tmp_path / "run"
+    process = submit(cluster, QUICKSTART, "--run.output_dir", str(folder), "--run.steps", "3", "--eval.max_rows", "8")
+    assert process.returncode == 0, process.stdout[-3000:]
+    assert "SUCCEEDED" in process.stdout + process.stderr or "succeeded" in process.stdout + process.stderr
+    assert [row["step"] for row in rows(folder)] == [0, 1, 2, 3, 3]
+
+
+def test_a_failing_job_fails(cluster):
+    process = submit(cluster, QUICKSTART, "--learner.lr", "-1")
+    text = process.stdout + process.stderr
+    assert process.returncode != 0
+    assert "FAILED" in text or "failed" in text
+    assert "error[E106] bad override — command line:--learner.lr. Found -1, expected a number > 0" in text
+    assert "exit code 2" in text

@@ -1,0 +1,362 @@
+"""Bad input: every row answers with its code, its place and exit code 2, without a traceback or a cluster."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import cli, run
+from launch.cluster import connect  # The real one, before any test forbids it.
+from tests.fakes import fake_ray, write_config, write_model, write_rows, write_safetensors
+
+ROOT = Path(__file__).resolve().parent.parent
+FORM = re.compile(r"error\[E\d{3}\] [^.]+? — (?P<place>.+?)\. Found .+, expected .+\. Fix: .+")
+ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """Whoever imports Ray or connects fails the test."""
+
+    def refuse(_):
+        pytest.fail("the cluster was touched before the input was checked")
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("launch.cluster.connect", refuse)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory with a model, training rows and a reward file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
+    write_model(tmp_path / "model")
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "rewards.py").write_text("def plain(completions): return [0.0] * len(completions)\n")
+    return tmp_path
+
+
+@pytest.fixture
+def answer(place, capsys):
+    """``answer(*flags, **changes) -> (exit code, stdout, stderr)`` of a run with a changed configuration."""
+
+    def call(*flags: str, **changes) -> tuple[int, str, str]:
+        config = write_config(place / "run.toml", **{"run.output_dir": str(place / "out")} | changes)
+        code = run.main([str(config), *flags])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def refused(result: tuple[int, str, str], code: str, where: str) -> None:
+    """Exit code 2 and exactly one error, of the one form, with ``code`` at ``where``."""
+    exit_code, _, err = result
+    assert "Traceback" not in err
+    *lines, last = err.splitlines()
+    assert (exit_code, last) == (2, "exit code 2")
+    assert [FORM.fullmatch(line) is not None for line in lines] == [True], lines
+    assert lines[0].startswith(f"error[{code}] ")
+    assert where in FORM.fullmatch(lines[0])["place"]
+
+
+def function(name: str, **fields) -> dict:
+    return {"reward.functions": [{"function": name, **fields}]}
+
+
+CONFIG = [
+    ("E101", "run.toml:rollout.group_sise", {"rollout.group_sise": 4}),
+    ("E102", "run.toml:learner.lr", {"learner.lr": "abc"}),
+    ("E102", "run.toml:model.dtype", {"model.dtype": "float16"}),
+    ("E103", "run.toml:rollout.group_size", {"rollout.group_size": 1}),
+    ("E104", "run.toml:learner.prompts_per_step", {"learner.num_ranks": 3}),
+    ("E107", "algorithm.policy_loss.name", {"algorithm.policy_loss": {"name": "clipp"}}),
+    ("E107", "algorithm.policy_loss.lwo", {"algorithm.policy_loss": {"name": "clip", "lwo": 1}}),
+    ("E107", "algorithm.advantage.name", {"algorithm.advantage": {"name": "my.module:f"}}),
+    ("E107", "algorithm.aggregation.name", {"algorithm.aggregation": {"name": "mean"}}),
+    ("E107", "algorithm.kl.estimator", {"algorithm.kl": {"estimator": "k9"}}),
+    ("E107", "learner.schedule.name", {"learner.schedule": {"name": "step"}}),
+    ("E108", "run.toml:rollout.top_p", {"rollout.top_p": 0.9}),
+    ("E108", "run.toml:learner.max_tokens_per_microbatch", {"learner.max_tokens_per_microbatch": 10}),
+    ("E504", "run.toml:rollout.kv_cache_gib", {"rollout.kv_cache_gib": 0.5}),
+    ("E504", "run.toml:rollout.kv_cache_gib", {"rollout.kv_cache_gib": 0}),
+    ("E201", "run.toml:data.train", {"data.train": "openai/gsm8k"}),
+    ("E201", "run.toml:data.train", {"data.train": "trian.jsonl"}),
+    ("E201", "run.toml:data.eval", {"data.eval": "eval.jsonl"}),
+    ("E201", "data.train", {"data.train": "builtin:additon"}),
+    ("E202", "train.jsonl:question", {"data.prompt_column": "question"}),
+    ("E203", "train.jsonl", {"learner.prompts_per_step": 5}),
+    ("E208", "train.jsonl:1", {"rollout.max_prompt_tokens": 3}),
+    ("E301", "run.toml:reward.functions[0]", function("exact_mach")),
+    ("E301", "run.toml:reward.functions[0]", function("no_such_module:f")),
+    ("E301", "run.toml:reward.functions[0]", function("nothing.py:score")),
+    ("E301", "run.toml:reward.functions[0]", function("rewards.py:plane")),
+    ("E301", "run.toml:reward.functions[0]", function("rewards.py:__name__")),
+    ("E301", "run.toml:reward.functions[0].args", function("rewards.py:plain", args={"goal": 1})),
+    ("E301", "run.toml:reward.functions[0]", function("regex")),
+    ("E301", "run.toml:reward.functions[0]", function("exact_match", args={"column": "solution"})),
+    ("E301", "run.toml:reward.functions[0]", {"reward.functions": [{"function": "exact_match"}] * 2}),
+    ("E401", "run.toml:model.path", {"model.path": "models/nope"}),
+    ("E401", "run.toml:model.path", {"model.path": "."}),
+    ("E401", "model.path", {"model.path": "builtin:additon"}),
+    ("E403", "model.tokenizer", {"data.chat": True}),
+    ("E406", "run.toml:rollout.tensor_parallel_size", {"rollout.tensor_parallel_size": 3}),
+    ("E407", "run.toml:rollout.max_new_tokens", {"rollout.max_new_tokens": 49}),
+]
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["start", "dry-run"])
+@pytest.mark.parametrize(("code", "where", "changes"), CONFIG)
+def test_a_wrong_setting(answer, code, where, changes, flags):
+    refused(answer(*flags, **changes), code, where)
+
+
+def test_every_setting_is_named_with_its_file(answer):
+    rows = [(code, where, changes) for code, where, changes in CONFIG if ":" not in where and ".jsonl" not in where]
+    places = {(code, where): FORM.search(answer(**changes)[2])["place"] for code, where, changes in rows}
+    assert {row: place for row, place in places.items() if place != f"run.toml:{row[1]}"} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "arguments"),
+    [
+        ("E106", "command line:--rollout.num_engine", ["--rollout.num_engine", "2"]),
+        ("E106", "command line:--rollout.num_engine", ["--rollout.num-engine=2"]),
+        ("E106", "command line:--learner.lr", ["--learner.lr", "fast"]),
+        ("E106", "command line:--learner.lr", ["--learner.lr"]),
+        ("E106", "command line:--learner.lr", ["--learner.lr", "--run.steps", "2"]),
+        ("E106", "command line:--resume", ["--resume", "auto"]),
+    ],
+)
+def test_a_wrong_override(answer, code, where, arguments):
+    refused(answer(*arguments), code, where)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [(None, "missing.toml"), (b"[learner]\nlr = ", "missing.toml"), (b'a = "\xe9"', "missing.toml")],
+)
+def test_an_unreadable_configuration(place, capsys, content, where):
+    if content is not None:
+        (place / "missing.toml").write_bytes(content)
+    refused((run.main([str(place / "missing.toml")]), *capsys.readouterr()), "E105", where)
+
+
+def test_no_configuration_at_all(capsys):
+    refused((run.main(["--dry-run"]), *capsys.readouterr()), "E105", "command line")
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "name", "content"),
+    [
+        ("E203", "train.jsonl", "train.jsonl", b""),
+        ("E204", "train.jsonl:2", "train.jsonl", b'{"prompt": "1+1="}\n{"prompt": "1+\n'),
+        ("E205", "train.jsonl:1", "train.jsonl", b'{"prompt": "caf\xe9"}\n'),
+        (
+            "E206",
+            "train.jsonl:answer",
+            "train.jsonl",
+            b'{"prompt": "1", "answer": 1}\n{"prompt": "2", "answer": "2"}\n',
+        ),
+        ("E207", "train.jsonl:2 (and 1 more)", "train.jsonl", b'{"prompt": "1"}\n{"prompt": " "}\n{"prompt": ""}\n'),
+        ("E210", "run.toml:data.train", "train.py", b""),
+    ],
+)
+def test_a_wrong_data_file(answer, place, code, where, name, content):
+    (place / name).write_bytes(content)
+    refused(answer(**{"data.train": name}), code, where)
+
+
+def test_evaluation_rows_among_the_training_rows(answer, place):
+    write_rows(place / "eval.jsonl", [{"prompt": "9+9=", "answer": "18"}, ROWS[0], ROWS[2]])
+    result = answer(**{"data.eval": "eval.jsonl"})
+    refused(result, "E209", "eval.jsonl:2")
+    assert "Found 2 shared prompts" in result[2]
+
+
+def broken_weights(model: Path) -> None:
+    write_safetensors(model / "model.safetensors", missing=8)
+
+
+def no_header(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"\x00" * 4)
+
+
+def html_page(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"<html>404 not found</html>" * 9)
+
+
+def pickle_only(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def broken_config(model: Path) -> None:
+    (model / "config.json").write_text('{"hidden_size": 64,')
+
+
+def broken_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text('{"version": "1.0", "model"')
+
+
+def no_tokenizer(model: Path) -> None:
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "shape", "spoil"),
+    [
+        ("E402", "run.toml:model.tokenizer", {"vocab_size": 8}, None),
+        ("E408", "run.toml:model.path", {"auto_map": {"AutoModel": "m.M"}}, None),
+        ("E410", "config.json:head_dim", {"num_attention_heads": 4}, None),
+        ("E410", "config.json:head_dim", {"head_dim": 48}, None),
+        ("E409", "model", {}, pickle_only),
+        ("E411", "model.safetensors", {}, broken_weights),
+        ("E411", "model.safetensors", {}, no_header),
+        ("E411", "model.safetensors", {}, html_page),
+        ("E401", "run.toml:model.tokenizer", {}, no_tokenizer),
+        ("E401", "run.toml:model.tokenizer", {}, broken_tokenizer),
+        ("E401", "model", {}, broken_config),
+    ],
+)
+def test_a_wrong_model(answer, place, code, where, shape, spoil):
+    model = write_model(place / "model", **shape)
+    if spoil:
+        spoil(model)
+    refused(answer(), code, where)
+
+
+def test_all_problems_are_printed_together(answer):
+    _, _, err = answer(**{"rollout.tensor_parallel_size": 3, "rollout.max_new_tokens": 49})
+    assert [line[6:10] for line in err.splitlines()[:-1]] == ["E406", "E407"]
+    _, _, err = answer(**{"data.train": "nope.jsonl", "data.eval": "nor.jsonl"})
+    assert [line[6:10] for line in err.splitlines()[:-1]] == ["E201", "E201"]
+
+
+# --- output and cluster ---
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)], ids=["start", "dry-run"])
+def test_an_output_directory_in_use(answer, place, flags):
+    (place / "out").mkdir()
+    (place / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
+    refused(answer(*flags), "E602", str(place / "out"))
+
+
+@pytest.fixture
+def cluster(monkeypatch, no_cluster):
+    """``cluster(error, cpus=..., gpus=...)`` puts a fake Ray in place of the forbidden one, without actors."""
+
+    def start(error: Exception | None = None, **size):
+        ray = fake_ray(monkeypatch, **size)
+        if error:
+            ray.init = lambda **_: (_ for _ in ()).throw(error)
+        monkeypatch.setattr("launch.cluster.connect", connect)
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+        return ray
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("size", "what", "found", "fix"),
+    [
+        ({"cpus": 3}, "not enough CPUs", "3 in the cluster, expected 5 (engines 4 x 1, learner 1)", "num_engines = 2"),
+        ({"cpus": 1}, "not enough CPUs", "1 in the cluster", "at least 5 CPUs"),
+        ({"cpus": 64, "gpus": 2}, "not enough GPUs", "2 in the cluster, expected 5", "num_engines = 1"),
+    ],
+)
+def test_not_enough_resources(answer, cluster, size, what, found, fix):
+    ray = cluster(**size)
+    result = answer(**{"rollout.num_engines": 4})
+    refused(result, "E501", "run.toml:rollout.num_engines")
+    assert all(text in result[2] for text in (what, found, fix))
+    assert (ray.calls["actors"], ray.calls["shutdown"]) == (0, 1)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("refused"), RuntimeError("no\ntoken"), ValueError("bad address")])
+def test_ray_cannot_be_reached(answer, cluster, error):
+    cluster(error)
+    result = answer()
+    refused(result, "E502", "RAY_ADDRESS=10.0.0.1:6379")
+    assert str(error).replace("\n", " ") in result[2]
+
+
+def test_a_dry_run_prints_warnings_and_the_configuration_and_starts_nothing(answer, cluster, place):
+    ray = cluster()
+    write_rows(place / "train.jsonl", [*ROWS, ROWS[0]])
+    code, out, err = answer("--dry-run")
+    assert (code, err) == (0, "")
+    assert "warning[W209] duplicate prompts — train.jsonl. Found 1, expected none." in out
+    assert "group_size = 2" in out
+    assert (ray.calls["actors"], ray.calls["shutdown"]) == (0, 1)
+    assert not (place / "out").exists()
+
+
+# --- exit codes ---
+
+
+def test_help_lists_every_setting_and_returns_0(capsys):
+    assert run.main(["--help"]) == run.main(["run.toml", "-h"]) == 0
+    out = capsys.readouterr().out
+    assert "--rollout.max_staleness  (1)" in out
+    assert run.main([]) == 2
+
+
+def test_a_bug_of_ours_is_exit_code_1_with_its_traceback(answer, monkeypatch):
+    def fail(*_):
+        raise AttributeError("ours")
+
+    monkeypatch.setattr("launch.preflight.prepare", fail)
+    code, _, err = answer()
+    assert code == 1
+    assert "Traceback" in err
+    assert err.endswith("error[E000] unexpected AttributeError: ours\nexit code 1\n")
+
+
+def test_debug_shows_the_traceback_of_an_input_error(answer):
+    with pytest.raises(Exception, match="E401"):
+        answer("--debug", **{"model.path": "nope"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["trian"], 2, "did you mean train?"),
+        ([], 2, "usage"),
+        (["--help"], 0, "evaluate"),
+        (["train", "nope.toml"], 2, "E105"),
+        (["evaluate", "nope.toml"], 2, "E105"),
+    ],
+)
+def test_the_command(monkeypatch, capsys, arguments, code, said):
+    monkeypatch.setattr(sys, "argv", ["millrace", *arguments])
+    assert cli.main() == code
+    out, err = capsys.readouterr()
+    assert said in out + err
+    assert "Traceback" not in err
+
+
+def test_help_and_a_mistyped_key_answer_within_two_seconds_without_heavy_libraries(tmp_path):
+    config = write_config(tmp_path / "run.toml", **{"rollout.group_sise": 2})
+    for arguments, code, said in (["--help"], 0, "--run.steps"), ([str(config)], 2, "error[E101]"):
+        seconds = []
+        for _ in range(3):
+            started = time.monotonic()
+            command = [sys.executable, "-X", "importtime", "launch/run.py", *arguments]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+            seconds.append(time.monotonic() - started)
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr
+        imported = {
+            line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
+        }
+        assert "pydantic" in imported
+        assert not imported & {"torch", "ray", "vllm", "deepspeed", "transformers"}
+        assert min(seconds) < 2, seconds

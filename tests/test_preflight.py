@@ -1,0 +1,198 @@
+"""What a checked configuration turns into, and the arithmetic of resources."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from launch import builtin, cluster
+from launch.preflight import check_model, prepare
+from rollout.rewards import load_reward
+from shared.errors import InputError, InputErrors
+from tests.fakes import fake_ray, make_config, write_model, write_rows
+
+ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """``config(**changes)`` with a model and training rows on disk."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
+    model = write_model(tmp_path / "model")
+    train = write_rows(tmp_path / "train.jsonl", ROWS)
+    paths = {"model.path": str(model), "data.train": str(train)}
+    return lambda **changes: make_config(**paths | changes)
+
+
+def codes(call) -> list[str]:
+    with pytest.raises((InputError, InputErrors)) as excinfo:
+        call()
+    error = excinfo.value
+    return [e.code for e in (error.problems if isinstance(error, InputErrors) else [error])]
+
+
+def test_a_good_configuration_is_prepared(config, tmp_path):
+    held = write_rows(tmp_path / "eval.jsonl", [{"prompt": f"9+{i}=", "answer": "9"} for i in range(5)])
+    prepared = prepare(config(**{"data.eval": str(held), "eval.max_rows": 3}), "run.toml", tmp_path)
+    assert [p.text for p in prepared.train.prompts] == [row["prompt"] for row in ROWS]
+    assert [p.text for p in prepared.held_out] == ["9+0=", "9+1=", "9+2="]
+    assert prepared.warnings == []
+
+
+def test_model_and_choices_are_judged_in_one_pass_and_data_in_the_next(config, tmp_path):
+    wrong = {"rollout.tensor_parallel_size": 3, "algorithm.aggregation": {"name": "mean"}}
+    assert codes(lambda: prepare(config(**wrong), "run.toml", tmp_path)) == ["E107", "E406"]
+    rows = write_rows(tmp_path / "long.jsonl", [{"prompt": "1" * 17, "answer": ""}, {"prompt": "", "answer": ""}])
+    changes = {"data.train": str(rows), "data.eval": str(tmp_path / "nope.jsonl")}
+    assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E207", "E208", "E201"]
+    changes = {"reward.functions": [{"function": "a:b"}, {"function": "regex"}], "learner.prompts_per_step": 5}
+    assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E301", "E301", "E203"]
+
+
+def test_dropped_and_duplicate_rows_are_warned_about(config, tmp_path):
+    rows = write_rows(tmp_path / "odd.jsonl", [*ROWS, {"prompt": " ", "answer": ""}, *ROWS[:2]])
+    prepared = prepare(config(**{"data.train": str(rows), "data.on_bad_row": "drop"}), "run.toml", tmp_path)
+    assert prepared.warnings[0] == "1 blank prompts of odd.jsonl dropped"
+    assert prepared.warnings[1].startswith("warning[W209] duplicate prompts — odd.jsonl. Found 2")
+
+
+def test_overlap_is_an_error_only_among_the_rows_used_and_unless_allowed(config, tmp_path):
+    held = write_rows(tmp_path / "eval.jsonl", [{"prompt": "7+7=", "answer": "14"}, ROWS[1]])
+    both = {"data.eval": str(held)}
+    assert codes(lambda: prepare(config(**both), "run.toml", tmp_path)) == ["E209"]
+    assert len(prepare(config(**both, **{"data.allow_overlap": True}), "run.toml", tmp_path).held_out) == 2
+    assert len(prepare(config(**both, **{"eval.max_rows": 1}), "run.toml", tmp_path).held_out) == 1
+
+
+def test_reward_files_are_found_beside_the_configuration(config, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "r.py").write_text("def f(completions, answer): return [1.0] * len(completions)\n")
+    changes = {"reward.functions": [{"function": "sub/r.py:f"}]}
+    prepared = prepare(config(**changes), "run.toml", tmp_path)
+    (spec,) = prepared.config.reward.functions
+    assert spec.function == f"{tmp_path / 'sub' / 'r.py'}:f"
+    assert load_reward(spec, "")(["a"], "b") == [1.0]
+
+
+def test_a_reward_parameter_without_a_column_names_the_columns(config, tmp_path):
+    (tmp_path / "r.py").write_text("def f(completions, solution): return []\n")
+    with pytest.raises(InputErrors, match=r'E301.*parameter "solution" without a column, expected one of answer'):
+        prepare(config(**{"reward.functions": [{"function": "r.py:f"}]}), "run.toml", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["exact_match", "final_number"])
+def test_a_builtin_whose_default_column_is_missing_is_found_before_the_run(config, tmp_path, name):
+    rows = write_rows(tmp_path / "gold.jsonl", [{"prompt": f"{i}+1=", "gold": "1"} for i in range(4)])
+    changes = {"data.train": str(rows), "reward.functions": [{"function": name}]}
+    assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E301"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "found"),
+    [
+        ({"rollout.tensor_parallel_size": 2}, {"num_attention_heads": 14, "head_dim": 64}, None),
+        ({"rollout.tensor_parallel_size": 4}, {"num_attention_heads": 14, "head_dim": 64}, "use 2"),
+        ({"rollout.max_new_tokens": 48}, {}, None),
+        ({"rollout.max_new_tokens": 49}, {}, "at most 48 new tokens"),
+        ({"rollout.max_prompt_tokens": 64, "rollout.max_new_tokens": 1}, {}, "rollout.max_prompt_tokens below 64"),
+        ({"eval.max_new_tokens": 49}, {}, "16 + 49 = 65"),
+        ({"model.trust_remote_code": True}, {"auto_map": {}}, None),
+    ],
+)
+def test_the_limits_of_a_model(config, tmp_path, changes, shape, found):
+    write_model(tmp_path / "model", **shape)
+    if found is None:
+        check_model(config(**changes), "run.toml")
+    else:
+        with pytest.raises(InputErrors) as excinfo:
+            check_model(config(**changes), "run.toml")
+        assert found in str(excinfo.value)
+
+
+def test_head_dim_is_limited_only_without_a_gpu(config, tmp_path, monkeypatch):
+    write_model(tmp_path / "model", head_dim=48)
+    assert codes(lambda: check_model(config(), "run.toml")) == ["E410"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_model(config(), "run.toml")
+
+
+# --- built-in data ---
+
+
+def test_builtin_data_is_written_once_and_found_again(config):
+    first = builtin.resolve(config(**{"data.train": "builtin:addition", "data.eval": "builtin:addition"})).data
+    stamp = os.stat(first.train).st_mtime_ns
+    assert builtin.resolve(config(**{"data.train": "builtin:addition"})).data.train == first.train
+    assert os.stat(first.train).st_mtime_ns == stamp
+    assert first.train != first.eval
+
+
+@pytest.mark.parametrize("task", ["addition", "gsm8k"])
+def test_builtin_rows_are_split_without_overlap(task):
+    train, held = builtin.TASKS[task].rows()
+    column = builtin.TASKS[task].prompt_column
+    assert not {row[column] for row in train} & {row[column] for row in held}
+    assert (len(train), len(held)) == {"addition": (7588, 512), "gsm8k": (80, 20)}[task]
+    assert (train, held) == builtin.TASKS[task].rows()
+
+
+def test_builtin_tokenizers_round_trip():
+    plain, chat = (builtin.make_tokenizer(builtin.TASKS[name]) for name in ("addition", "gsm8k"))
+    assert plain.decode(plain("12+34=")["input_ids"]) == "12+34="
+    assert chat.decode(chat("héllo, 日本\n")["input_ids"]) == "héllo, 日本\n"
+    assert (plain.pad_token, plain.eos_token) == ("<|pad|>", "<|end|>")
+    assert plain.pad_token_id != plain.eos_token_id
+
+
+def test_a_half_written_cache_entry_is_never_seen(tmp_path):
+    def fail(part):
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        builtin._write_whole(tmp_path / "entry", fail)
+    assert not (tmp_path / "entry").exists()
+
+
+# --- resources ---
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "changes", "cpus", "gpus"),
+    [
+        (False, {}, 2, 0),
+        (False, {"rollout.num_engines": 3, "rollout.cpu_threads": 2, "learner.cpu_threads": 4}, 10, 0),
+        (False, {"rollout.tensor_parallel_size": 2, "learner.num_ranks": 2}, 4, 0),
+        (True, {"rollout.num_engines": 3, "rollout.tensor_parallel_size": 2, "learner.num_ranks": 2}, 5, 8),
+    ],
+)
+def test_what_a_run_needs(on_gpu, changes, cpus, gpus):
+    needs = cluster.Needs.of(make_config(**changes), on_gpu)
+    assert (needs.total("CPU"), needs.total("GPU")) == (cpus, gpus)
+
+
+def test_resources_that_just_suffice_are_enough(monkeypatch):
+    fake_ray(monkeypatch, cpus=5)
+    needs = cluster.check_resources(make_config(**{"rollout.num_engines": 4}), "run.toml")
+    assert (needs.engines, needs.ranks) == (4, 1)
+
+
+def test_without_an_address_a_private_ray_is_started(monkeypatch):
+    seen = {}
+    fake_ray(monkeypatch).init = lambda **arguments: seen.update(arguments)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    cluster.connect(make_config(**{"rollout.num_engines": 90}))
+    assert seen["address"] == "local"
+    assert seen["include_dashboard"] is False
+    assert seen["num_cpus"] == 91  # Ray's count is only bookkeeping: a laptop may share its cores.
+
+
+def test_workers_import_millrace_from_where_the_driver_did(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/a", "", "/b", "/a"]))
+    path = cluster.worker_environment()["PYTHONPATH"].split(os.pathsep)
+    assert path == [str(cluster.ROOT), "/a", "/b"]
+    assert (cluster.ROOT / "launch" / "cluster.py").samefile(sys.modules["launch.cluster"].__file__)
