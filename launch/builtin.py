@@ -85,27 +85,34 @@ TASKS = {
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, origin: str) -> Config:
     """Replace every ``builtin:`` path of ``config`` by a real one, making model and data if the cache lacks them."""
     model, data = config.model, config.data
     if model.path.startswith(SCHEME):
-        model = model.model_copy(update={"path": str(_model(_task_name(model.path, "model.path"), config.run.seed))})
+        model = model.model_copy(
+            update={"path": str(_model(_task_name(model.path, origin, "model.path"), config.run.seed))}
+        )
     changes = {}
     for index, split in enumerate(("train", "eval")):
         path = getattr(data, split)
         if path and path.startswith(SCHEME):
-            changes[split] = str(_data(_task_name(path, f"data.{split}"), index))
+            changes[split] = str(_data(_task_name(path, origin, f"data.{split}"), index))
     return config.model_copy(update={"model": model, "data": data.model_copy(update=changes)})
 
 
-def _task_name(path: str, key: str) -> str:
+def _task_name(path: str, origin: str, key: str) -> str:
     name = path.removeprefix(SCHEME)
     if name not in TASKS:
         guess = nearest(name, TASKS)
         code = "E401" if key.startswith("model") else "E201"
         fix = f'{key} = "{SCHEME}{guess}"' if guess else "choose one of these"
         raise InputError(
-            code, "unknown builtin", key, f'"{path}"', f"one of {', '.join(SCHEME + t for t in TASKS)}", fix
+            code,
+            "unknown builtin",
+            f"{origin}:{key}",
+            f'"{path}"',
+            f"one of {', '.join(SCHEME + t for t in TASKS)}",
+            fix,
         )
     return name
 

@@ -19,7 +19,7 @@ from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
 from shared.config import Config
-from shared.errors import GroupFailed, InputError, LearnerFailed, Stalled
+from shared.errors import GroupFailed, InputError, LearnerFailed, NothingToLearn, Stalled
 from shared.metrics import group_metrics
 from shared.types import Completion, IntArray, Prompt, RolloutGroup, StepReport
 from shared.weights import Publication
@@ -97,8 +97,8 @@ class Controller:
                 producer = tasks.create_task(self._produce())
                 await self._learn(tasks)
                 producer.cancel()
-        except* Exception as failures:  # The first cause tells the story; the rest are its echoes.
-            raise failures.exceptions[0] from None
+        except BaseExceptionGroup as failures:
+            raise _first_cause(failures) from None
         await self._evaluate()
 
     # --- prompts become scored groups ---
@@ -223,7 +223,8 @@ class Controller:
     async def _delivered(self) -> None:
         """Wait until the previous publication, if any, has reached every engine."""
         if self._delivery is not None:
-            await self._delivery
+            # A stall that cancels this wait must find the delivery alive, to say that it is what hangs.
+            await asyncio.shield(self._delivery)
 
     def _count_skipped(self, report: StepReport) -> None:
         """A step without any training signal is normal; non-finite gradients in a row are not."""
@@ -246,13 +247,22 @@ class Controller:
         sampling = Sampling(1, limit, 0.0, stop=tuple(self._config.rollout.stop))
 
         async def one(index: int, prompt: Prompt) -> Any:
-            completions = await self._engines.generate(-1 - index, prompt, sampling)
-            return await self._rewards.score(-1 - index, prompt, completions)
+            try:
+                completions = await self._engines.generate(-1 - index, prompt, sampling)
+                return await self._rewards.score(-1 - index, prompt, completions)
+            except GroupFailed as failure:
+                self._check_failures(failure)
+                return None
 
-        scores = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(self._held_out)))
+        answers = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(self._held_out)))
+        scores = [score for score in answers if score is not None]
+        if not scores:
+            raise NothingToLearn(f"not one of {len(answers)} held-out prompts could be generated and scored")
         parts = {name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts}
         combined = np.concatenate([s.combined(self._config.reward.functions) for s in scores])
         metrics = {f"eval/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
+        if len(scores) < len(answers):
+            metrics["eval/failed"] = float(len(answers) - len(scores))
         self._recorder.evaluated(self._version, metrics | {"eval/reward": float(np.nanmean(combined))})
 
     def _status(self) -> str:
@@ -264,3 +274,10 @@ class Controller:
             f"{self.buffer.ready} scored groups wait for the learner, {waiting} groups are generated, scored or trained, "
             f"a publication is {'still on its way to an engine' if delivering else 'not under way'}"
         )
+
+
+def _first_cause(failures: BaseException) -> BaseException:
+    """The first failure inside nested groups: it tells the story, the rest are its echoes."""
+    while isinstance(failures, BaseExceptionGroup):
+        failures = failures.exceptions[0]
+    return failures

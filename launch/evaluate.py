@@ -45,7 +45,9 @@ async def score(config: Config, prompts: list) -> dict[str, float]:
     finally:
         await engine.close()
     worker = RewardWorker(config.reward.functions)
-    results = [worker.score(prompt, answer, {}) for prompt, answer in zip(prompts, answers, strict=True)]
+    # In a thread, because an async reward function needs a loop of its own.
+    pairs = list(zip(prompts, answers, strict=True))
+    results = await asyncio.to_thread(lambda: [worker.score(prompt, answer, {}) for prompt, answer in pairs])
     return {name: float(np.nanmean([r.parts[name][0] for r in results])) for name in results[0].parts}
 
 

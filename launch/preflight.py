@@ -13,9 +13,9 @@ from typing import Any
 
 from launch.environment import check_environment
 from rollout.prompts import PromptSet
-from rollout.rewards import load_reward, missing_column, reward_name
+from rollout.rewards import default_column, load_reward, missing_column, reward_name
 from shared.config import Config
-from shared.errors import InputError, InputErrors, raise_all
+from shared.errors import InputError, InputErrors, one_line, raise_all
 from shared.types import Prompt
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -39,9 +39,9 @@ def prepare(config: Config, origin: str, base: Path) -> Prepared:
     from launch.builtin import resolve
 
     check_environment()
-    config = _with_paths(resolve(config), base)
+    config = _with_paths(resolve(config, origin), base)
     problems: list[InputError] = []
-    _collect(problems, lambda: _check_choices(config))
+    _collect(problems, lambda: _check_choices(config, origin))
     _collect(problems, lambda: check_model(config, origin))
     raise_all(problems)
     tokenizer = _load_tokenizer(config, origin)
@@ -111,10 +111,10 @@ def _local_model(path: str) -> str:
     return path
 
 
-def _check_choices(config: Config) -> None:
+def _check_choices(config: Config, origin: str) -> None:
     from learner.choices import Choices
 
-    Choices(config)
+    Choices(config, origin)
 
 
 def check_model(config: Config, origin: str) -> None:
@@ -124,7 +124,12 @@ def check_model(config: Config, origin: str) -> None:
         found = f'"{path}" (no {"config.json" if path.is_dir() else "such directory"})'
         raise InputError("E401", "model not found", place, found, "a Hugging Face model directory", "check the path")
     problems = []
-    shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    try:
+        shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            "E401", "model not readable", f"{path}/config.json", str(error), "a JSON object", "download it again"
+        ) from None
     if "auto_map" in shape and not config.model.trust_remote_code:
         fix = "review the code, then model.trust_remote_code = true"
         problems.append(InputError("E408", "custom code refused", place, "auto_map in its config", "none", fix))
@@ -226,11 +231,14 @@ def _load_tokenizer(config: Config, origin: str) -> Any:
     source = config.model.tokenizer or config.model.path
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # A damaged file surfaces as whatever its parser raises.
         place = f"{origin}:model.tokenizer"
         raise InputError(
-            "E401", "tokenizer not found", place, str(error).splitlines()[0], "a tokenizer directory", "check the path"
+            "E401", "tokenizer not found", place, one_line(error), "a tokenizer directory", "check the path"
         ) from None
+    if len(tokenizer) < 2:  # transformers makes an empty one where the files are missing.
+        place, found = f"{origin}:model.tokenizer", f"no tokenizer files in {source}"
+        raise InputError("E401", "tokenizer not found", place, found, "a tokenizer directory", "check the path")
     rows = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     if rows and len(tokenizer) > rows:
         place, fix = f"{origin}:model.tokenizer", "use the model's own tokenizer"
@@ -252,7 +260,7 @@ def _check_rewards(config: Config, origin: str, sample: list[Prompt], problems: 
             problems.append(
                 InputError("E301", "reward needs a column", key, found, expected, "rename the parameter or the column")
             )
-        column = spec.args.get("column")
+        column = spec.args.get("column", default_column(spec.function))
         if column is not None and column not in columns:
             problems.append(
                 InputError(

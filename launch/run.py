@@ -103,11 +103,12 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 def train(config: Config, source: Path, dry_run: bool = False) -> None:
     """Check everything, then run the whole loop."""
     from launch.preflight import prepare
-    from launch.run_folder import resolve_output
+    from launch.run_folder import check_output, resolve_output
 
     started = time.monotonic()
     prepared = prepare(config, source.name, source.parent)
     output = resolve_output(config.run.output_dir)
+    check_output(config, output)
     for warning in prepared.warnings:
         print(warning, flush=True)
     asyncio.run(_train(prepared, source.name, output, started, dry_run))

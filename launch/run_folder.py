@@ -28,17 +28,22 @@ def resolve_output(output_dir: str) -> Path:
     return path.absolute()
 
 
+def check_output(config: Config, path: Path) -> None:
+    """Raises ``InputError`` E602 if ``path`` holds an earlier run that must not be overwritten."""
+    if (path / "metrics.jsonl").exists() and not config.run.overwrite:
+        found = f"{len(read_metrics(path))} recorded rows"
+        fix = "another name, or run.overwrite = true"
+        raise InputError("E602", "run exists", f"run.output_dir = {path}", found, "an empty directory", fix)
+
+
 class RunFolder:
     """One run's folder, open for writing."""
 
     def __init__(self, config: Config, path: Path) -> None:
-        """Create ``path``. Raises ``InputError`` E602 if it holds an earlier run, E601 if it cannot be written."""
+        """Create ``path``, emptied if that is allowed. Raises ``InputError`` E601 if it cannot be written."""
         self.path, self._config = path, config
+        check_output(config, path)
         if (path / "metrics.jsonl").exists():
-            if not config.run.overwrite:
-                found = f"{len(read_metrics(path))} recorded steps"
-                fix = "another name, or run.overwrite = true"
-                raise InputError("E602", "run exists", f"run.output_dir = {path}", found, "an empty directory", fix)
             shutil.rmtree(path)
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)
@@ -131,7 +136,9 @@ def write_samples(path: Path, step: int, groups: list[RolloutGroup]) -> None:
             }
             parts = {f"rewards/{name}": float(values[i]) for name, values in group.reward_parts.items()}
             rows.append(row | parts | {column: str(values[i]) for column, values in group.extra.items()})
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
+    pyarrow.parquet.write_table(table, path)
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, config: Config) -> None:

@@ -90,7 +90,8 @@ def reinforce_pp(rewards: Tensor) -> Tensor:
 def reinforce_pp_baseline(rewards: Tensor) -> Tensor:
     """Group-centred rewards whitened over the step (arXiv 2501.03262)."""
     valid, _, _, centred = _stats(rewards)
-    return whiten(centred, valid)
+    varied = (centred != 0).any(1, keepdim=True)
+    return torch.where(varied, whiten(centred, valid), 0.0)
 
 
 def opo(rewards: Tensor, *, lengths: Tensor) -> Tensor:

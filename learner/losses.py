@@ -256,6 +256,9 @@ class LossSettings:
     kl_coef: float = 0.0
     kl_corrected: bool = False
     importance_sampling: dict[str, Any] | None = None
+    clip_low: float = 0.2
+    """Bounds that the clip metrics count against: those of the policy loss."""
+    clip_high: float = 0.2
 
 
 def grpo_loss(x: LossInputs, settings: LossSettings) -> tuple[Tensor, dict[str, Tensor]]:
@@ -267,13 +270,17 @@ def grpo_loss(x: LossInputs, settings: LossSettings) -> tuple[Tensor, dict[str, 
     mask = x.mask.bool()
     log_ratio = masked(x.logprobs - x.old_logprobs, mask)
     token_loss = settings.policy_loss(log_ratio, x.advantages, mask, logprobs=masked(x.logprobs, mask))
+    ratio = bounded_exp(log_ratio.detach())
     gap = masked(x.old_logprobs.detach() - x.rollout_logprobs, mask)
+    known = torch.isfinite(gap)
+    gap = masked(gap, known)
     metrics = {
         "policy_loss": (masked(token_loss, mask) * x.weights).sum().detach(),
         "gap_abs_sum": gap.abs().sum(),
+        "rollout_logprobs_not_finite": (~known).sum().float(),
         "gap_abs_max": gap.abs().max() if gap.numel() else gap.sum(),
-        "ratio_low_sum": ((log_ratio < -0.2) & (x.advantages < 0) & mask).sum().float(),
-        "ratio_high_sum": ((log_ratio > 0.2) & (x.advantages > 0) & mask).sum().float(),
+        "ratio_low_sum": ((ratio < 1 - settings.clip_low) & (x.advantages < 0) & mask).sum().float(),
+        "ratio_high_sum": ((ratio > 1 + settings.clip_high) & (x.advantages > 0) & mask).sum().float(),
     }
     if settings.importance_sampling is not None:
         weight = importance_weights(x.old_logprobs, x.rollout_logprobs, mask, **settings.importance_sampling)

@@ -6,6 +6,7 @@ used is refused, or dropped and counted when the configuration says so.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,15 @@ Row = dict[str, Any]
 
 
 def load_rows(path: str, key: str) -> list[Row]:
-    """All rows of a data file. Raises ``InputError`` E201, E203-E206 or E210, naming ``key`` or file and line."""
+    """All rows of a data file; errors as in ``number_rows``."""
+    return [row for _, row in number_rows(path, key)]
+
+
+def number_rows(path: str, key: str) -> list[tuple[int, Row]]:
+    """All rows with their numbers as the file counts them: lines of JSONL, rows of other forms, from 1.
+
+    Raises ``InputError`` E201, E203-E206 or E210, naming ``key`` or file and line.
+    """
     file = Path(path)
     if file.suffix == ".py":
         raise InputError("E210", "dataset script refused", key, path, "parquet, json, csv or jsonl", "convert it once")
@@ -44,18 +53,18 @@ def load_rows(path: str, key: str) -> list[Row]:
     return rows
 
 
-def _read_parquet(file: Path) -> list[Row]:
+def _read_parquet(file: Path) -> list[tuple[int, Row]]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
+        return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(
             "E204", "invalid parquet", file.name, str(error), "a parquet file", "export it again"
         ) from None
 
 
-def _read_text(file: Path) -> list[Row]:
+def _read_text(file: Path) -> list[tuple[int, Row]]:
     raw = file.read_bytes()
     try:
         text = raw.decode("utf-8")
@@ -67,7 +76,7 @@ def _read_text(file: Path) -> list[Row]:
     if file.suffix == ".csv":
         import csv
 
-        return [dict(row) for row in csv.DictReader(text.splitlines())]
+        return list(enumerate(map(dict, csv.DictReader(io.StringIO(text, newline=""))), 1))
     if file.suffix == ".json":
         rows = _parse_json(text, file.name, 1)
         if not isinstance(rows, list):
@@ -94,7 +103,7 @@ def _read_text(file: Path) -> list[Row]:
                 "one object per line",
                 f"repair or remove line {number}",
             )
-    return [row for _, row in numbered]
+    return numbered
 
 
 def _parse_json(text: str, name: str, line: int) -> Any:
@@ -108,9 +117,9 @@ def _parse_json(text: str, name: str, line: int) -> Any:
         ) from None
 
 
-def _check_types(rows: list[Row], name: str) -> None:
+def _check_types(rows: list[tuple[int, Row]], name: str) -> None:
     seen: dict[str, tuple[type, int]] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         for column, value in row.items():
             if value is None:
                 continue
@@ -133,9 +142,9 @@ class PromptSet:
     @classmethod
     def load(cls, config: Config, path: str, key: str, tokenizer: Any) -> PromptSet:
         """Read, check and tokenise ``path``. Raises ``InputErrors`` E202, E207, E208, E403 and those of ``load_rows``."""
-        rows, name = load_rows(path, key), Path(path).name
+        rows, name = number_rows(path, key), Path(path).name
         column = config.data.prompt_column
-        for number, row in enumerate(rows, 1):
+        for number, row in rows:
             if row.get(column) is None and column not in row:
                 others = ", ".join(row)
                 guess = nearest(column, row) or next(
@@ -143,11 +152,14 @@ class PromptSet:
                 )
                 fix = f'data.prompt_column = "{guess}"' if guess else "set data.prompt_column"
                 raise InputError("E202", "no such column", f"{name}:{column}", f"{others} in row {number}", column, fix)
-        encode = _encoder(config, tokenizer, f"{name}:1")
+        encode = _encoder(config, tokenizer, f"{name}:1", key)
         blank, long, prompts = [], [], []
         limit = config.rollout.max_prompt_tokens
-        for number, row in enumerate(rows, 1):
+        for index, (number, row) in enumerate(rows):
             text = row[column]
+            if text is not None and not isinstance(text, str | list):
+                found, fix = type(text).__name__, f"write {column} as text"
+                raise InputError("E206", "prompt is no text", f"{name}:{number}", found, "text or messages", fix)
             if not text or (isinstance(text, str) and not text.strip()):
                 blank.append(number)
                 continue
@@ -156,7 +168,7 @@ class PromptSet:
                 long.append((number, len(ids)))
                 continue
             columns = {c: v for c, v in row.items() if c not in (column, "prompt", "completion", "completion_ids")}
-            prompts.append(Prompt(number - 1, np.asarray(ids, dtype=np.int32), shown, columns))
+            prompts.append(Prompt(index, np.asarray(ids, dtype=np.int32), shown, columns))
         _refuse(config, name, blank, long, limit)
         return cls(prompts, {"blank": len(blank), "long": len(long)})
 
@@ -175,7 +187,7 @@ def _refuse(config: Config, name: str, blank: list[int], long: list[tuple[int, i
     raise_all(problems)
 
 
-def _encoder(config: Config, tokenizer: Any, place: str) -> Callable[[Any], tuple[Any, list[int]]]:
+def _encoder(config: Config, tokenizer: Any, place: str, key: str) -> Callable[[Any], tuple[Any, list[int]]]:
     """``text or messages -> (prompt as the rewards see it, token ids)``."""
     template = config.model.chat_template or tokenizer.chat_template
     system = [{"role": "system", "content": config.data.system_prompt}] if config.data.system_prompt else []
@@ -189,7 +201,7 @@ def _encoder(config: Config, tokenizer: Any, place: str) -> Callable[[Any], tupl
             raise InputError(
                 "E403",
                 "no chat template",
-                "model.tokenizer",
+                key.rpartition("data.")[0] + "model.tokenizer",
                 f"messages in {place}",
                 "a template or plain prompts",
                 fix,

@@ -8,8 +8,8 @@ group fails with a cause.
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -77,13 +77,13 @@ class RewardWorker:
         extra: dict[str, list[Any]] = {}
         logged: dict[str, list[float]] = {}
         arguments = {
-            "prompts": [_copy(prompt.text) for _ in range(count)],
+            "prompts": [copy.deepcopy(prompt.text) for _ in range(count)],
             "completions": [_shown(prompt, c.text) for c in completions],
             "completion_ids": [c.token_ids.tolist() for c in completions],
             "trainer_state": state,
             "log_extra": lambda column, values: extra.__setitem__(column, list(values)),
             "log_metric": lambda metric, value: logged.setdefault(metric, []).append(float(value)),
-            **{column: [value] * count for column, value in prompt.columns.items()},
+            **{column: [copy.deepcopy(value) for _ in range(count)] for column, value in prompt.columns.items()},
         }
         try:
             result = function(**_accepted(function, arguments))
@@ -102,10 +102,6 @@ class RewardWorker:
 
 async def _await(awaitable: Any) -> Any:
     return await awaitable
-
-
-def _copy(value: Any) -> Any:
-    return value if isinstance(value, str) else [dict(message) for message in value]
 
 
 def _shown(prompt: Prompt, text: str) -> Any:
@@ -141,17 +137,22 @@ def check_rewards(result: Any, completions: tuple[Completion, ...], name: str) -
     for i, value in enumerate(result):
         if value is None:
             continue
-        number = value.item() if hasattr(value, "item") else value
+        number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
         if not isinstance(number, int | float):
             found = f"{type(value).__name__} {value!r}"
-        elif math.isfinite(number) and abs(number) <= float(np.finfo(np.float32).max):
+        elif abs(number) <= float(np.finfo(np.float32).max):  # False for NaN and infinity too.
             values[i] = number
             continue
         else:
-            found = f"{number} for {one_line(completions[i].text, 60)!r}"
+            found = f"{_short(number)} for {one_line(completions[i].text, 60)!r}"
         fix = "handle this case, or return None where the reward does not apply"
         raise InputError("E303", "bad reward value", f"{name}, sample {i}", found, "a finite number or None", fix)
     return values
+
+
+def _short(number: float) -> str:
+    """A number for a message; an integer too long to print is described."""
+    return str(number) if isinstance(number, float) or abs(number) < 10**30 else "an integer beyond float32"
 
 
 class RewardPool:

@@ -148,7 +148,7 @@ def load_reward(spec: RewardFunction, key: str) -> Callable[..., Any]:
         if spec.args:
             inspect.signature(found).bind_partial(**spec.args)
             return functools.partial(found, **spec.args)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(
             "E301",
             "reward arguments refused",
@@ -157,7 +157,10 @@ def load_reward(spec: RewardFunction, key: str) -> Callable[..., Any]:
             "the function's own parameters",
             "correct args",
         ) from None
-    return found
+    if not callable(found):
+        place, said = f"{key}.function", f"{spec.function} is a {type(found).__name__}"
+        raise InputError("E301", "reward is no function", place, said, "a function or class", "correct the name")
+    return cast("Callable[..., Any]", found)
 
 
 def _find(name: str, key: str) -> Callable[..., Any]:
@@ -200,6 +203,12 @@ def _import_file(path: Path) -> Any:
 def reward_name(spec: RewardFunction) -> str:
     """The metric name of a reward function: its ``name``, else the last part of ``function``."""
     return spec.name or spec.function.rpartition(":")[2]
+
+
+def default_column(name: str) -> str | None:
+    """The dataset column that a built-in reward reads unless told otherwise; None if it reads none."""
+    parameters = inspect.signature(BUILTINS[name]).parameters if name in BUILTINS else {}
+    return str(parameters["column"].default) if "column" in parameters else None
 
 
 def missing_column(function: Callable[..., Any], columns: list[str]) -> str | None:

@@ -61,8 +61,8 @@ class Model(Section):
     """Hugging Face model directory with safetensors, or builtin:NAME for a small one made on demand."""
     tokenizer: str | None = None
     """Tokenizer directory; default: the model's own."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights in the engines and on the wire; the learner's master weights are float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights in the engines and on the wire, float32 or bfloat16; the learner's master weights are float32."""
     chat_template: str | None = None
     """Jinja chat template that replaces the tokenizer's."""
     trust_remote_code: bool = False

@@ -156,76 +156,41 @@ def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
 
 
 def _disagreements(c: Config, origin: str) -> list[InputError]:
-    """Checks that involve more than one value (E103, E104, E108, E504)."""
-    problems = []
-    group_relative = c.algorithm.advantage.name != "reinforce_pp"
-    if c.rollout.group_size < 2 and group_relative:
-        problems.append(
-            InputError(
-                "E103",
-                "group too small",
-                f"{origin}:rollout.group_size",
-                str(c.rollout.group_size),
-                ">= 2",
-                "set 8; one completion has no group to compare with",
-            )
-        )
-    if c.completions_per_step % c.learner.num_ranks:
-        near = max(1, round(c.completions_per_step / c.learner.num_ranks)) * c.learner.num_ranks
-        problems.append(
-            InputError(
-                "E104",
-                "batch does not divide",
-                f"{origin}:learner.prompts_per_step",
-                f"{c.completions_per_step} completions",
-                f"a multiple of learner.num_ranks = {c.learner.num_ranks}",
-                f"use {near} completions (nearest)",
-            )
-        )
+    """Checks that involve more than one value (E103, E104, E108, E405, E504)."""
+    problems: list[InputError] = []
+
+    def refuse(code: str, what: str, key: str, found: object, expected: str, fix: str) -> None:
+        problems.append(InputError(code, what, f"{origin}:{key}", str(found), expected, fix))
+
+    if c.rollout.group_size < 2 and c.algorithm.advantage.name != "reinforce_pp":
+        fix = "set 8; one completion has no group to compare with"
+        refuse("E103", "group too small", "rollout.group_size", c.rollout.group_size, ">= 2", fix)
+    sequences, ranks = c.completions_per_step, c.learner.num_ranks
+    if sequences % ranks:
+        near = max(1, round(sequences / ranks)) * ranks
+        expected, fix = f"a multiple of learner.num_ranks = {ranks}", f"use {near} completions (nearest)"
+        found = f"{sequences} completions"
+        refuse("E104", "batch does not divide", "learner.prompts_per_step", found, expected, fix)
     for key, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
         value = getattr(c.rollout, key)
         if value != neutral:
-            problems.append(
-                InputError(
-                    "E108",
-                    "options disagree",
-                    f"{origin}:rollout.{key}",
-                    str(value),
-                    f"{neutral} (the learner scores the full distribution)",
-                    f"rollout.{key} = {neutral}",
-                )
-            )
-    if c.algorithm.old_logprobs == "rollout" and c.algorithm.importance_sampling.level != "none":
-        problems.append(
-            InputError(
-                "E108",
-                "options disagree",
-                f"{origin}:algorithm.old_logprobs, algorithm.importance_sampling.level",
-                f"rollout with {c.algorithm.importance_sampling.level}",
-                'level "none" (the correction would count twice)',
-                'algorithm.importance_sampling.level = "none"',
-            )
-        )
-    if not isinstance(c.rollout.kv_cache_gib, int) or c.rollout.kv_cache_gib < 1:
-        problems.append(
-            InputError(
-                "E504",
-                "bad KV size",
-                f"{origin}:rollout.kv_cache_gib",
-                str(c.rollout.kv_cache_gib),
-                "an integer >= 1",
-                "rollout.kv_cache_gib = 1",
-            )
-        )
-    if c.max_model_len > c.learner.max_tokens_per_microbatch:
-        problems.append(
-            InputError(
-                "E108",
-                "options disagree",
-                f"{origin}:learner.max_tokens_per_microbatch",
-                str(c.learner.max_tokens_per_microbatch),
-                f">= {c.max_model_len} (one whole sequence)",
-                f"learner.max_tokens_per_microbatch = {c.max_model_len}",
-            )
-        )
+            expected = f"{neutral} (the learner scores the full distribution)"
+            refuse("E108", "options disagree", f"rollout.{key}", value, expected, f"rollout.{key} = {neutral}")
+    level = c.algorithm.importance_sampling.level
+    if c.algorithm.old_logprobs == "rollout" and level != "none":
+        keys = "algorithm.old_logprobs, algorithm.importance_sampling.level"
+        expected = 'level "none" (the correction would count twice)'
+        fix = 'algorithm.importance_sampling.level = "none"'
+        refuse("E108", "options disagree", keys, f"rollout with {level}", expected, fix)
+    budget = c.learner.max_tokens_per_microbatch
+    if c.max_model_len > budget:
+        key = "learner.max_tokens_per_microbatch"
+        expected, fix = f">= {c.max_model_len} (one whole sequence)", f"{key} = {c.max_model_len}"
+        refuse("E108", "options disagree", key, budget, expected, fix)
+    if c.model.dtype == "float16":
+        expected, fix = "bfloat16 or float32", 'model.dtype = "bfloat16"'
+        refuse("E405", "dtype not supported", "model.dtype", "float16", expected, fix)
+    gib = c.rollout.kv_cache_gib
+    if not isinstance(gib, int) or gib < 1:
+        refuse("E504", "bad KV size", "rollout.kv_cache_gib", gib, "an integer >= 1", "rollout.kv_cache_gib = 1")
     return problems

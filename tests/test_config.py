@@ -96,7 +96,7 @@ def test_an_override_beats_every_file(load):
         ({"run.steps": 0}, "E102", "run.toml:run.steps"),
         ({"run.steps": 2.5}, "E102", "run.toml:run.steps"),
         ({"run.overwrite": "yes"}, "E102", "run.toml:run.overwrite"),
-        ({"model.dtype": "float16"}, "E102", "run.toml:model.dtype"),
+        ({"model.dtype": "float64"}, "E102", "run.toml:model.dtype"),
         ({"rollout": 3}, "E102", "run.toml:rollout"),
         ({"learner.betas": [0.9]}, "E102", "run.toml:learner.betas"),
         ({"model.path": None}, "E102", "run.toml:model.path"),

@@ -123,9 +123,11 @@ def test_head_dim_is_limited_only_without_a_gpu(config, tmp_path, monkeypatch):
 
 
 def test_builtin_data_is_written_once_and_found_again(config):
-    first = builtin.resolve(config(**{"data.train": "builtin:addition", "data.eval": "builtin:addition"})).data
+    first = builtin.resolve(
+        config(**{"data.train": "builtin:addition", "data.eval": "builtin:addition"}), "run.toml"
+    ).data
     stamp = os.stat(first.train).st_mtime_ns
-    assert builtin.resolve(config(**{"data.train": "builtin:addition"})).data.train == first.train
+    assert builtin.resolve(config(**{"data.train": "builtin:addition"}), "run.toml").data.train == first.train
     assert os.stat(first.train).st_mtime_ns == stamp
     assert first.train != first.eval
 
