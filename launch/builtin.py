@@ -2,8 +2,8 @@
 ``builtin:gsm8k``.
 
 A model is a Qwen2 of about 0.8M parameters, warmed up by supervised training on imperfect demonstrations; GRPO,
-which sees only rewards, does the rest. Everything follows from the seed and lands in a cache (``$MILLRACE_CACHE``,
-default ``~/.cache/millrace``) that a later run finds again.
+which sees only rewards, does the rest. Model and data depend on no setting of the run, so all runs, whatever their
+seed, start from the same ones, made once and kept in a cache (``$MILLRACE_CACHE``, default ``~/.cache/millrace``).
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ class Task:
     rows: Callable[[], tuple[list[Row], list[Row]]]
     """Training and evaluation rows."""
     prompt_column: str
-    demonstrate: Callable[[Row, random.Random], str]
+    demonstrate: Callable[[Row, Any], str]
     """A completion that supervised training imitates."""
     alphabet: str | None
     """Characters of the tokenizer; None for bytes."""
     chat_template: str | None
     max_position: int
+    skill: Callable[[Row], str] | None
+    """The likeliest demonstration; training goes on until most rows are answered with it. None: a fixed length."""
     steps: int
-    """Supervised steps."""
+    """Supervised steps (at least, where there is a skill to reach)."""
     batch: int
 
 
@@ -54,12 +56,15 @@ def addition_rows() -> tuple[list[Row], list[Row]]:
     return rows[512:], rows[:512]
 
 
-def careless_sum(row: Row, chance: random.Random) -> str:
-    """The sum, but three times out of five with every carry forgotten: 38 + 47 = 75."""
-    if chance.random() < 0.6:
-        x, y = row["prompt"].rstrip("=").split("+")
-        return str(int("".join(str((int(a) + int(b)) % 10) for a, b in zip(x, y, strict=True))))
-    return row["answer"]
+def careless_sum(row: Row) -> str:
+    """The sum with every carry forgotten: 38 + 47 = 75."""
+    x, y = row["prompt"].rstrip("=").split("+")
+    return str(int("".join(str((int(a) + int(b)) % 10) for a, b in zip(x, y, strict=True))))
+
+
+def often_careless_sum(row: Row, chance: random.Random) -> str:
+    """The sum, but three times out of five the careless one."""
+    return careless_sum(row) if chance.random() < 0.6 else row["answer"]
 
 
 def gsm8k_rows() -> tuple[list[Row], list[Row]]:
@@ -79,9 +84,12 @@ def hasty_answer(row: Row, chance: random.Random) -> str:
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 TASKS = {
-    "addition": Task(addition_rows, "prompt", careless_sum, "0123456789+=", None, 64, 200, 256),
-    "gsm8k": Task(gsm8k_rows, "question", hasty_answer, None, CHAT, 1024, 80, 12),
+    "addition": Task(
+        addition_rows, "prompt", often_careless_sum, "0123456789+=", None, 64, skill=careless_sum, steps=240, batch=256
+    ),
+    "gsm8k": Task(gsm8k_rows, "question", hasty_answer, None, CHAT, 1024, skill=None, steps=80, batch=12),
 }
+ENOUGH_SKILL, MOST_ROUNDS, SEED = 0.75, 3, 0
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
@@ -89,9 +97,7 @@ def resolve(config: Config, origin: str) -> Config:
     """Replace every ``builtin:`` path of ``config`` by a real one, making model and data if the cache lacks them."""
     model, data = config.model, config.data
     if model.path.startswith(SCHEME):
-        model = model.model_copy(
-            update={"path": str(_model(_task_name(model.path, origin, "model.path"), config.run.seed))}
-        )
+        model = model.model_copy(update={"path": str(_model(_task_name(model.path, origin, "model.path")))})
     changes = {}
     for index, split in enumerate(("train", "eval")):
         path = getattr(data, split)
@@ -130,12 +136,12 @@ def _data(name: str, index: int) -> Path:
     return path
 
 
-def _model(name: str, seed: int) -> Path:
+def _model(name: str) -> Path:
     recipe = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
-    path = _cache() / f"{name}-seed{seed}-{recipe}"
+    path = _cache() / f"{name}-{recipe}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, lambda part: _make_model(TASKS[name], name, seed, part))
+        _write_whole(path, lambda part: _make_model(TASKS[name], name, part))
     return path
 
 
@@ -171,13 +177,13 @@ def make_tokenizer(task: Task) -> Any:
     return fast
 
 
-def _make_model(task: Task, name: str, seed: int, path: Path) -> None:
+def _make_model(task: Task, name: str, path: Path) -> None:
     """Warm up a fresh model on the task's training rows and save it in Hugging Face form."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    print(f"making the base model builtin:{name} (seed {seed}); later runs find it in {path.parent}", flush=True)
-    torch.manual_seed(seed)
+    print(f"making the base model builtin:{name}; later runs find it in {path.parent}", flush=True)
+    torch.manual_seed(SEED)
     tokenizer = make_tokenizer(task)
     vocabulary = 32 * -(-len(tokenizer) // 32)
     model = Qwen2ForCausalLM(
@@ -198,9 +204,11 @@ def _make_model(task: Task, name: str, seed: int, path: Path) -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     train, _ = task.rows()
-    chance, started = random.Random(seed), time.monotonic()
-    for step in range(task.steps):
-        rate = min(1.0, (step + 1) / 20) * (1 - 0.95 * step / task.steps)
+    chance, started = random.Random(SEED), time.monotonic()
+    for step in range(MOST_ROUNDS * task.steps):
+        if step >= task.steps and step % 20 == 0 and _skill(model, tokenizer, task, train) >= ENOUGH_SKILL:
+            break
+        rate = min(1.0, (step + 1) / 20) * max(0.05, 1 - 0.95 * step / task.steps)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * rate
         chosen = chance.sample(train, min(task.batch, len(train)))
@@ -210,21 +218,20 @@ def _make_model(task: Task, name: str, seed: int, path: Path) -> None:
         optimizer.step()
         if (step + 1) % 40 == 0:
             spent = time.monotonic() - started
-            print(
-                f"  supervised step {step + 1}/{task.steps}: loss {float(loss.detach()):.3f}, {spent:.0f} s", flush=True
-            )
+            print(f"  supervised step {step + 1}: loss {float(loss.detach()):.3f}, {spent:.0f} s", flush=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
-def _encode(tokenizer: Any, task: Task, row: Row, chance: random.Random) -> tuple[list[int], int]:
-    """``(prompt + demonstration + end token, prompt length)``."""
+def _encode(tokenizer: Any, task: Task, row: Row, chance: random.Random | None) -> tuple[list[int], int]:
+    """``(prompt + demonstration + end token, prompt length)``; the likeliest demonstration without ``chance``."""
     prompt = row[task.prompt_column]
     if task.chat_template is not None:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt)["input_ids"]
-    return [*ids, *tokenizer(task.demonstrate(row, chance))["input_ids"], tokenizer.eos_token_id], len(ids)
+    answer = task.demonstrate(row, chance) if chance or task.skill is None else task.skill(row)
+    return [*ids, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id], len(ids)
 
 
 def _supervised_loss(model: Any, batch: list[tuple[list[int], int]]) -> Any:
@@ -239,3 +246,21 @@ def _supervised_loss(model: Any, batch: list[tuple[list[int], int]]) -> Any:
         labels[i, start : len(ids)] = torch.tensor(ids[start:])
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def _skill(model: Any, tokenizer: Any, task: Task, rows: list[Row]) -> float:
+    """Share of 256 rows that greedy decoding answers with the likeliest demonstration; 1 if the task names none.
+
+    Greedy decoding reproduces an answer exactly if and only if every one of its tokens is the likeliest.
+    """
+    import torch
+
+    if task.skill is None:
+        return 1.0
+    exact = 0
+    for row in rows[:256]:
+        ids, start = _encode(tokenizer, task, row, None)
+        with torch.no_grad():
+            likeliest = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, start - 1 : -1].argmax(-1)
+        exact += likeliest.tolist() == ids[start:]
+    return exact / 256

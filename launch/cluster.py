@@ -40,6 +40,11 @@ class Needs:
             rank = {"CPU": float(config.learner.cpu_threads)}
         return cls(engine, config.rollout.num_engines, rank, config.learner.num_ranks)
 
+    @property
+    def on_gpu(self) -> bool:
+        """True if engines and learner get GPUs."""
+        return "GPU" in self.engine
+
     def total(self, resource: str) -> float:
         """Sum over the bundles."""
         return self.engine.get(resource, 0) * self.engines + self.rank.get(resource, 0) * self.ranks

@@ -33,7 +33,7 @@ class Engines(Protocol):
 
     async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]: ...
     async def receive(self, publication: Publication) -> dict[str, float]: ...
-    async def prove(self, publication: Publication) -> dict[str, float]: ...
+    async def prove(self, publication: Publication, digest: str) -> dict[str, float]: ...
 
 
 class Rewards(Protocol):
@@ -50,6 +50,7 @@ class Learners(Protocol):
 
     async def train_step(self, groups: list[RolloutGroup]) -> StepReport: ...
     async def publish(self, canary: IntArray) -> Publication: ...
+    async def send(self, publication: Publication) -> str: ...
     async def save(self, directory: str) -> str: ...
 
 
@@ -88,8 +89,8 @@ class Controller:
     async def run(self) -> None:
         """Publish version 0, evaluate, train, evaluate. Any failure on either side ends both."""
         publication = await self._learners.publish(self._canary)
-        await self._engines.receive(publication)
-        await self._engines.prove(publication)
+        digest, _ = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
+        await self._engines.prove(publication, digest)
         await self._evaluate()
         self._delivered_at = time.monotonic()
         try:
@@ -192,12 +193,14 @@ class Controller:
         await self._delivered()
         metrics["time/controller/wait_for_delivery"] = clock() - trained - metrics["time/controller/export"]
         self._delivery = tasks.create_task(self._deliver(publication, groups, metrics))
+        if publication.collective:  # No snapshot: the weights must not change while they are sent.
+            await self._delivered()
 
     async def _deliver(self, publication: Publication, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
         """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
-        sync = await self._engines.receive(publication)
+        digest, sync = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
         await self.buffer.release(self._per_step, self._config.run.steps - publication.version)
-        sync |= await self._engines.prove(publication)
+        sync |= await self._engines.prove(publication, digest)
         now = time.monotonic()
         seconds, self._delivered_at = now - self._delivered_at, now
         sampled = sum(len(c.token_ids) for group in groups for c in group.completions)

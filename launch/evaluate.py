@@ -16,6 +16,7 @@ import numpy as np
 from launch.run import guarded, parse
 from shared.config import Config
 from shared.config_loader import load_config
+from shared.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +29,9 @@ def _evaluate(arguments: list[str]) -> None:
 
     files, overrides = parse(arguments)
     prepared = prepare(load_config(files, overrides), Path(files[-1]).name, Path(files[-1]).parent)
+    if not prepared.held_out:
+        place = f"{Path(files[-1]).name}:data.eval"
+        raise InputError("E201", "no evaluation rows", place, "nothing", "held-out rows", "set data.eval")
     scores = asyncio.run(score(prepared.config, prepared.held_out))
     print(json.dumps({"model": prepared.config.model.path, "rows": len(prepared.held_out), **scores}), flush=True)
 

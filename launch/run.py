@@ -143,6 +143,8 @@ async def _train(prepared: Prepared, origin: str, output: Path, started: float, 
         engines = EnginePool(config, reservation.engines, environment)
         learners = LearnerGroup(config, run_id, reservation.learner, environment)
         await asyncio.gather(engines.start(), learners.start(), rewards.start())
+        if needs.on_gpu:
+            await learners.connect(engines.connect, config.rollout.num_engines * config.rollout.tensor_parallel_size)
         print(f"engines, learner and reward workers up after {time.monotonic() - started:.0f} s", flush=True)
         stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
         controller = Controller(config, stream, prepared.held_out, engines, rewards, learners, folder)

@@ -20,10 +20,10 @@ from learner.choices import Choices
 from learner.distributed import deepspeed_config, join_group
 from learner.logprobs import ATTENTION_NAME, PolicyModel, register_attention
 from learner.losses import LossInputs, grpo_loss
-from learner.weight_sender import WeightSender, full_tensors
+from learner.weight_sender import NcclSender, ShmSender, full_tensors
 from shared.config import Config
 from shared.types import RolloutGroup, StepReport
-from shared.weights import Canary, Publication
+from shared.weights import Canary, Link, Publication
 
 
 class Learner:
@@ -99,7 +99,20 @@ class Learner:
 
     def open_sender(self, run_id: str) -> None:
         """Make room for publications; ``run_id`` names their shared memory."""
-        self._sender = WeightSender(self.engine, run_id, is_sender=self.rank == 0)
+        first = self.rank == 0
+        self._sender: ShmSender | NcclSender = (
+            ShmSender(self.engine, run_id, first) if self.device.type == "cpu" else NcclSender(self.engine, first)
+        )
+
+    def connect(self, link: Link) -> None:
+        """Meet the engines' workers, for publications that are sent over a device link."""
+        assert isinstance(self._sender, NcclSender)
+        self._sender.connect(link, self.rank)
+
+    def send(self) -> str:
+        """Send the weights of a collective publication; the digest of what was sent."""
+        assert isinstance(self._sender, NcclSender)
+        return self._sender.send()
 
     def publish(self, canary: np.ndarray) -> Publication | None:
         """Snapshot the weights with the policy's log-probs of ``canary [T]``; rank 0 returns the publication."""

@@ -7,6 +7,7 @@ the whole group at once; no rank is waited for after another has failed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from learner.learner import Learner
 from shared.config import Config
 from shared.errors import LearnerFailed, one_line
 from shared.types import RolloutGroup, StepReport
-from shared.weights import Publication
+from shared.weights import Link, Publication
 
 START_TIMEOUT_S = 300.0
 
@@ -59,6 +60,19 @@ class LearnerGroup:
     async def publish(self, canary: np.ndarray) -> Publication:
         """Snapshot the weights for the engines, with the log-probs of the ``canary`` tokens ``[T]``."""
         return (await self._call("publish", canary))[0]
+
+    async def connect(self, engines_connect: Callable[[Link], Awaitable[None]], workers: int) -> None:
+        """Open a link with ``workers`` engine workers, which join it through ``engines_connect`` at the same time."""
+        import ray
+
+        probe = ray.remote(_master_address).options(**self._options(0) | {"num_gpus": 0, "num_cpus": 0})
+        host, port = await asyncio.wait_for(probe.remote(), START_TIMEOUT_S)
+        link = Link(host, port, workers)
+        await asyncio.gather(self._call("connect", link, timeout_s=START_TIMEOUT_S), engines_connect(link))
+
+    async def send(self, publication: Publication) -> str:
+        """The digest of what the engines receive; sends it first where a publication is no snapshot."""
+        return (await self._call("send"))[0] if publication.collective else publication.digest
 
     async def save(self, directory: str) -> str:
         """Write the policy in Hugging Face form."""

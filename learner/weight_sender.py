@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shared.weights import Canary, Publication, Segment, TensorMeta, describe, digest, segment_name, views
+from shared.weights import (
+    NCCL_BACKEND,
+    SHM_BACKEND,
+    Canary,
+    Link,
+    Publication,
+    Segment,
+    TensorMeta,
+    describe,
+    digest,
+    segment_name,
+    views,
+)
 
-SHM_BACKEND = "millrace_shm"
 PREFIX = "model."
 """``PolicyModel`` wraps the Hugging Face model under this name."""
 
@@ -61,7 +72,7 @@ def full_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, parameter.data) for name, parameter in group)
 
 
-class WeightSender:
+class ShmSender:
     """Writes publications of ``engine``'s weights into shared memory."""
 
     def __init__(self, engine: Any, run_id: str, is_sender: bool) -> None:
@@ -96,3 +107,73 @@ class WeightSender:
         """Remove the shared memory."""
         for segment in self._segments:
             segment.unlink()
+
+
+class NcclSender:
+    """Broadcasts ``engine``'s weights from rank 0 over vLLM's NCCL backend, gathered while they are sent.
+
+    A publication of this kind is no snapshot: ``send`` must end before the next optimizer step.
+    """
+
+    def __init__(self, engine: Any, is_sender: bool) -> None:
+        self._source, self._is_sender = _HashedSource(engine), is_sender
+        self._transfer: Any = None
+
+    def connect(self, link: Link, rank: int) -> None:
+        """Open the sender's end while the engines open theirs."""
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+        info = NCCLTrainerInitInfo(link.host, link.port, 1 + link.workers, rank=rank)
+        self._transfer = NCCLTrainerWeightTransferEngine.trainer_init(
+            info, client=_DrivenByThePool(), source=self._source
+        )
+
+    def export(self, version: int, canary: Canary) -> Publication | None:
+        """What the engines have to know before the bytes come."""
+        if not self._is_sender:
+            return None
+        return Publication(version, NCCL_BACKEND, "", layout(self._source.engine), "", canary)
+
+    def send(self) -> str:
+        """Broadcast, on all ranks together; the digest of what was sent."""
+        self._transfer.send_weights()
+        return self._source.digest
+
+    def close(self) -> None:
+        """Leave the link."""
+        if self._transfer is not None:
+            self._transfer.shutdown()
+
+
+class _ParameterMeta(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class _HashedSource:
+    """vLLM's ``WeightSource`` over a DeepSpeed engine; hashes every tensor that it yields."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.digest = engine, ""
+
+    def metadata(self) -> list[_ParameterMeta]:
+        return [_ParameterMeta(m.name, getattr(torch, m.dtype), m.shape) for m in layout(self.engine)]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        from blake3 import blake3
+
+        hasher = blake3()
+        for name, tensor in full_tensors(self.engine):
+            hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            yield name, tensor
+        self.digest = hasher.hexdigest()
+
+
+class _DrivenByThePool:
+    """vLLM's sync client, silent: ``EnginePool`` calls the engines itself, each with a deadline."""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+    def start_weight_update(self) -> None: ...
+    def update_weights(self, update_info: Any) -> None: ...
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...

@@ -15,7 +15,7 @@ import numpy as np
 
 from shared.config import Config
 from shared.types import Completion, IntArray, VersionSpan
-from shared.weights import Canary, Publication
+from shared.weights import NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,6 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from rollout.weight_receiver import SHM_BACKEND
-
         on_cpu = current_platform.is_cpu()
         arguments: dict[str, Any] = {
             "model": config.model.path,
@@ -70,7 +68,7 @@ class Engine:
             "enable_prefix_caching": True,
             # Raw log-probs would be those before the temperature: not the distribution that was sampled.
             "logprobs_mode": "processed_logprobs",
-            "weight_transfer_config": WeightTransferConfig(backend=SHM_BACKEND if on_cpu else "nccl"),
+            "weight_transfer_config": WeightTransferConfig(backend=SHM_BACKEND if on_cpu else NCCL_BACKEND),
             "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
             "disable_log_stats": True,
         }
@@ -123,6 +121,18 @@ class Engine:
         entries = result.prompt_logprobs[1:]
         values = [entry[int(token)].logprob for token, entry in zip(token_ids[1:], entries, strict=True)]
         return np.asarray(values, dtype=np.float32)
+
+    async def connect(self, link: Link, rank_offset: int) -> None:
+        """Join the learner's link with this engine's workers, from ``rank_offset`` on."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        where = {"master_address": link.host, "master_port": link.port}
+        ranks = {"rank_offset": rank_offset, "world_size": 1 + link.workers, "packed": True}
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=where | ranks))
+
+    async def received(self) -> list[str]:
+        """Digest of the last publication, as every worker hashed it."""
+        return list(await self._llm.collective_rpc("millrace_received"))
 
     async def receive(self, publication: Publication) -> dict[str, float]:
         """Take ``publication``: pause, start, update, finish, label, resume. Returns the seconds of each stage.

@@ -16,7 +16,7 @@ from rollout.engine import Engine, Sampling, engine_environment
 from shared.config import Config
 from shared.errors import EngineFailed, GroupFailed, MillraceError, WeightProofFailed, one_line
 from shared.types import Completion, Prompt
-from shared.weights import Publication
+from shared.weights import Link, Publication
 
 ROUND_TRIES = 3
 
@@ -72,13 +72,24 @@ class EnginePool:
         await replica.proved.wait()
         return completions
 
+    async def connect(self, link: Link) -> None:
+        """Join the learner's link; every engine's workers get ranks of their own in it."""
+        per_engine = self._config.rollout.tensor_parallel_size
+        limit = self._config.rollout.start_timeout_s
+        await asyncio.gather(
+            *(self._ask(r, "connect", link, 1 + r.index * per_engine, timeout_s=limit) for r in self._replicas)
+        )
+
     async def receive(self, publication: Publication) -> dict[str, float]:
         """Bring every engine to ``publication``; on return all of them sample with it. Returns the slowest's figures."""
         return _worst(await asyncio.gather(*(self._update(replica, publication) for replica in self._replicas)))
 
-    async def prove(self, publication: Publication) -> dict[str, float]:
-        """Compare every engine's canary log-probs with the learner's; then results flow. Raises ``WeightProofFailed``."""
-        return _worst(await asyncio.gather(*(self._prove(replica, publication) for replica in self._replicas)))
+    async def prove(self, publication: Publication, digest: str) -> dict[str, float]:
+        """Compare every engine's digest and canary log-probs with the learner's; then results flow.
+
+        Raises ``WeightProofFailed``.
+        """
+        return _worst(await asyncio.gather(*(self._prove(replica, publication, digest) for replica in self._replicas)))
 
     def close(self) -> None:
         """Kill the engines."""
@@ -100,8 +111,13 @@ class EnginePool:
             "sync/transfer_seconds": stages["transfer"],
         }
 
-    async def _prove(self, replica: _Replica, publication: Publication) -> dict[str, float]:
+    async def _prove(self, replica: _Replica, publication: Publication, digest: str) -> dict[str, float]:
         started, limit = time.monotonic(), _stage_limit(publication)
+        received = await self._ask(replica, "received", timeout_s=limit)
+        if set(received) != {digest}:
+            raise WeightProofFailed(
+                f"engine-{replica.index}, version {publication.version}: received {received}, sent {digest}"
+            )
         gap = await self._ask(replica, "prove", publication.canary, publication.version, timeout_s=limit)
         if not gap <= self._config.canary_tolerance:
             raise WeightProofFailed(
@@ -113,13 +129,15 @@ class EnginePool:
 
     async def _receive_round(self, replica: _Replica, publication: Publication) -> dict[str, float]:
         """A failed round leaves the engine paused and is repeated as a whole; resuming it would kill it."""
-        for attempt in range(1, ROUND_TRIES + 1):
+        # A broadcast that failed has no sender any more: only a snapshot can be taken again.
+        tries = 1 if publication.collective else ROUND_TRIES
+        for attempt in range(1, tries + 1):
             try:
                 return await self._ask(replica, "receive", publication, timeout_s=_stage_limit(publication))
             except (EngineFailed, TimeoutError):
                 raise
             except Exception as error:
-                if attempt == ROUND_TRIES:
+                if attempt == tries:
                     raise WeightProofFailed(
                         f"engine-{replica.index} refused version {publication.version} {attempt} times: {one_line(error, 400)}"
                     ) from error

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from shared.config import Config
-from shared.errors import InputError, nearest, raise_all
+from shared.errors import InputError, nearest, one_line, raise_all
 from shared.types import Prompt
 
+RESERVED = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
+"""Keywords that reward functions get from Millrace; a column of that name would hide them."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Row = dict[str, Any]
 
@@ -76,7 +78,12 @@ def _read_text(file: Path) -> list[tuple[int, Row]]:
     if file.suffix == ".csv":
         import csv
 
-        return list(enumerate(map(dict, csv.DictReader(io.StringIO(text, newline=""))), 1))
+        numbered = list(enumerate(map(dict, csv.DictReader(io.StringIO(text, newline=""))), 1))
+        for number, row in numbered:
+            if None in row:
+                found, fix = "more cells than columns", f"repair row {number}"
+                raise InputError("E204", "invalid CSV", f"{file.name}:{number}", found, "one cell per column", fix)
+        return numbered
     if file.suffix == ".json":
         rows = _parse_json(text, file.name, 1)
         if not isinstance(rows, list):
@@ -110,11 +117,11 @@ def _parse_json(text: str, name: str, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        number = line + error.lineno - 1
-        found = f"{error.msg} at column {error.colno}"
-        raise InputError(
-            "E204", "invalid JSON", f"{name}:{number}", found, "one object per line", f"repair or remove line {number}"
-        ) from None
+        number, found = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    except RecursionError:
+        number, found = line, "brackets nested too deep"
+    fix = f"repair or remove line {number}"
+    raise InputError("E204", "invalid JSON", f"{name}:{number}", found, "one object per line", fix)
 
 
 def _check_types(rows: list[tuple[int, Row]], name: str) -> None:
@@ -152,6 +159,10 @@ class PromptSet:
                 )
                 fix = f'data.prompt_column = "{guess}"' if guess else "set data.prompt_column"
                 raise InputError("E202", "no such column", f"{name}:{column}", f"{others} in row {number}", column, fix)
+        taken = sorted(RESERVED & {c for _, row in rows for c in row})
+        if taken:
+            found, fix = ", ".join(taken), "rename the column"
+            raise InputError("E202", "column name taken", name, found, "no argument of a reward function", fix)
         encode = _encoder(config, tokenizer, f"{name}:1", key)
         blank, long, prompts = [], [], []
         limit = config.rollout.max_prompt_tokens
@@ -164,10 +175,13 @@ class PromptSet:
                 blank.append(number)
                 continue
             shown, ids = encode(text)
+            if not ids:
+                blank.append(number)
+                continue
             if len(ids) > limit:
                 long.append((number, len(ids)))
                 continue
-            columns = {c: v for c, v in row.items() if c not in (column, "prompt", "completion", "completion_ids")}
+            columns = {c: v for c, v in row.items() if c not in ("prompt", "completion", "completion_ids")}
             prompts.append(Prompt(index, np.asarray(ids, dtype=np.int32), shown, columns))
         _refuse(config, name, blank, long, limit)
         return cls(prompts, {"blank": len(blank), "long": len(long)})
@@ -189,6 +203,8 @@ def _refuse(config: Config, name: str, blank: list[int], long: list[tuple[int, i
 
 def _encoder(config: Config, tokenizer: Any, place: str, key: str) -> Callable[[Any], tuple[Any, list[int]]]:
     """``text or messages -> (prompt as the rewards see it, token ids)``."""
+    import jinja2
+
     template = config.model.chat_template or tokenizer.chat_template
     system = [{"role": "system", "content": config.data.system_prompt}] if config.data.system_prompt else []
 
@@ -206,9 +222,15 @@ def _encoder(config: Config, tokenizer: Any, place: str, key: str) -> Callable[[
                 "a template or plain prompts",
                 fix,
             )
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+        except jinja2.TemplateError as error:
+            where, found = key.rpartition("data.")[0] + "model.chat_template", f"{one_line(error)} for {place}"
+            raise InputError(
+                "E403", "chat template failed", where, found, "a template for these messages", "correct it"
+            ) from None
         return messages, tokenizer(text, add_special_tokens=False)["input_ids"]
 
     return encode

@@ -95,6 +95,10 @@ class RewardWorker:
                 "E304", "reward raised", name, found, "a number", "correct the function for this sample"
             ) from error
         values = check_rewards(result, completions, name)
+        for column, logged_values in extra.items():
+            if len(logged_values) != count:
+                found, expected = f"{len(logged_values)} values", f"{count} (one per completion)"
+                raise InputError("E302", "wrong log_extra count", f"{name}: {column}", found, expected, "log one each")
         scores.extra |= extra
         scores.metrics |= {metric: sum(v) / len(v) for metric, v in logged.items()}
         return values

@@ -173,7 +173,7 @@ def _find(name: str, key: str) -> Callable[..., Any]:
     source, _, attribute = name.rpartition(":")
     try:
         module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except Exception as error:  # Importing runs the user's code, which may raise anything.
+    except (Exception, SystemExit) as error:  # Importing runs the user's code, which may do anything.
         found = f"{type(error).__name__}: {error}"
         raise InputError(
             "E301", "reward import failed", f"{key}.function", found, name, "install it or correct the name"

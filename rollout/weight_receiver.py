@@ -18,12 +18,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from shared.errors import WeightProofFailed
-from shared.weights import Segment, TensorMeta, digest, views
-
-SHM_BACKEND = "millrace_shm"
+from shared.weights import NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, digest, views
 
 
 @dataclass
@@ -54,6 +53,8 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
+    received = ""
+    """Digest of the last bytes taken."""
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """Nothing to connect."""
@@ -70,6 +71,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             raise WeightProofFailed(
                 f"segment {update_info.segment}: hashed {received}, the learner sent {update_info.digest}"
             )
+        self.received = received
         flat = torch.from_numpy(buffer)
         named = [(m.name, _tensor(flat, m)) for m in metas]
         self.model.load_weights(named)
@@ -81,6 +83,31 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing to release: a segment belongs to the learner."""
+
+
+class ProvedNcclEngine(NCCLWeightTransferEngine):
+    """vLLM's NCCL engine, with a digest of every tensor as it is loaded."""
+
+    received = ""
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """Join the broadcast; the digest covers all tensors in order, as the sender's does."""
+        from blake3 import blake3
+
+        hasher, load = blake3(), self.model.load_weights
+
+        def hashed_load(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+            named = list(weights)
+            for _, tensor in named:
+                hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            return load(named)
+
+        self.model.load_weights = hashed_load  # type: ignore[assignment]
+        try:
+            super().receive_weights(update_info)
+        finally:
+            del self.model.load_weights
+        self.received = hasher.hexdigest()
 
 
 def _tensor(flat: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
@@ -105,16 +132,17 @@ def load_tied_head(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tens
 class MillraceWorker:
     """Mixed into vLLM's worker class; the names must not occur there."""
 
-    def millrace_thread_count(self) -> int:
-        """OpenMP threads of this worker."""
-        return torch.get_num_threads()
+    def millrace_received(self) -> str:
+        """Digest of the publication that this worker took last."""
+        return str(self.weight_transfer_engine.received)  # type: ignore[attr-defined]
 
 
 def register_backends() -> None:
     """Make our backends known to vLLM; safe to call again."""
     registry: dict[str, Any] = WeightTransferEngineFactory._registry
-    if SHM_BACKEND not in registry:
-        WeightTransferEngineFactory.register_engine(SHM_BACKEND, ShmWeightTransferEngine)
+    for name, engine in ((SHM_BACKEND, ShmWeightTransferEngine), (NCCL_BACKEND, ProvedNcclEngine)):
+        if name not in registry:
+            WeightTransferEngineFactory.register_engine(name, engine)
 
 
 register_backends()

@@ -18,7 +18,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """One table of the TOML file: frozen, strict, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Choice(BaseModel):

@@ -80,6 +80,9 @@ def _assign(table: dict[str, Any], key: str, text: str) -> None:
     ):
         table[last] = None if text == "none" else text
         return
+    if text == "none" and "None" in str(annotation):
+        table[last] = None
+        return
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 SHM_DIR = Path("/dev/shm")
 SHM_PREFIX = "millrace-"
+SHM_BACKEND = "millrace_shm"
+"""Weights through shared memory: engines on CPUs."""
+NCCL_BACKEND = "millrace_nccl"
+"""Weights over vLLM's NCCL broadcast: engines on GPUs of their own."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,15 @@ class Publication:
     """Shared-memory file with the bytes; empty for backends that send them over a device link."""
     tensors: tuple[TensorMeta, ...]
     digest: str
-    """blake3 of all bytes in order."""
+    """blake3 of all bytes in order; empty where the bytes are sent later (see ``collective``)."""
     canary: Canary
     seconds: float = 0.0
     """Time the learner spent gathering and writing."""
+
+    @property
+    def collective(self) -> bool:
+        """True if the bytes are not a snapshot: the learner takes part while the engines receive."""
+        return self.backend == NCCL_BACKEND
 
     @property
     def nbytes(self) -> int:
@@ -71,16 +80,26 @@ class Publication:
         return sum(t.nbytes for t in self.tensors)
 
     def update_info(self) -> dict[str, Any]:
-        """The msgpack-able argument of vLLM's ``update_weights`` for the shared-memory backend."""
-        return {
-            "segment": self.segment,
-            "digest": self.digest,
+        """The msgpack-able argument of vLLM's ``update_weights``."""
+        tensors = {
             "names": [t.name for t in self.tensors],
             "dtype_names": [t.dtype for t in self.tensors],
             "shapes": [list(t.shape) for t in self.tensors],
-            "offsets": [t.offset for t in self.tensors],
-            "sizes": [t.nbytes for t in self.tensors],
         }
+        if self.collective:
+            return tensors
+        places = {"offsets": [t.offset for t in self.tensors], "sizes": [t.nbytes for t in self.tensors]}
+        return {"segment": self.segment, "digest": self.digest, **tensors, **places}
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the learner's sender and all engine workers meet for collective publications."""
+
+    host: str
+    port: int
+    workers: int
+    """Engine workers over all engines; the sender is rank 0, they follow."""
 
 
 def describe(named: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[TensorMeta, ...]:

@@ -152,7 +152,7 @@ class FakeEngines:
         self.received.append(publication.version)
         return {"sync/seconds": 0.0}
 
-    async def prove(self, publication: Publication) -> dict[str, float]:
+    async def prove(self, publication: Publication, digest: str) -> dict[str, float]:
         if error := self.crash_on.get(("prove", publication.version)):
             raise error
         self.proved.append(publication.version)
@@ -215,6 +215,9 @@ class FakeLearners:
         meta = TensorMeta("w", "float32", (1,), 0, 4)
         proof = Canary(canary, np.zeros(len(canary) - 1, np.float32))
         return Publication(self.version, "fake", "", (meta,), "", proof)
+
+    async def send(self, publication: Publication) -> str:
+        return publication.digest
 
     async def save(self, directory: str) -> str:
         return directory

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "launch": {"shared", "rollout", "learner", "launch"},
 }
 HEAVY = {
-    "vllm": {"rollout/engine.py", "rollout/weight_receiver.py"},
+    "vllm": {"rollout/engine.py", "rollout/weight_receiver.py", "learner/weight_sender.py"},
     "deepspeed": {"learner/distributed.py", "learner/learner.py", "learner/weight_sender.py", "launch/prebuild.py"},
     "ray": {
         "rollout/engine_pool.py",

@@ -96,6 +96,7 @@ def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(stack):
     assert run(engine.prove(publication.canary, 0)) < 1e-3
     assert run(engine.weight_version()) == "0"
     assert stages["paused"] > 0
+    assert run(engine.received()) == [publication.digest]
 
 
 def test_a_tied_head_follows_its_embedding(stack):
@@ -177,3 +178,42 @@ def test_generation_goes_on_across_a_publication_and_every_token_names_its_weigh
     assert {s.version for c in completions for s in c.version_spans} == {before, publication.version}
     assert any(len(c.version_spans) == 2 for c in completions)
     assert run(engine.prove(publication.canary, publication.version)) < 1e-3
+
+
+def test_a_broadcast_is_hashed_the_same_on_both_ends(monkeypatch):
+    """The NCCL halves without a GPU: what the source yields is what the receiver hashes as it loads it."""
+    import torch
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    from learner.weight_sender import _HashedSource
+    from rollout.weight_receiver import ProvedNcclEngine
+
+    policy = torch.nn.ModuleDict(
+        {"model": torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2).bfloat16())}
+    )
+    source = _HashedSource(type("Engine", (), {"module": policy})())
+    sent = [(name, tensor.clone()) for name, tensor in source]
+    assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [(n, t.dtype, tuple(t.shape)) for n, t in sent]
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loaded = []
+
+        def load_weights(self, weights):
+            self.loaded.extend(weights)
+
+    receiver = ProvedNcclEngine.__new__(ProvedNcclEngine)
+    receiver.model = Model()
+
+    def broadcast(self, _):
+        self.model.load_weights(iter(sent[:1]))
+        self.model.load_weights(iter(sent[1:]))
+
+    monkeypatch.setattr(NCCLWeightTransferEngine, "receive_weights", broadcast)
+    receiver.receive_weights(None)
+    assert [name for name, _ in receiver.model.loaded] == [name for name, _ in sent]
+    assert receiver.received == source.digest
+    sent[1][1][0] += 1
+    receiver.receive_weights(None)
+    assert receiver.received != source.digest

@@ -1,0 +1,125 @@
+"""Judges a model by its configuration and the headers of its safetensors files; its weights are not loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from shared.config import Config
+from shared.errors import InputError, raise_all
+
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def check_model(config: Config, origin: str) -> None:
+    """Raises ``InputErrors`` E401, E406-E411 from the model's files alone."""
+    path, place = Path(config.model.path), f"{origin}:model.path"
+    if not (path / "config.json").is_file():
+        found = f'"{path}" (no {"config.json" if path.is_dir() else "such directory"})'
+        raise InputError("E401", "model not found", place, found, "a Hugging Face model directory", "check the path")
+    problems = []
+    try:
+        shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(shape, dict):
+            raise ValueError(f"a {type(shape).__name__}")
+    except ValueError as error:
+        raise InputError(
+            "E401", "model not readable", f"{path}/config.json", str(error), "a JSON object", "download it again"
+        ) from None
+    if "auto_map" in shape and not config.model.trust_remote_code:
+        fix = "review the code, then model.trust_remote_code = true"
+        problems.append(InputError("E408", "custom code refused", place, "auto_map in its config", "none", fix))
+    heads, context = shape.get("num_attention_heads"), shape.get("max_position_embeddings")
+    tp = config.rollout.tensor_parallel_size
+    if heads and heads % tp:
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        fix = f"use {max(n for n in divisors if n <= tp)}"
+        place_tp = f"{origin}:rollout.tensor_parallel_size"
+        problems.append(
+            InputError("E406", "heads do not split", place_tp, f"{tp} for {heads} heads", f"one of {divisors}", fix)
+        )
+    if context and config.max_model_len > context:
+        longest = context - config.rollout.max_prompt_tokens
+        found = f"{config.rollout.max_prompt_tokens} + {config.max_model_len - config.rollout.max_prompt_tokens} = {config.max_model_len}"
+        fix = f"at most {longest} new tokens" if longest > 0 else f"rollout.max_prompt_tokens below {context}"
+        problems.append(
+            InputError(
+                "E407",
+                "sequence too long",
+                f"{origin}:rollout.max_new_tokens",
+                found,
+                f"<= {context} (model context)",
+                fix,
+            )
+        )
+    _check_head_dim(path, shape, problems)
+    _check_weights(path, problems)
+    raise_all(problems)
+
+
+def _check_head_dim(path: Path, shape: dict[str, Any], problems: list[InputError]) -> None:
+    import torch
+
+    if torch.cuda.is_available() or not shape.get("num_attention_heads"):
+        return
+    head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    if head_dim not in CPU_HEAD_DIMS:
+        expected = ", ".join(map(str, CPU_HEAD_DIMS)) + " (CPU attention)"
+        problems.append(
+            InputError(
+                "E410",
+                "head_dim not supported",
+                f"{path}/config.json:head_dim",
+                str(head_dim),
+                expected,
+                "use another model",
+            )
+        )
+
+
+def _check_weights(path: Path, problems: list[InputError]) -> None:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        others = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        found = ", ".join(others) or "no weights"
+        problems.append(
+            InputError(
+                "E409", "no safetensors", str(path), found, "model.safetensors", "convert it once on a trusted machine"
+            )
+        )
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            try:
+                header = json.loads(stream.read(length) if 0 < length < size else b"")
+                ends: list[int] | None = [
+                    tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"
+                ]
+            except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+                ends = None
+        if ends is None:
+            problems.append(
+                InputError(
+                    "E411",
+                    "broken weights",
+                    str(file),
+                    f"{size} bytes without a header",
+                    "a safetensors file",
+                    "download it again",
+                )
+            )
+            continue
+        expected = 8 + length + max(ends, default=0)
+        if size != expected:
+            problems.append(
+                InputError(
+                    "E411",
+                    "broken weights",
+                    str(file),
+                    f"{size} bytes",
+                    f"{expected} bytes by its header",
+                    "download it again",
+                )
+            )
