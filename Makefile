@@ -14,7 +14,8 @@ $(VENV)/installed: requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"error[E702] version out of range — python. Found {v[0]}.{v[1]}, expected 3.11 (the lock was made for it). Fix: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) || $(PIP) --index-url https://download.pytorch.org/whl/cpu $(TORCH)
-	$(PIP) -r requirements/cpu.lock
+	$(PIP) uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --requirement requirements/cpu.lock
 	$(PIP) --no-build-isolation --editable .
 	$(BIN)/python -m launch.prebuild
 	@touch $@
