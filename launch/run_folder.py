@@ -60,14 +60,12 @@ class RunFolder:
         self._metrics = MetricsWriter(path, config.run.tensorboard)
         self._started = self._printed = time.monotonic()
         self._first_step = 0.0
-        self._evaluations: dict[str, float] = {}
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
         """Record a finished step and print a line of progress every other second."""
         now = time.monotonic()
         self._first_step = self._first_step or now
-        self._metrics.write(step, metrics | self._evaluations)
-        self._evaluations = {}
+        self._metrics.write(step, metrics)
         every, last = self._config.run.samples_every, self._config.run.steps
         if every and (step % every == 0 or step == last):
             write_samples(self.path / "samples" / f"step-{step:06d}.parquet", step, groups)
@@ -82,16 +80,13 @@ class RunFolder:
             )
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Record an evaluation of policy version ``step``: before the first step as row 0, later with the next row."""
+        """Record an evaluation of policy version ``step``, as a row of its own."""
         shown = "  ".join(
             f"{name.removeprefix('eval/').removeprefix('rewards/').removesuffix('/mean')} {value:.3f}"
             for name, value in metrics.items()
         )
         print(f"evaluation at version {step}: {shown}", flush=True)
-        if step in (0, self._config.run.steps):
-            self._metrics.write(step, metrics)
-        else:
-            self._evaluations = metrics
+        self._metrics.write(step, metrics)
 
     def finish(self) -> None:
         """Close the sinks and draw the curve."""

@@ -51,7 +51,7 @@ def test_no_samples_on_request(opened):
     assert list((folder.path / "samples").iterdir()) == []
 
 
-def test_an_evaluation_is_a_row_at_both_ends_and_joins_the_next_row_between(opened, capsys):
+def test_an_evaluation_is_a_row_of_its_own_at_its_step(opened, capsys):
     folder = opened(**{"run.steps": 2})
     score = {"eval/rewards/exact_match/mean": 0.25, "eval/reward": 0.5}
     folder.evaluated(0, score)
@@ -63,7 +63,8 @@ def test_an_evaluation_is_a_row_at_both_ends_and_joins_the_next_row_between(open
     assert [(row["step"], "eval/reward" in row, "reward" in row) for row in rows] == [
         (0, True, False),
         (1, False, True),
-        (2, True, True),
+        (1, True, False),
+        (2, False, True),
         (2, True, False),
     ]
     assert "evaluation at version 0: exact_match 0.250  reward 0.500" in capsys.readouterr().out
