@@ -179,6 +179,12 @@ def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], proble
         )
     warnings = [f"{n} {reason} prompts of {name} dropped" for reason, n in train.dropped.items() if n]
     seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
+    cores, engines = config.rollout.cpu_cores.split("|"), config.rollout.num_engines
+    if engines > 1 and cores != ["nobind"] and len(set(cores)) < engines:
+        warnings.append(
+            f"warning[W505] engines share cores — rollout.cpu_cores. Found {engines} engines on {'|'.join(cores)}, "
+            'expected separate lists. Fix: one list per engine separated by "|", or nobind.'
+        )
     duplicates = len(train.prompts) - len(seen)
     if duplicates:
         warnings.append(f"warning[W209] duplicate prompts — {name}. Found {duplicates}, expected none.")

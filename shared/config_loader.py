@@ -193,6 +193,10 @@ def _disagreements(c: Config, origin: str) -> list[InputError]:
     if c.model.dtype == "float16":
         expected, fix = "bfloat16 or float32", 'model.dtype = "bfloat16"'
         refuse("E405", "dtype not supported", "model.dtype", "float16", expected, fix)
+    lists = c.rollout.cpu_cores.split("|")
+    if 1 < len(lists) != c.rollout.num_engines:
+        expected, fix = f"one per engine ({c.rollout.num_engines})", 'rollout.cpu_cores = "nobind"'
+        refuse("E108", "options disagree", "rollout.cpu_cores", f"{len(lists)} lists", expected, fix)
     gib = c.rollout.kv_cache_gib
     if not isinstance(gib, int) or gib < 1:
         refuse("E504", "bad KV size", "rollout.kv_cache_gib", gib, "an integer >= 1", "rollout.kv_cache_gib = 1")

@@ -72,6 +72,7 @@ def function(name: str, **fields) -> dict:
 CONFIG = [
     ("E101", "run.toml:rollout.group_sise", {"rollout.group_sise": 4}),
     ("E102", "run.toml:learner.lr", {"learner.lr": "abc"}),
+    ("E108", "run.toml:rollout.cpu_cores", {"rollout.num_engines": 3, "rollout.cpu_cores": "0|1"}),
     ("E405", "run.toml:model.dtype", {"model.dtype": "float16"}),
     ("E103", "run.toml:rollout.group_size", {"rollout.group_size": 1}),
     ("E104", "run.toml:learner.prompts_per_step", {"learner.num_ranks": 3}),

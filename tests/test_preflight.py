@@ -198,3 +198,9 @@ def test_workers_import_millrace_from_where_the_driver_did(monkeypatch):
     path = cluster.worker_environment()["PYTHONPATH"].split(os.pathsep)
     assert path == [str(cluster.ROOT), "/a", "/b"]
     assert (cluster.ROOT / "launch" / "cluster.py").samefile(sys.modules["launch.cluster"].__file__)
+
+
+@pytest.mark.parametrize(("cores", "warned"), [("0-1", True), ("0|0", True), ("0|1", False), ("nobind", False)])
+def test_engines_on_the_same_cores_are_warned_of(config, tmp_path, cores, warned):
+    changes = {"rollout.num_engines": 2, "rollout.cpu_cores": cores}
+    assert any("W505" in line for line in prepare(config(**changes), "run.toml", tmp_path).warnings) == warned
