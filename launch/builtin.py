@@ -177,30 +177,32 @@ def make_tokenizer(task: Task) -> Any:
     return fast
 
 
+def random_qwen2(tokenizer: Any, **shape: Any) -> Any:
+    """A Qwen2 of random weights with a tied head, that ends and pads as ``tokenizer`` does."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **ends, **shape))
+
+
 def _make_model(task: Task, name: str, path: Path) -> None:
     """Warm up a fresh model on the task's training rows and save it in Hugging Face form."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     print(f"making the base model builtin:{name}; later runs find it in {path.parent}", flush=True)
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(task)
     vocabulary = 32 * -(-len(tokenizer) // 32)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocabulary,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=task.max_position,
-            initializer_range=0.06,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    model = random_qwen2(
+        tokenizer,
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=task.max_position,
+        initializer_range=0.06,
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     train, _ = task.rows()

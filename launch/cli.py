@@ -6,6 +6,9 @@ import sys
 
 VERBS = {
     "train": ("launch.run", "train a policy: millrace train CONFIG.toml [--section.field VALUE ...]"),
+    "doctor": ("launch.doctor", "run the reward functions on canned completions and say what is wrong"),
+    "score": ("launch.score", "score stored completions: millrace score --reward NAME --data ROWS.jsonl --json"),
+    "bench": ("launch.bench", "measure throughput: millrace bench rewards [--json]"),
     "evaluate": ("launch.evaluate", "score a model directory: millrace evaluate CONFIG.toml [--model.path DIR]"),
 }
 

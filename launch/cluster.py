@@ -28,17 +28,21 @@ class Needs:
     engines: int
     rank: dict[str, float]
     ranks: int
+    colocated: bool = False
+    """Engine and rank of the same number share a bundle, hence a GPU."""
 
     @classmethod
     def of(cls, config: Config, on_gpu: bool) -> Needs:
         """What ``config`` takes. Reward workers are light and take no reserved resource."""
         tp = config.rollout.tensor_parallel_size
-        if on_gpu:
+        if config.rollout.colocate:
+            engine, rank = {"GPU": 0.5, "CPU": 1.0}, {"GPU": 0.5, "CPU": 1.0}
+        elif on_gpu:
             engine, rank = {"GPU": float(tp), "CPU": 1.0}, {"GPU": 1.0, "CPU": 1.0}
         else:
             engine = {"CPU": float(config.rollout.cpu_threads * tp)}
             rank = {"CPU": float(config.learner.cpu_threads)}
-        return cls(engine, config.rollout.num_engines, rank, config.learner.num_ranks)
+        return cls(engine, config.rollout.num_engines, rank, config.learner.num_ranks, config.rollout.colocate)
 
     @property
     def on_gpu(self) -> bool:
@@ -50,18 +54,38 @@ class Needs:
         return self.engine.get(resource, 0) * self.engines + self.rank.get(resource, 0) * self.ranks
 
 
+@dataclass(frozen=True)
+class Slot:
+    """The place of one actor: a bundle of a placement group, or a part of it."""
+
+    group: Any
+    bundle: int
+    resources: dict[str, float]
+
+    def options(self) -> dict[str, Any]:
+        """Options of ``ray.remote`` that put an actor here."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return {
+            "num_cpus": self.resources.get("CPU", 0),
+            "num_gpus": self.resources.get("GPU", 0),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.bundle),
+        }
+
+
 @dataclass
 class Reservation:
-    """Placement groups that hold the run's resources."""
+    """Placement groups that hold the run's resources, and the slots in them."""
 
-    engines: list[Any]
-    learner: Any
+    groups: list[Any]
+    engines: list[Slot]
+    ranks: list[Slot]
 
     def release(self) -> None:
         """Give everything back."""
         from ray.util import remove_placement_group
 
-        for group in [*self.engines, self.learner]:
+        for group in self.groups:
             remove_placement_group(group)
 
 
@@ -111,14 +135,23 @@ def check_resources(config: Config, origin: str) -> Needs:
 
 
 async def reserve(needs: Needs) -> Reservation:
-    """Reserve one placement group per engine and one for the learner. Raises ``InputError`` E501 when they stay pending."""
+    """Reserve one placement group per engine and one for the learner. Raises ``InputError`` E501 when they stay pending.
+
+    Colocated, there is one group with a bundle for every pair of engine and rank.
+    """
     from ray.util import placement_group
 
-    engines = [placement_group([needs.engine], strategy="STRICT_PACK") for _ in range(needs.engines)]
-    learner = placement_group([needs.rank] * needs.ranks, strategy="PACK")
-    reservation = Reservation(engines, learner)
+    if needs.colocated:
+        pair = {name: needs.engine[name] + needs.rank[name] for name in needs.engine}
+        learner = placement_group([pair] * needs.ranks, strategy="PACK")
+        groups, engines = [learner], [Slot(learner, i, needs.engine) for i in range(needs.engines)]
+    else:
+        learner = placement_group([needs.rank] * needs.ranks, strategy="PACK")
+        own = [placement_group([needs.engine], strategy="STRICT_PACK") for _ in range(needs.engines)]
+        groups, engines = [learner, *own], [Slot(group, 0, needs.engine) for group in own]
+    reservation = Reservation(groups, engines, [Slot(learner, rank, needs.rank) for rank in range(needs.ranks)])
     try:
-        await asyncio.wait_for(asyncio.gather(*(group.ready() for group in [*engines, learner])), PLACEMENT_TIMEOUT_S)
+        await asyncio.wait_for(asyncio.gather(*(group.ready() for group in reservation.groups)), PLACEMENT_TIMEOUT_S)
     except TimeoutError:
         reservation.release()
         found, expected = (

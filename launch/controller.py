@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, deque
 from typing import Any, Protocol
 
 import numpy as np
 
+from launch.early_stopping import EARLY_STOPPING
+from launch.failures import FailureBudget
+from learner.choices import bind
 from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
+from rollout.reward_worker import penalise_truncated
 from shared.config import Config
-from shared.errors import GroupFailed, InputError, LearnerFailed, NothingToLearn, Stalled
+from shared.errors import GroupFailed, LearnerFailed, NothingToLearn, Stalled
 from shared.metrics import group_metrics
 from shared.types import Completion, IntArray, Prompt, RolloutGroup, StepReport
 from shared.weights import Publication
 
-FAILURE_WINDOW = 200
 CANARY_TOKENS = 64
 
 
@@ -39,10 +41,10 @@ class Engines(Protocol):
 class Rewards(Protocol):
     """What the controller needs of ``RewardPool``."""
 
-    counters: Counter[str]
     state: dict[str, Any]
 
     async def score(self, group_id: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Any: ...
+    def metrics(self) -> dict[str, float]: ...
 
 
 class Learners(Protocol):
@@ -59,6 +61,8 @@ class Recorder(Protocol):
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None: ...
     def evaluated(self, step: int, metrics: dict[str, float]) -> None: ...
+    def failed(self, failure: GroupFailed, prompt: Prompt) -> None: ...
+    def best_checkpoint(self, step: int) -> str: ...
 
 
 class Controller:
@@ -76,13 +80,20 @@ class Controller:
     ) -> None:
         self._config, self._train, self._held_out = config, train, held_out
         self._engines, self._rewards, self._learners, self._recorder = engines, rewards, learners, recorder
-        self._version = 0
-        self._per_step = config.learner.prompts_per_step
-        self.buffer = RolloutBuffer(self._per_step, config.rollout.max_staleness, config.algorithm.barren_limit)
+        self.version = 0
+        """Policy version: finished optimizer steps."""
+        self.buffer = RolloutBuffer(
+            config.groups_per_batch,
+            config.rollout.max_staleness // config.updates_per_batch,
+            config.algorithm.barren_limit,
+            config.algorithm.max_resampled_groups,
+        )
+        self._stopping = bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", "eval.early_stopping")()
+        self._failures = FailureBudget(config.reward, recorder.failed)
+        self._replaced: list[RolloutGroup] = []
         self._canary = np.concatenate([train.peek().token_ids] * 2)[:CANARY_TOKENS]
         self._delivery: asyncio.Task[None] | None = None
         self._delivered_at = time.monotonic()
-        self._recent_failures: deque[bool] = deque(maxlen=FAILURE_WINDOW)
         self._skipped = 0
         self._tokens = 0
 
@@ -100,7 +111,8 @@ class Controller:
                 producer.cancel()
         except BaseExceptionGroup as failures:
             raise _first_cause(failures) from None
-        await self._evaluate()
+        if not self._stopping.stop:
+            await self._evaluate()
 
     # --- prompts become scored groups ---
 
@@ -114,54 +126,39 @@ class Controller:
 
     async def _roll_out(self, group_id: int, prompt: Prompt) -> None:
         """One group: generated, scored, put in the buffer; a failed one gives its slot back, counted."""
-        rollout = self._config.rollout
-        sampling = Sampling(rollout.group_size, rollout.max_new_tokens, rollout.temperature, stop=tuple(rollout.stop))
         try:
-            completions = await self._engines.generate(group_id, prompt, sampling)
+            completions = await self._engines.generate(group_id, prompt, Sampling.training(self._config.rollout))
             scores = await self._rewards.score(group_id, prompt, completions)
         except GroupFailed as failure:
             await self.buffer.discard(group_id, failure.cause)
-            self._check_failures(failure)
+            self._failures.failed(failure, prompt)
             return
-        self._recent_failures.append(False)
+        self._failures.succeeded()
+        algorithm = self._config.algorithm
         rewards = scores.combined(self._config.reward.functions)
-        group = RolloutGroup(group_id, prompt, completions, rewards, scores.parts, scores.extra)
-        if self._config.algorithm.zero_variance == "resample" and not group.has_signal():
-            await self.buffer.discard(group_id, "no_signal")
+        if algorithm.truncation_penalty is not None:
+            rewards = penalise_truncated(rewards, completions, algorithm.truncation_penalty)
+        group = RolloutGroup(group_id, prompt, completions, rewards, scores.parts, scores.extra, scores.metrics)
+        signal = group.has_signal(by_part=algorithm.combine == "normalize_then_sum")
+        if algorithm.zero_variance == "resample" and not signal:
+            self._replaced.append(group)
+            await self.buffer.replace(group_id)
         else:
-            await self.buffer.put(group)
-
-    def _check_failures(self, failure: GroupFailed) -> None:
-        """A failed group is dropped, never scored 0; too many of them end the run."""
-        self._recent_failures.append(True)
-        settings = self._config.reward
-        total = sum(n for fate, n in self.buffer.fates.items() if fate not in ("taken", "no_signal"))
-        share = sum(self._recent_failures) / FAILURE_WINDOW
-        if total > settings.max_failed_groups or share > settings.max_failed_share:
-            causes = ", ".join(
-                f"{n} {fate}" for fate, n in self.buffer.fates.most_common() if fate not in ("taken", "no_signal")
-            )
-            found = f"{total} dropped groups ({causes}); last: {failure}"
-            expected = f"<= reward.max_failed_groups = {settings.max_failed_groups} and <= {settings.max_failed_share:.0%} of the last {FAILURE_WINDOW}"
-            raise InputError(
-                "E310", "too many reward failures", "reward", found, expected, "correct the function or raise timeout_s"
-            )
+            await self.buffer.put(group, signal)
 
     # --- scored groups become new weights ---
 
     async def _learn(self, tasks: asyncio.TaskGroup) -> None:
-        config = self._config
-        while self._version < config.run.steps:
+        config, evaluated = self._config, 0
+        while self.version < config.run.steps and not self._stopping.stop:
             try:
                 async with asyncio.timeout(config.run.stall_timeout_s):
                     await self._step(tasks)
             except TimeoutError:
                 raise Stalled(self._status()) from None
-            if (
-                config.eval.every_steps
-                and self._version % config.eval.every_steps == 0
-                and self._version < config.run.steps
-            ):
+            every = config.eval.every_steps
+            if every and self.version // every > evaluated // every and self.version < config.run.steps:
+                evaluated = self.version
                 await self._delivered()
                 await self._evaluate()
         await self._delivered()
@@ -170,20 +167,24 @@ class Controller:
         """Take, train, publish; the publication is delivered while the next step already begins."""
         clock = time.monotonic
         started = clock()
-        groups = await self.buffer.take(self._per_step)
+        groups = await self.buffer.take()
         taken = clock()
-        metrics = group_metrics(groups, self._version)
+        if not groups:  # Every group of the batch was without signal and could not be replaced.
+            await self.buffer.release(self._batches_left(self.version))
+            return
+        metrics = group_metrics(groups, self.version, self._replaced)
+        self._replaced = []
         assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
         report = await self._learners.train_step(groups)
         trained = clock()
         if not report.applied:
-            self._count_skipped(report)
-            await self.buffer.release(self._per_step, self._config.run.steps - self._version)
+            self._count_skipped(report, groups)
+            await self.buffer.release(self._batches_left(self.version))
             return
-        self._skipped, self._version = 0, report.policy_version
+        self._skipped, self.version = 0, report.policy_version
         publication = await self._learners.publish(self._canary)
         metrics |= report.metrics | {
-            "policy_version": float(self._version),
+            "policy_version": float(self.version),
             "time/controller/wait_for_groups": taken - started,
             "time/controller/train": trained - taken,
             "time/controller/export": clock() - trained,
@@ -192,14 +193,14 @@ class Controller:
         }
         await self._delivered()
         metrics["time/controller/wait_for_delivery"] = clock() - trained - metrics["time/controller/export"]
-        self._delivery = tasks.create_task(self._deliver(publication, groups, metrics))
+        self._delivery = tasks.create_task(self._deliver(publication, report.label(groups), metrics))
         if publication.collective:  # No snapshot: the weights must not change while they are sent.
             await self._delivered()
 
     async def _deliver(self, publication: Publication, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
         """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
         digest, sync = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
-        await self.buffer.release(self._per_step, self._config.run.steps - publication.version)
+        await self.buffer.release(self._batches_left(publication.version))
         sync |= await self._engines.prove(publication, digest)
         now = time.monotonic()
         seconds, self._delivered_at = now - self._delivered_at, now
@@ -214,12 +215,13 @@ class Controller:
             "throughput/samples_per_second": sum(len(g.completions) for g in groups) / seconds,
             "time/step": seconds,
         }
-        metrics |= {f"reward_pool/{name}": float(n) for name, n in self._rewards.counters.items()}
+        metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
         metrics |= {f"groups/{fate}": float(n) for fate, n in self.buffer.fates.items()}
         self._rewards.state = {
             "global_step": publication.version,
             "max_steps": self._config.run.steps,
             "epoch": self._train.epoch,
+            "log_history": [{"step": publication.version, "reward": metrics["reward"]}],
         }
         self._recorder.step(publication.version, metrics, groups)
 
@@ -229,15 +231,23 @@ class Controller:
             # A stall that cancels this wait must find the delivery alive, to say that it is what hangs.
             await asyncio.shield(self._delivery)
 
-    def _count_skipped(self, report: StepReport) -> None:
-        """A step without any training signal is normal; non-finite gradients in a row are not."""
+    def _batches_left(self, version: int) -> int:
+        """Batches still to be trained after policy ``version``."""
+        return -(-(self._config.run.steps - version) // self._config.updates_per_batch)
+
+    def _count_skipped(self, report: StepReport, groups: list[RolloutGroup]) -> None:
+        """A step without any training signal is normal; non-finite gradients, or masks without a token, in a row are not."""
         if report.metrics.get("groups/trained") == 0.0:
             return
         self._skipped += 1
         if self._skipped >= self._config.learner.max_skipped_steps:
+            ids = ", ".join(str(group.group_id) for group in groups)
+            reason = "had a non-finite loss or gradient"
+            if not report.metrics.get("trainable_tokens", 1.0):
+                reason = "had not one trainable token (algorithm.mask_truncated?)"
             raise LearnerFailed(
-                f"{self._skipped} steps in a row had a non-finite loss or gradient at policy version {self._version} "
-                "(learner.max_skipped_steps); lower learner.lr or check the rewards"
+                f"{self._skipped} steps in a row {reason} at policy version {self.version} "
+                f"(learner.max_skipped_steps); last groups: {ids}; lower learner.lr or check the rewards"
             )
 
     # --- held-out prompts become a score ---
@@ -254,7 +264,7 @@ class Controller:
                 completions = await self._engines.generate(-1 - index, prompt, sampling)
                 return await self._rewards.score(-1 - index, prompt, completions)
             except GroupFailed as failure:
-                self._check_failures(failure)
+                self._failures.failed(failure, prompt)
                 return None
 
         answers = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(self._held_out)))
@@ -266,14 +276,17 @@ class Controller:
         metrics = {f"eval/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
         if len(scores) < len(answers):
             metrics["eval/failed"] = float(len(answers) - len(scores))
-        self._recorder.evaluated(self._version, metrics | {"eval/reward": float(np.nanmean(combined))})
+        metrics["eval/reward"] = float(np.nanmean(combined))
+        if self._stopping.observe(metrics, self.version):
+            await self._learners.save(self._recorder.best_checkpoint(self.version))
+        self._recorder.evaluated(self.version, metrics)
 
     def _status(self) -> str:
         """Who waits for whom, for the log of a run that stands still."""
         waiting = self.buffer.in_flight - self.buffer.ready
         delivering = self._delivery is not None and not self._delivery.done()
         return (
-            f"no step finished within run.stall_timeout_s = {self._config.run.stall_timeout_s:g} s: policy version {self._version}, "
+            f"no step finished within run.stall_timeout_s = {self._config.run.stall_timeout_s:g} s: policy version {self.version}, "
             f"{self.buffer.ready} scored groups wait for the learner, {waiting} groups are generated, scored or trained, "
             f"a publication is {'still on its way to an engine' if delivering else 'not under way'}"
         )

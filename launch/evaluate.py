@@ -39,7 +39,7 @@ def _evaluate(arguments: list[str]) -> None:
 async def score(config: Config, prompts: list) -> dict[str, float]:
     """Mean of every reward function over greedy completions of ``prompts``, in a fresh engine."""
     from rollout.engine import Engine, Sampling
-    from rollout.reward_pool import RewardWorker
+    from rollout.reward_worker import RewardWorker
 
     engine = Engine(config, load_format="auto")
     try:
@@ -48,10 +48,10 @@ async def score(config: Config, prompts: list) -> dict[str, float]:
         answers = await asyncio.gather(*(engine.generate(prompt.token_ids, sampling, 0) for prompt in prompts))
     finally:
         await engine.close()
-    worker = RewardWorker(config.reward.functions)
-    # In a thread, because an async reward function needs a loop of its own.
-    pairs = list(zip(prompts, answers, strict=True))
-    results = await asyncio.to_thread(lambda: [worker.score(prompt, answer, {}) for prompt, answer in pairs])
+    worker = RewardWorker(config.reward)
+    groups = [(i, prompt, answer) for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))]
+    results = await asyncio.to_thread(worker.score, groups, {"global_step": 0, "epoch": 0, "max_steps": 0})
+    worker.close()
     return {name: float(np.nanmean([r.parts[name][0] for r in results])) for name in results[0].parts}
 
 

@@ -53,6 +53,19 @@ def check_model(config: Config, origin: str) -> None:
                 fix,
             )
         )
+    for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
+        if shape.get(key, neutral) not in (None, neutral):
+            expected = "logits straight from the output head, which the learner's chunked log-probs assume"
+            place_key = f"{path}/config.json:{key}"
+            problems.append(
+                InputError(
+                    "E412", "output head not supported", place_key, str(shape[key]), expected, "use another model"
+                )
+            )
+    if config.algorithm.old_logprobs == "current" and shape.get("attention_dropout"):
+        keys, fix = f"{origin}:algorithm.old_logprobs", 'algorithm.old_logprobs = "auto"'
+        found = f"current with attention_dropout {shape['attention_dropout']}"
+        problems.append(InputError("E108", "options disagree", keys, found, "a pass without dropout", fix))
     _check_head_dim(path, shape, problems)
     _check_weights(path, problems)
     raise_all(problems)
@@ -89,7 +102,7 @@ def _check_weights(path: Path, problems: list[InputError]) -> None:
             )
         )
     for file in files:
-        size = file.stat().st_size
+        size, header = file.stat().st_size, {}
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             try:
@@ -99,6 +112,13 @@ def _check_weights(path: Path, problems: list[InputError]) -> None:
                 ]
             except (ValueError, AttributeError, KeyError, TypeError, IndexError):
                 ends = None
+        if ends is not None and "lm_head.bias" in header:
+            expected = "an output head without bias"
+            problems.append(
+                InputError(
+                    "E412", "output head not supported", str(file), "lm_head.bias", expected, "use another model"
+                )
+            )
         if ends is None:
             problems.append(
                 InputError(
@@ -111,15 +131,15 @@ def _check_weights(path: Path, problems: list[InputError]) -> None:
                 )
             )
             continue
-        expected = 8 + length + max(ends, default=0)
-        if size != expected:
+        whole = 8 + length + max(ends, default=0)
+        if size != whole:
             problems.append(
                 InputError(
                     "E411",
                     "broken weights",
                     str(file),
                     f"{size} bytes",
-                    f"{expected} bytes by its header",
+                    f"{whole} bytes by its header",
                     "download it again",
                 )
             )

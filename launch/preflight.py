@@ -13,8 +13,10 @@ from typing import Any
 from launch.environment import check_environment
 from launch.model_files import check_model
 from rollout.prompts import PromptSet
-from rollout.rewards import default_column, load_reward, missing_column, reward_name
+from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
+from rollout.sandbox import require_sandbox
 from shared.config import Config
+from shared.config_checks import warnings as combination_warnings
 from shared.errors import InputError, InputErrors, one_line, raise_all
 from shared.types import Prompt
 
@@ -29,8 +31,10 @@ class Prepared:
     warnings: list[str]
 
 
-def prepare(config: Config, origin: str, base: Path) -> Prepared:
+def prepare(config: Config, origin: str, base: Path, probing: bool = True) -> Prepared:
     """Check and load everything that needs no cluster. ``base``: the folder that reward files are relative to.
+
+    ``probing`` also calls every reward function on canned completions, in a child that can be killed.
 
     Raises ``InputErrors`` with all the problems found.
     """
@@ -51,9 +55,13 @@ def prepare(config: Config, origin: str, base: Path) -> Prepared:
         held_out = loaded.prompts[: config.eval.max_rows] if loaded else []
     raise_all(problems)
     assert train is not None
-    _check_rewards(config, origin, train.prompts[:1], problems)
-    warnings = _check_rows(config, train, held_out, problems)
+    _collect(problems, lambda: check_columns(config, origin, list(train.prompts[0].columns) if train.prompts else []))
+    warnings = combination_warnings(config, origin) + _check_rows(config, train, held_out, problems)
     raise_all(problems)
+    if probing:
+        from launch.doctor import probe
+
+        warnings += probe(config, origin, train.prompts)
     return Prepared(config, train, held_out, warnings)
 
 
@@ -74,7 +82,7 @@ def _with_paths(config: Config, base: Path) -> Config:
     """
     functions = []
     for spec in config.reward.functions:
-        source, colon, attribute = spec.function.rpartition(":")
+        source, colon, attribute = (spec.function or "").rpartition(":")
         if colon and source.endswith(".py") and not Path(source).is_absolute():
             spec = spec.model_copy(update={"function": f"{(base / source).resolve()}:{attribute}"})
         functions.append(spec)
@@ -110,9 +118,11 @@ def _local_model(path: str) -> str:
 
 
 def _check_choices(config: Config, origin: str) -> None:
-    from learner.choices import Choices
+    from launch.early_stopping import EARLY_STOPPING
+    from learner.choices import Choices, bind
 
     Choices(config, origin)
+    bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", f"{origin}:eval.early_stopping")
 
 
 def _load_tokenizer(config: Config, origin: str) -> Any:
@@ -138,36 +148,35 @@ def _load_tokenizer(config: Config, origin: str) -> Any:
     return tokenizer
 
 
-def _check_rewards(config: Config, origin: str, sample: list[Prompt], problems: list[InputError]) -> None:
-    columns = list(sample[0].columns) if sample else []
+def check_columns(config: Config, origin: str, columns: list[str]) -> None:
+    """Every reward function exists, can run where it should, and finds its columns. Raises ``InputErrors``."""
+    problems: list[InputError] = []
     names = [reward_name(spec) for spec in config.reward.functions]
     for i, spec in enumerate(config.reward.functions):
         key = f"{origin}:reward.functions[{i}]"
+        kinds = [kind for kind in ("function", "model", "url") if getattr(spec, kind) is not None]
+        if len(kinds) != 1:
+            found, fix = " and ".join(kinds) or "none of them", "name one of the three"
+            problems.append(InputError("E108", "options disagree", key, found, "function, model or url", fix))
+            continue
+        if isolation_of(spec) == "sandbox":
+            _collect(problems, lambda key=key: require_sandbox(f"{key}.isolation"))
+        if names.count(names[i]) > 1 and names.index(names[i]) == i:
+            found, fix = names[i], "set reward.functions.name"
+            problems.append(InputError("E301", "reward name twice", f"{key}.name", found, "different names", fix))
+        if spec.function is None:
+            continue
         function = _collect(problems, lambda spec=spec, key=key: load_reward(spec, key))
         missing = missing_column(function, columns) if function else None
+        expected = f"one of {', '.join(columns)}"
         if missing:
-            found, expected = f'parameter "{missing}" without a column', f"one of {', '.join(columns)}"
-            problems.append(
-                InputError("E301", "reward needs a column", key, found, expected, "rename the parameter or the column")
-            )
+            found, fix = f'parameter "{missing}" without a column', "rename the parameter or the column"
+            problems.append(InputError("E301", "reward needs a column", key, found, expected, fix))
         column = spec.args.get("column", default_column(spec.function))
         if column is not None and column not in columns:
-            problems.append(
-                InputError(
-                    "E301",
-                    "reward needs a column",
-                    f"{key}.args.column",
-                    str(column),
-                    f"one of {', '.join(columns)}",
-                    "name a column",
-                )
-            )
-        if names.count(names[i]) > 1 and names.index(names[i]) == i:
-            problems.append(
-                InputError(
-                    "E301", "reward name twice", f"{key}.name", names[i], "different names", "set reward.functions.name"
-                )
-            )
+            place = f"{key}.args.column"
+            problems.append(InputError("E301", "reward needs a column", place, str(column), expected, "name a column"))
+    raise_all(problems)
 
 
 def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:

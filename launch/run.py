@@ -39,10 +39,13 @@ def _train_command(arguments: list[str]) -> None:
     train(load_config(files, overrides), Path(files[-1]), dry_run="--dry-run" in arguments)
 
 
-def guarded(arguments: list[str], verb: Callable[[list[str]], None]) -> int:
+def guarded(arguments: list[str], verb: Callable[[list[str]], None], help_text: str = "") -> int:
     """Run ``verb``; print help, or at most one error without a traceback, and return the exit code."""
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print_help()
+        if help_text:
+            print(help_text)
+        else:
+            print_help()
         return 0 if arguments else 2
     debug = "--debug" in arguments
     # Threads that spin while they wait take the cores from the other processes; read when torch is first imported.
@@ -141,16 +144,16 @@ async def _train(prepared: Prepared, origin: str, output: Path, started: float, 
         environment = worker_environment()
         rewards = RewardPool(config, environment)
         engines = EnginePool(config, reservation.engines, environment)
-        learners = LearnerGroup(config, run_id, reservation.learner, environment)
+        learners = LearnerGroup(config, run_id, reservation.ranks, environment)
         await asyncio.gather(engines.start(), learners.start(), rewards.start())
-        if needs.on_gpu:
+        if needs.on_gpu and not needs.colocated:
             await learners.connect(engines.connect, config.rollout.num_engines * config.rollout.tensor_parallel_size)
         print(f"engines, learner and reward workers up after {time.monotonic() - started:.0f} s", flush=True)
         stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
         controller = Controller(config, stream, prepared.held_out, engines, rewards, learners, folder)
         try:
             await controller.run()
-            await learners.save(str(folder.path / "checkpoints" / f"step-{config.run.steps:06d}" / "hf"))
+            await learners.save(str(folder.path / "checkpoints" / f"step-{controller.version:06d}" / "hf"))
         finally:
             folder.finish()
     finally:

@@ -6,16 +6,18 @@ run: it only records.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from launch.failures import sample_file
 from shared.config import Config
-from shared.errors import InputError
+from shared.errors import GroupFailed, InputError
 from shared.metrics import MetricsWriter, read_metrics
-from shared.types import RolloutGroup
+from shared.types import Prompt, RolloutGroup
 
 PRINT_EVERY_S = 2.0
 
@@ -60,6 +62,9 @@ class RunFolder:
         self._metrics = MetricsWriter(path, config.run.tensorboard)
         self._started = self._printed = time.monotonic()
         self._first_step = 0.0
+        self._best: Path | None = None
+        self._failures = 0
+        self._last_sampled = 0
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
         """Record a finished step and print a line of progress every other second."""
@@ -67,9 +72,10 @@ class RunFolder:
         self._first_step = self._first_step or now
         self._metrics.write(step, metrics)
         every, last = self._config.run.samples_every, self._config.run.steps
-        if every and (step % every == 0 or step == last):
+        if every and (step // every > self._last_sampled // every or step >= last):
+            self._last_sampled = step
             write_samples(self.path / "samples" / f"step-{step:06d}.parquet", step, groups)
-        if now - self._printed >= PRINT_EVERY_S or step in (1, last):
+        if now - self._printed >= PRINT_EVERY_S or step == 1 or step >= last:
             self._printed = now
             left = (now - self._first_step) / max(step - 1, 1) * (last - step)
             rate = metrics["throughput/rollout_tokens_per_second"]
@@ -78,6 +84,29 @@ class RunFolder:
                 f"step {step:>5}/{last}  reward {metrics['reward']:.3f}{kl}  |A| {metrics['advantages/abs_mean']:.2f}  {rate:,.0f} tokens/s  {_clock(left)} left",
                 flush=True,
             )
+
+    def best_checkpoint(self, step: int) -> str:
+        """Where the policy of ``step`` goes, which is the best so far; the earlier best is removed."""
+        if self._best is not None:
+            shutil.rmtree(self._best.parent, ignore_errors=True)
+        self._best = self.path / "checkpoints" / f"best-{step:06d}" / "hf"
+        return str(self._best)
+
+    def failed(self, failure: GroupFailed, prompt: Prompt) -> None:
+        """Keep a dropped group for inspection, up to as many as may fail."""
+        self._failures += 1
+        if self._failures > self._config.reward.max_failed_groups + 1:
+            return
+        path = self.path / sample_file(failure)
+        path.parent.mkdir(exist_ok=True)
+        kept = {"group": failure.group_id, "cause": failure.cause, "error": failure.detail, "sample": failure.sample}
+        kept |= {
+            "prompt": prompt.text,
+            "columns": prompt.columns,
+            "completion": failure.text,
+            "traceback": failure.trace,
+        }
+        path.write_text(json.dumps(kept, default=str, indent=1), encoding="utf-8")
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation of policy version ``step``, as a row of its own."""
@@ -128,6 +157,7 @@ def write_samples(path: Path, step: int, groups: list[RolloutGroup]) -> None:
                 "finish_reason": completion.finish_reason,
                 "tokens": len(completion.token_ids),
                 "reward": float(group.rewards[i]),
+                "advantage": None if group.advantages is None else float(group.advantages[i]),
             }
             parts = {f"rewards/{name}": float(values[i]) for name, values in group.reward_parts.items()}
             rows.append(row | parts | {column: str(values[i]) for column, values in group.extra.items()})

@@ -35,13 +35,32 @@ def _deviation(centred: Tensor, count: Tensor) -> Tensor:
     return torch.sqrt(squares / (count - 1).clamp(min=1))
 
 
-def whiten(values: Tensor, valid: Tensor) -> Tensor:
-    """``(x - mean) / sqrt(var + 1e-8)`` over the valid entries of the whole step, 0 elsewhere."""
-    count = valid.sum().clamp(min=1)
-    mean = torch.where(valid, values, 0.0).sum() / count
+def whiten(values: Tensor, valid: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """``(x - mean) / sqrt(var + 1e-8)`` over the valid entries of the whole step, 0 elsewhere.
+
+    With token counts ``lengths`` every sequence weighs as its tokens do, as in a whitened per-token tensor.
+    """
+    weight = valid.float() if lengths is None else torch.where(valid, lengths, 0).float()
+    count = weight.sum().clamp(min=1)
+    mean = (weight * torch.where(valid, values, 0.0)).sum() / count
     centred = torch.where(valid, values - mean, 0.0)
-    variance = (centred * centred).sum() / (count - 1).clamp(min=1)
+    variance = (weight * centred * centred).sum() / (count - 1).clamp(min=1)
     return centred / torch.sqrt(variance + 1e-8)
+
+
+def normalize_then_sum(parts: Tensor, weights: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """Z-score each reward function within its group, weigh, sum, z-score over the step (GDPO, arXiv 2601.05242).
+
+    ``parts [N, G, F]`` with NaN where a function did not apply, ``weights [F]`` -> advantages ``[N, G]``; a completion
+    without any reward gets 0.
+    """
+    scores = torch.stack([grpo(part, eps=eps) for part in parts.unbind(-1)], -1)
+    applies = ~torch.isnan(parts)
+    total = (scores * weights.float()).sum(-1)
+    valid = applies.any(-1)
+    count = valid.sum()
+    centred = torch.where(valid, total - torch.where(valid, total, 0.0).sum() / count.clamp(min=1), 0.0)
+    return centred / (_deviation(centred.flatten(), count) + eps)
 
 
 def grpo(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
@@ -84,6 +103,9 @@ def maxrl(rewards: Tensor) -> Tensor:
 def reinforce_pp(rewards: Tensor) -> Tensor:
     """Rewards whitened over the step, no group baseline (REINFORCE++, arXiv 2501.03262)."""
     valid, clean, _, _ = _stats(rewards)
+    known = clean[valid]
+    if not known.numel() or known.min() == known.max():
+        return torch.zeros_like(clean)
     return whiten(clean, valid)
 
 

@@ -1,16 +1,17 @@
 """Scored groups become packed micro-batches, the same number on every rank.
 
-Every rank sees all groups of the step and computes the same plan, so nothing has to be agreed over the network.
-Advantages and loss weights are fixed here, once per optimizer step over all sequences: no split into micro-batches
-or ranks can change the gradient.
+Every rank sees all groups of the batch and computes the same plan, so nothing has to be agreed over the network.
+Advantages and loss weights are added later, once per optimizer step over all of its sequences: no split into
+micro-batches or ranks can change the gradient.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,50 +23,109 @@ from shared.types import Completion, IntArray, Prompt, RolloutGroup
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence of the step."""
+    """One sequence of a generated batch."""
 
     prompt: Prompt
     completion: Completion
+    index: int
+    """Number among all sequences of the batch, ``group * G + completion``; -1 for a filler."""
     group: int
-    """Index of its group among the step's groups."""
-    advantage: float
-    weight: float
-    """Factor on each of its token losses (see AGGREGATIONS)."""
+    """Index of its group among the batch's groups."""
     trainable: int
     """Tokens in its loss mask: all of the completion, or none."""
 
 
 @dataclass(frozen=True)
-class TrainBatch:
-    """One micro-batch on one rank; ``B`` rows, ``C`` columns of completion tokens."""
+class MicroBatch:
+    """What one forward pass on one rank works on; ``B`` rows, ``C`` columns of completion tokens.
+
+    The first five fields are known from the groups; the rest is filled in before the first update.
+    """
 
     rows: tuple[Row, ...]
     tokens: PackedTokens
+    index: Tensor
+    """``[B] int64``: number of each row in the batch, -1 for a filler."""
     rollout_logprobs: Tensor
     """``[B, C] float32``, 0 in the padding."""
     mask: Tensor
     """``[B, C] bool``: trainable tokens."""
-    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    """``[B, C]``; none: those of the training pass."""
+    ref_logprobs: Tensor | None = None
+    """``[B, C]``; none: no reference is needed."""
+    ref_hidden: Tensor | None = None
+    """``[K, D]``: the reference's hidden states, for a KL over the vocabulary."""
+    entropy_keep: Tensor | None = None
+    """``[B, C] bool``: tokens whose policy term counts; none: all."""
+    advantages: Tensor | None = None
     """``[B, 1] float32``."""
-    weights: Tensor
-    """``[B, 1] float32``."""
+    weights: Tensor | None = None
+    """``[B, 1] float32``: factor on the row's token losses (see AGGREGATIONS)."""
+
+    def pick(self, values: Tensor) -> Tensor:
+        """``[B, 1]`` of ``values [M]``, which belong to all sequences of the batch; 0 for a filler."""
+        known = values.to(self.index.device)[self.index.clamp(min=0)]
+        return torch.where(self.index >= 0, known, 0.0)[:, None]
+
+    def place(self, values: Tensor, total: int) -> Tensor:
+        """``values [B]`` at their places among ``total`` sequences, 0 elsewhere."""
+        real = self.index >= 0
+        placed = torch.zeros(total, dtype=torch.float64, device=self.index.device)
+        return placed.index_add(0, self.index[real], values[real].double())
+
+    def lay_out(self, per_sequence: Sequence[Sequence[Any]]) -> Tensor:
+        """``[B, C] float32`` of given values, ``per_sequence[group][completion]`` being ``[C_i]``."""
+        laid = torch.zeros(self.mask.shape, dtype=torch.float32)
+        for line, row in zip(laid, self.rows, strict=True):
+            if row.index >= 0:
+                group = per_sequence[row.group]
+                given = torch.as_tensor(group[row.index % len(group)])
+                line[: len(given)] = given
+        return laid.to(self.mask.device)
 
 
-def build_rows(
-    groups: list[RolloutGroup], advantages: Tensor, weights_of: object, *, mask_truncated: bool
-) -> list[Row]:
-    """All sequences of the step with their loss weights.
+def build_rows(groups: list[RolloutGroup], *, mask_truncated: bool) -> list[Row]:
+    """All sequences of the batch, in group order."""
+    rows: list[Row] = []
+    for i, group in enumerate(groups):
+        for completion in group.completions:
+            out = mask_truncated and completion.finish_reason == "length"
+            rows.append(Row(group.prompt, completion, len(rows), i, 0 if out else len(completion.token_ids)))
+    return rows
 
-    ``advantages [N, G]``; ``weights_of(lengths [M], groups [M]) -> [M]`` is the bound aggregation.
-    """
-    pairs = [(i, group.prompt, c) for i, group in enumerate(groups) for c in group.completions]
-    trainable = [0 if mask_truncated and c.finish_reason == "length" else len(c.token_ids) for _, _, c in pairs]
-    weights = weights_of(torch.tensor(trainable), torch.tensor([i for i, _, _ in pairs]))  # type: ignore[operator]
-    flat = advantages.flatten().tolist()
-    return [
-        Row(prompt, completion, i, advantage, weight, n)
-        for (i, prompt, completion), advantage, weight, n in zip(pairs, flat, weights.tolist(), trainable, strict=True)
-    ]
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its ``M`` sequences over all ranks, and the micro-batches of this rank."""
+
+    members: Tensor
+    """``[M] int64``: numbers of its sequences in the batch, masked ones included."""
+    groups: Tensor
+    """``[M] int64``: the group of each, numbered from 0."""
+    lengths: Tensor
+    """``[M] int64``: trainable tokens of each."""
+    batches: tuple[MicroBatch, ...]
+    entropy_tokens: int = 0
+    """Tokens that an entropy bonus covers."""
+
+
+def plan_steps(rows: list[Row], count: int, budget: int, rank: int, num_ranks: int, device: torch.device) -> list[Step]:
+    """``count`` optimizer steps over ``rows``, whole groups each; ``rank`` gets its share of their micro-batches."""
+    steps = []
+    number_of_groups = 1 + max((row.group for row in rows), default=-1)
+    for chosen in np.array_split(np.arange(number_of_groups), count):
+        members = [row for row in rows if chosen.size and chosen[0] <= row.group <= chosen[-1]]
+        mine = split(members, budget, num_ranks)[rank]
+        steps.append(
+            Step(
+                members=torch.tensor([row.index for row in members], dtype=torch.int64),
+                groups=torch.tensor([row.group - int(chosen[0]) for row in members], dtype=torch.int64),
+                lengths=torch.tensor([row.trainable for row in members], dtype=torch.int64),
+                batches=tuple(collate(part, device) for part in mine),
+            )
+        )
+    return steps
 
 
 def split(rows: list[Row], budget: int, num_ranks: int) -> list[list[list[Row]]]:
@@ -82,7 +142,7 @@ def split(rows: list[Row], budget: int, num_ranks: int) -> list[list[list[Row]]]
     while (bins := _pack(units, budget, per_rank * num_ranks)) is None:
         per_rank += 1
     shortest = units[-1][0]
-    filler = Row(shortest.prompt, shortest.completion, shortest.group, 0.0, 0.0, 0)
+    filler = Row(shortest.prompt, shortest.completion, -1, shortest.group, 0)
     bins = [bin_ or [filler] for bin_ in bins]
     return [bins[rank::num_ranks] for rank in range(num_ranks)]
 
@@ -117,7 +177,7 @@ def _pack(units: list[list[Row]], budget: int, count: int) -> list[list[Row]] | 
     return bins
 
 
-def collate(rows: list[Row], device: torch.device) -> TrainBatch:
+def collate(rows: list[Row], device: torch.device) -> MicroBatch:
     """Pack ``rows`` into one micro-batch on ``device``; rows of one group share the tokens of their prompt."""
     prompts: dict[int, range] = {}
     parts: list[IntArray] = []
@@ -152,7 +212,7 @@ def collate(rows: list[Row], device: torch.device) -> TrainBatch:
     def tensor(values: object, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(np.asarray(values), dtype=dtype).to(device)
 
-    return TrainBatch(
+    return MicroBatch(
         rows=tuple(rows),
         tokens=PackedTokens(
             token_ids=tensor(np.concatenate(parts), torch.int64),
@@ -163,8 +223,7 @@ def collate(rows: list[Row], device: torch.device) -> TrainBatch:
             cells=tensor(np.flatnonzero(inside), torch.int64),
             shape=shape,
         ),
+        index=tensor([row.index for row in rows], torch.int64),
         rollout_logprobs=tensor(rollout, torch.float32),
         mask=tensor(mask, torch.bool),
-        advantages=tensor([[row.advantage] for row in rows], torch.float32),
-        weights=tensor([[row.weight] for row in rows], torch.float32),
     )

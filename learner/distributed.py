@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shared.config import Config
 
@@ -52,6 +53,34 @@ def join_group(config: Config, rank: int, world_size: int, master: tuple[str, in
         "MASTER_PORT": str(port or free_port()),
     }
     deepspeed.init_distributed(verbose=False)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of ``values`` of every rank, on the CPU in float64."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return values.double().cpu()
+    total = values.double().to(learner_device())
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+
+def gather_values(values: Tensor) -> Tensor:
+    """``values [n]`` of every rank, one after the other; the ranks may hold different numbers of them."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return values
+    sizes = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64, device=values.device)
+    sizes[torch.distributed.get_rank()] = len(values)
+    torch.distributed.all_reduce(sizes)
+    padded = values.new_zeros(int(sizes.max()))
+    padded[: len(values)] = values
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(everyone, padded)
+    return torch.cat([part[:size] for part, size in zip(everyone, sizes.tolist(), strict=True)])
+
+
+def learner_device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def free_port() -> int:

@@ -1,28 +1,30 @@
-"""One rank of the learner: a DeepSpeed engine around the policy, and the frozen reference beside it.
+"""One rank of the learner: a DeepSpeed engine around the policy, and the reference beside it.
 
 ``LearnerGroup`` runs it as Ray actors; ``Learner(config)`` also works in-process with hand-made groups. Invariants:
-the policy version rises if and only if the optimizer changed the weights, and the gradient of a step does not
+the policy version rises if and only if the optimizer changed the weights, and the gradient of an update does not
 depend on how it was split into micro-batches and ranks.
 """
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from learner.batching import TrainBatch, build_rows, collate, split
+from learner.batching import MicroBatch, Row, Step, collate
 from learner.choices import Choices
 from learner.distributed import deepspeed_config, join_group
-from learner.logprobs import ATTENTION_NAME, PolicyModel, register_attention
-from learner.losses import LossInputs, grpo_loss
-from learner.weight_sender import NcclSender, ShmSender, full_tensors
+from learner.logprobs import ATTENTION_NAME, PolicyModel, Sampled, register_attention
+from learner.losses import LossInputs, LossSettings, grpo_loss
+from learner.passes import Given, Passes, plan_batch
+from learner.reference import Reference
+from learner.step_metrics import over_updates, reduce_metrics, token_means
+from learner.weight_sender import IpcSender, NcclSender, ShmSender, save_pretrained
 from shared.config import Config
-from shared.types import RolloutGroup, StepReport
+from shared.types import Completion, Prompt, RolloutGroup, StepReport
 from shared.weights import Canary, Link, Publication
 
 
@@ -40,12 +42,15 @@ class Learner:
         import deepspeed
 
         self._choices = Choices(config)
+        algorithm, settings = config.algorithm, config.learner
+        self._kl_control = self._choices.kl_control(algorithm.kl.reward_coef or algorithm.kl.coef)
+        self._entropy_bonus = self._choices.entropy_bonus()
         torch.manual_seed(config.run.seed)
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         policy = self._load()
-        if config.learner.gradient_checkpointing:
+        self._choices.needs_old_pass |= policy.has_dropout
+        if settings.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
-        settings = config.learner
         optimizer = torch.optim.AdamW(
             policy.parameters(),
             lr=settings.lr,
@@ -60,86 +65,156 @@ class Learner:
         # In float32 at stage 0 DeepSpeed neither reports the norm nor notices a non-finite one.
         self.engine.clip_fp32_gradients = self._clip_float32
         self.engine.train()
-        self._reference = self._load_reference() if config.algorithm.kl.coef > 0 else None
+        full = self._choices.full_in_loss or self._choices.full_in_reward
+        self.reference = Reference(config, self._load(), self.device, full) if config.needs_reference else None
+        self._passes = Passes(config, self._choices, self._without_gradient, self.reference)
 
-    def train_step(self, groups: list[RolloutGroup]) -> StepReport:
-        """One optimizer step on all of ``groups``; every rank must get the same ones."""
+    # --- training ---
+
+    def train_step(self, groups: list[RolloutGroup], given: Given | None = None) -> StepReport:
+        """All updates on one generated batch: ``epochs_per_batch`` times ``steps_per_batch`` optimizer steps.
+
+        Every rank must get the same groups. ``given`` fixes advantages, old or reference log-probs from outside.
+        """
         started = time.monotonic()
-        plan, metrics = self._plan(groups)
-        mine = [collate(rows, self.device) for rows in plan[self.rank]]
-        if not mine:
-            return StepReport(self.policy_version, False, metrics)
-        reference = [self._logprobs_of(self._reference, batch) for batch in mine] if self._reference is not None else []
-        old = [self._logprobs_of(self.engine, batch) for batch in mine] if self._recompute else []
-        sums: dict[str, float] = {}
-        self.engine.train()
-        for i, batch in enumerate(mine):
-            found = self._accumulate(batch, reference[i] if reference else None, old[i] if old else None)
-            for name, value in found.items():
-                sums[name] = max(sums.get(name, 0.0), value) if name.endswith("_max") else sums.get(name, 0.0) + value
-        applied = self._step()
-        metrics |= self._reduce(sums) | {"grad_norm": self._grad_norm, "learning_rate": self._lr}
-        metrics |= {"micro_batches": float(len(mine)), "time/train": time.monotonic() - started}
-        return StepReport(self.policy_version, applied, metrics)
+        steps, scored = plan_batch(self.config, groups, self.rank, self.world_size, self.device)
+        if not any(step.batches for step in steps):
+            return StepReport(self.policy_version, False, scored.metrics)
+        steps = self._passes.prepare(steps, scored, (given or Given()).of(scored.kept), self._kl_coefs()[1])
+        reports: list[dict[str, float]] = []
+        before = self.policy_version
+        for epoch in range(self.config.learner.epochs_per_batch):
+            for i, step in enumerate(steps):
+                if step.batches and step.lengths.any():
+                    steps[i], report = self._update(step, keep_old=epoch + 1 < self.config.learner.epochs_per_batch)
+                    reports.append(report)
+        every = self.config.algorithm.reference_sync_steps
+        # Between batches alone: within one, everything compares with the reference that it was prepared with.
+        if self.reference is not None and every and self.policy_version // every > before // every:
+            self.reference.follow(self.engine, self.config.algorithm.reference_sync_alpha)
+        if self.config.algorithm.kl.reward_coef > 0:
+            kl, per_token = scored.metrics["reward_kl"], scored.metrics["reward_kl_per_token"]
+            self._kl_control.observe(kl, per_token, scored.rewards.numel())
+        if not reports:
+            return StepReport(self.policy_version, False, scored.metrics | {"trainable_tokens": 0.0})
+        metrics = scored.metrics | over_updates(reports)
+        metrics |= {"updates": float(len(reports)), "time/train": time.monotonic() - started}
+        return StepReport(self.policy_version, self.policy_version > before, metrics, scored.advantages)
 
     def sequence_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
         """Log-probs ``[T - 1] float32`` of ``token_ids[1:]`` under the policy at temperature 1."""
-        from learner.batching import Row
-        from shared.types import Completion, Prompt
-
         rest = token_ids[1:].astype(np.int32)
         completion = Completion(rest, np.zeros(len(rest), np.float32), "", "stop")
-        row = Row(Prompt(0, token_ids[:1].astype(np.int32), ""), completion, 0, 0.0, 0.0, len(rest))
+        row = Row(Prompt(0, token_ids[:1].astype(np.int32), ""), completion, 0, 0, len(rest))
         policy = self.engine.module
-        temperature, policy.temperature = policy.temperature, 1.0
+        sampled, policy.sampled = policy.sampled, Sampled()
         try:
-            return self._logprobs_of(self.engine, collate([row], self.device))[0].cpu().numpy()
+            logprobs: np.ndarray = self._without_gradient(collate([row], self.device))[0][0].cpu().numpy()
+            return logprobs
         finally:
-            policy.temperature = temperature
+            policy.sampled = sampled
 
-    def open_sender(self, run_id: str) -> None:
-        """Make room for publications; ``run_id`` names their shared memory."""
-        first = self.rank == 0
-        self._sender: ShmSender | NcclSender = (
-            ShmSender(self.engine, run_id, first) if self.device.type == "cpu" else NcclSender(self.engine, first)
+    def _update(self, step: Step, keep_old: bool) -> tuple[Step, dict[str, float]]:
+        """One optimizer step; with ``keep_old`` the returned step carries the old log-probs for later epochs."""
+        scale = self._choices.entropy_schedule(self.policy_version, self.config.run.steps)
+        entropy_coef = float(self._entropy_bonus.value) * scale
+        settings = replace(self._choices.loss, kl_coef=self._kl_coefs()[0], entropy_coef=entropy_coef)
+        sums: dict[str, float] = {}
+        batches = []
+        self.engine.train()
+        for batch in step.batches:
+            logprobs, found = self._accumulate(batch, settings, 1.0 / max(step.entropy_tokens, 1))
+            batches.append(replace(batch, old_logprobs=logprobs) if keep_old and batch.old_logprobs is None else batch)
+            for name, value in found.items():
+                merge = max if name.endswith("_max") else min if name.endswith("_min") else float.__add__
+                sums[name] = merge(sums[name], value) if name in sums else value
+        self._step()
+        metrics = token_means(reduce_metrics(sums)) | {"grad_norm": self._grad_norm, "learning_rate": self._lr}
+        metrics |= {"kl_coef": self._kl_control.value, "entropy_coef": settings.entropy_coef}
+        metrics["kl_control_skipped"] = float(self._kl_control.skipped)
+        self._observe(metrics, step)
+        return replace(step, batches=tuple(batches)), metrics | {"micro_batches": float(len(batches))}
+
+    def _observe(self, metrics: dict[str, float], step: Step) -> None:
+        """What an update measured moves the coefficients; the same on every rank."""
+        tokens, sequences = int(step.lengths.sum()), len(step.lengths)
+        kl = self.config.algorithm.kl
+        if kl.coef > 0 and not kl.reward_coef:
+            self._kl_control.observe(metrics["kl"] * tokens / sequences, metrics["kl"], sequences)
+        self._entropy_bonus.observe(metrics["entropy"])
+
+    def _kl_coefs(self) -> tuple[float, float]:
+        """Coefficients of the KL in the loss and in the reward for the next update; a control steers one of them."""
+        kl = self.config.algorithm.kl
+        scale = self._choices.kl_schedule(self.policy_version, self.config.run.steps)
+        steered = self._kl_control.value * scale
+        return (kl.coef * scale, steered) if kl.reward_coef > 0 else (steered, 0.0)
+
+    def _without_gradient(
+        self, batch: MicroBatch, against: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy's log-probs, entropies and KLs of a micro-batch, ``[B, C]`` each."""
+        training = self.engine.training
+        self.engine.eval()
+        with torch.no_grad():
+            result: tuple[Tensor, Tensor, Tensor] = self.engine(batch.tokens, against)
+        self.engine.train(training)
+        return result
+
+    def _accumulate(
+        self, batch: MicroBatch, settings: LossSettings, entropy_weight: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Forward and backward of one micro-batch; its detached log-probs, and its metrics as sums."""
+        against = self.reference.against(batch) if self.reference is not None else None
+        logprobs, entropy, full_kl = self.engine(batch.tokens, against)
+        mask = batch.mask & torch.isfinite(logprobs)
+        assert batch.advantages is not None
+        assert batch.weights is not None
+        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        if self.config.algorithm.old_logprobs == "rollout":  # A token that the engine gave no number has ratio 1.
+            old = torch.where(torch.isfinite(old), old, logprobs.detach())
+        inputs = LossInputs(
+            logprobs=logprobs,
+            old_logprobs=old,
+            rollout_logprobs=batch.rollout_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            advantages=batch.advantages,
+            weights=batch.weights,
+            mask=mask if self._choices.truncates else batch.mask,
+            full_kl=full_kl if against is not None else None,
+            entropy=entropy,
+            entropy_keep=batch.entropy_keep,
+            entropy_weight=entropy_weight,
         )
-
-    def connect(self, link: Link) -> None:
-        """Meet the engines' workers, for publications that are sent over a device link."""
-        assert isinstance(self._sender, NcclSender)
-        self._sender.connect(link, self.rank)
-
-    def send(self) -> str:
-        """Send the weights of a collective publication; the digest of what was sent."""
-        assert isinstance(self._sender, NcclSender)
-        return self._sender.send()
-
-    def publish(self, canary: np.ndarray) -> Publication | None:
-        """Snapshot the weights with the policy's log-probs of ``canary [T]``; rank 0 returns the publication."""
-        return self._sender.export(self.policy_version, Canary(canary, self.sequence_logprobs(canary)))
-
-    def save(self, directory: str) -> str:
-        """Write the policy in Hugging Face form (safetensors, config, tokenizer) and return the directory."""
-        from transformers import AutoTokenizer
-
-        state = {
-            name: tensor.cpu().contiguous().clone() for name, tensor in full_tensors(self.engine) if self.rank == 0
+        loss, metrics = grpo_loss(inputs, settings)
+        # The loss is already a sum weighted over the whole step. DeepSpeed averages gradients over the ranks and would
+        # divide by accumulation steps: undo the first, switch off the second.
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        metrics |= {
+            "loss": loss.detach(),
+            "entropy_sum": (entropy.detach() * batch.mask).sum(),
+            "tokens": batch.mask.sum(),
         }
-        if self.rank == 0:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            model = self.engine.module.model
-            model.config._attn_implementation = "sdpa"
-            model.save_pretrained(directory, state_dict=state)
-            model.config._attn_implementation = ATTENTION_NAME
-            tokenizer = AutoTokenizer.from_pretrained(self.config.model.tokenizer or self.config.model.path)
-            if self.config.model.chat_template:
-                tokenizer.chat_template = self.config.model.chat_template
-            tokenizer.save_pretrained(directory)
-        return directory
+        return logprobs.detach(), {name: float(value) for name, value in metrics.items()}
 
-    @property
-    def _recompute(self) -> bool:
-        return self.config.algorithm.old_logprobs == "recompute"
+    def _step(self) -> None:
+        """Apply the accumulated gradient, on all ranks or on none: a non-finite one is dropped after its reduction."""
+        self._lr = self.config.learner.lr * self._choices.schedule(self.policy_version, self.config.run.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self._lr
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        self._grad_norm = float(norm) if norm is not None else self._grad_norm
+        applied = bool(np.isfinite(self._grad_norm)) and bool(self.engine.was_step_applied())
+        self.policy_version += int(applied)
+
+    def _clip_float32(self) -> None:
+        """Clip by global norm; drop a non-finite gradient, which would ruin the weights for good."""
+        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.learner.max_grad_norm))
+        if not np.isfinite(self._grad_norm):
+            for parameter in parameters:
+                parameter.grad = None
 
     def _load(self) -> PolicyModel:
         from transformers import AutoModelForCausalLM
@@ -153,113 +228,40 @@ class Learner:
             use_safetensors=True,
             trust_remote_code=config.model.trust_remote_code,
         )
-        return PolicyModel(model, config.rollout.temperature)
+        rollout = config.rollout
+        return PolicyModel(model, Sampled(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p))
 
-    def _load_reference(self) -> Any:
-        """The frozen starting policy; partitioned over the ranks like the policy where that is."""
-        reference = self._load().eval().requires_grad_(False)
-        if self.config.learner.zero_stage < 3:
-            return reference.to(self.device)
-        import deepspeed
+    # --- weights on their way out ---
 
-        engine, *_ = deepspeed.initialize(
-            model=reference, config=deepspeed_config(self.config), dist_init_required=False
-        )
-        engine.eval()  # DeepSpeed's own returns nothing.
-        return engine
+    def open_sender(self, run_id: str) -> None:
+        """Make room for publications; ``run_id`` names their shared memory."""
+        first = self.rank == 0
+        self._sender: ShmSender | IpcSender | NcclSender
+        if self.device.type == "cpu":
+            self._sender = ShmSender(self.engine, run_id, first)
+        elif self.config.rollout.colocate:
+            self._sender = IpcSender(self.engine, self.device)
+        else:
+            self._sender = NcclSender(self.engine, first)
 
-    def _plan(self, groups: list[RolloutGroup]) -> tuple[list[list[list[Any]]], dict[str, float]]:
-        """Advantages, loss weights and the split of the step: the same on every rank."""
-        algorithm = self.config.algorithm
-        metrics = {"groups": float(len(groups))}
-        if algorithm.zero_variance != "keep":
-            groups = [group for group in groups if group.has_signal()]
-        if not groups:
-            return [[] for _ in range(self.world_size)], metrics | {"groups/trained": 0.0}
-        rewards = torch.tensor(np.stack([group.rewards for group in groups]))
-        lengths = torch.tensor([[len(c.token_ids) for c in group.completions] for group in groups])
-        advantages = self._choices.advantages(rewards, lengths)
-        rows = build_rows(groups, advantages, self._choices.weights, mask_truncated=algorithm.mask_truncated)
-        metrics |= {
-            "groups/trained": float(len(groups)),
-            "advantages/abs_mean": float(advantages.abs().mean()),
-            "train_tokens": float(
-                sum(len(r.prompt.token_ids) + len(r.completion.token_ids) for r in rows if r.trainable)
-            ),
-            "trainable_tokens": float(sum(row.trainable for row in rows)),
-        }
-        return split(rows, self.config.learner.max_tokens_per_microbatch, self.world_size), metrics
+    def connect(self, link: Link) -> None:
+        """Meet the engines' workers, for publications that are sent over a device link."""
+        assert isinstance(self._sender, NcclSender)
+        self._sender.connect(link, self.rank)
 
-    @torch.no_grad()
-    def _logprobs_of(self, model: Any, batch: TrainBatch) -> Tensor:
-        training = model.training
-        model.eval()
-        logprobs, _ = model(batch.tokens)
-        model.train(training)
-        return logprobs
+    def send(self) -> str:
+        """Send the weights of a collective publication; the digest of what was sent."""
+        assert isinstance(self._sender, NcclSender)
+        return self._sender.send()
 
-    def _accumulate(self, batch: TrainBatch, reference: Tensor | None, old: Tensor | None) -> dict[str, float]:
-        """Forward and backward of one micro-batch; returns its metrics as sums."""
-        logprobs, entropy = self.engine(batch.tokens)
-        if old is None:
-            old = batch.rollout_logprobs if self.config.algorithm.old_logprobs == "rollout" else logprobs.detach()
-        inputs = LossInputs(
-            logprobs=logprobs,
-            old_logprobs=old,
-            rollout_logprobs=batch.rollout_logprobs,
-            ref_logprobs=reference,
-            advantages=batch.advantages,
-            weights=batch.weights,
-            mask=batch.mask,
-        )
-        loss, metrics = grpo_loss(inputs, self._choices.loss)
-        # The loss is already a sum weighted over the whole step. DeepSpeed averages gradients over the ranks and would
-        # divide by accumulation steps: undo the first, switch off the second.
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
-        metrics |= {
-            "loss": loss.detach(),
-            "entropy_sum": (entropy.detach() * batch.mask).sum(),
-            "tokens_sum": batch.mask.sum(),
-        }
-        return {name: float(value) for name, value in metrics.items()}
+    def publish(self, canary: np.ndarray) -> Publication | None:
+        """Snapshot the weights with the policy's log-probs of ``canary [T]``; rank 0 returns the publication.
 
-    def _step(self) -> bool:
-        """Apply the accumulated gradient, on all ranks or on none: a non-finite one is dropped after its reduction."""
-        self._lr = self.config.learner.lr * self._choices.schedule(self.policy_version, self.config.run.steps)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = self._lr
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        self._grad_norm = float(norm) if norm is not None else self._grad_norm
-        applied = bool(np.isfinite(self._grad_norm)) and bool(self.engine.was_step_applied())
-        self.policy_version += int(applied)
-        return applied
+        With colocated engines every rank returns one, for the engine on its GPU.
+        """
+        return self._sender.export(self.policy_version, Canary(canary, self.sequence_logprobs(canary)))
 
-    def _clip_float32(self) -> None:
-        """Clip by global norm; drop a non-finite gradient, which would ruin the weights for good."""
-        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
-        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.learner.max_grad_norm))
-        if not np.isfinite(self._grad_norm):
-            for parameter in parameters:
-                parameter.grad = None
-
-    def _reduce(self, sums: dict[str, float]) -> dict[str, float]:
-        """Sums and maxima over the micro-batches become the step's metrics, over all ranks."""
-        if self.world_size > 1:
-            maxima = [name for name in sums if name.endswith("_max")]
-            totals = [name for name in sums if not name.endswith("_max")]
-            for names, op in ((maxima, torch.distributed.ReduceOp.MAX), (totals, torch.distributed.ReduceOp.SUM)):
-                values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
-                torch.distributed.all_reduce(values, op)
-                sums |= dict(zip(names, values.tolist(), strict=True))
-        tokens = max(sums.pop("tokens_sum"), 1.0)
-        mean = {name.removesuffix("_sum"): value / tokens for name, value in sums.items() if name.endswith("_sum")}
-        rest = {name: value for name, value in sums.items() if not name.endswith("_sum")}
-        renamed = {
-            "gap_abs": "sync/logprob_gap",
-            "gap_abs_max": "sync/logprob_gap_max",
-            "ratio_low": "clip_ratio/low_mean",
-            "ratio_high": "clip_ratio/high_mean",
-            "is_weight": "importance_sampling/mean",
-        }
-        return {renamed.get(name, name): value for name, value in (mean | rest).items()}
+    def save(self, directory: str) -> str:
+        """Write the policy in Hugging Face form (safetensors, config, tokenizer) and return the directory."""
+        save_pretrained(self.engine, self.config, directory, self.rank == 0)
+        return directory

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ def _master_address() -> tuple[str, int]:
 
 
 class LearnerGroup:
-    """``config.learner.num_ranks`` learners; ``placement`` is a Ray placement group with one bundle each."""
+    """``config.learner.num_ranks`` learners; ``slots`` holds the place of each in the cluster."""
 
-    def __init__(self, config: Config, run_id: str, placement: Any, environment: dict[str, str]) -> None:
-        self._config, self._run_id, self._placement = config, run_id, placement
+    def __init__(self, config: Config, run_id: str, slots: list[Any], environment: dict[str, str]) -> None:
+        self._config, self._run_id, self._slots = config, run_id, slots
         self._environment = environment | learner_environment(config)
         self._ranks: list[Any] = []
 
@@ -59,7 +60,12 @@ class LearnerGroup:
 
     async def publish(self, canary: np.ndarray) -> Publication:
         """Snapshot the weights for the engines, with the log-probs of the ``canary`` tokens ``[T]``."""
-        return (await self._call("publish", canary))[0]
+        first, *others = await self._call("publish", canary)
+        if any(other is not None and other.digest != first.digest for other in others):
+            raise LearnerFailed(f"learner ranks hold different weights of version {first.version}")
+        return replace(
+            first, handles={gpu: h for p in [first, *others] if p is not None for gpu, h in p.handles.items()}
+        )
 
     async def connect(self, engines_connect: Callable[[Link], Awaitable[None]], workers: int) -> None:
         """Open a link with ``workers`` engine workers, which join it through ``engines_connect`` at the same time."""
@@ -110,12 +116,4 @@ class LearnerGroup:
             raise LearnerFailed(f"{method}: a learner rank died: {one_line(error, 400)}") from error
 
     def _options(self, rank: int) -> dict[str, Any]:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        bundle = self._placement.bundle_specs[rank]
-        return {
-            "num_cpus": bundle.get("CPU", 0),
-            "num_gpus": bundle.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._placement, rank),
-            "runtime_env": {"env_vars": self._environment},
-        }
+        return self._slots[rank].options() | {"runtime_env": {"env_vars": self._environment}}

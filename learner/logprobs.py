@@ -7,6 +7,7 @@ already hides the padding, so no mask exists that could leak. The output head ru
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,47 +17,74 @@ from torch import Tensor, nn
 
 ATTENTION_NAME = "millrace_packed"
 CHUNK_BYTES = 64 << 20
+FILL = 0.75
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each of ``T`` packed tokens goes in ``[B, L]`` right-padded rows, one row per completion.
+    """Where each of ``T`` packed tokens goes in right-padded rows, one row per completion.
 
+    Rows of similar length lie in one block, padded to its longest: with long-tailed lengths most padding is gone.
     Completions of one prompt share its tokens: they are packed once and occur in every such row. Keys and values are
-    read by all rows; the output of a shared token, which cannot depend on what follows, is taken from the first.
+    read by all rows; the output of a shared token, which cannot depend on what follows, is taken from one of them.
     """
 
     gather: Tensor
-    """``[B, L] int64``: packed index of each cell; T for padding."""
+    """``[cells] int64``: packed index of each cell of all blocks, one block after the other; T for padding."""
     scatter: Tensor
-    """``[T] int64``: flat cell that gives each packed token its output."""
+    """``[T] int64``: cell that gives each packed token its output."""
+    blocks: tuple[tuple[int, int], ...]
+    """``(rows, length)`` of each block."""
 
     @classmethod
     def of(cls, rows: list[list[range]]) -> Layout:
         """The layout of ``rows``, each a list of ranges of packed indices (its prompt, its completion)."""
         count = max(part.stop for row in rows for part in row)
-        longest = max(sum(map(len, row)) for row in rows)
-        gather = np.full((len(rows), longest), count, dtype=np.int64)
-        for cells, row in zip(gather, rows, strict=True):
-            tokens = np.concatenate([np.arange(part.start, part.stop) for part in row])
-            cells[: len(tokens)] = tokens
+        parts: list[np.ndarray] = []
+        blocks: list[tuple[int, int]] = []
+        for block in _blocks(rows):
+            longest = sum(map(len, block[0]))
+            cells = np.full((len(block), longest), count, dtype=np.int64)
+            for line, row in zip(cells, block, strict=True):
+                tokens = np.concatenate([np.arange(part.start, part.stop) for part in row])
+                line[: len(tokens)] = tokens
+            parts.append(cells.ravel())
+            blocks.append((len(block), longest))
+        gather = np.concatenate(parts)
         packed, first_cell = np.unique(gather, return_index=True)
-        return cls(torch.from_numpy(gather), torch.from_numpy(first_cell[packed < count]))
+        return cls(torch.from_numpy(gather), torch.from_numpy(first_cell[packed < count]), tuple(blocks))
 
     def to(self, device: torch.device) -> Layout:
         """The layout on another device."""
-        return Layout(self.gather.to(device), self.scatter.to(device))
+        return Layout(self.gather.to(device), self.scatter.to(device), self.blocks)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(length for _, length in self.blocks)
 
 
-def _pad(packed: Tensor, layout: Layout) -> Tensor:
-    """``[T, ...] -> [B, L, ...]``, zeros in the padding."""
-    padded = torch.cat([packed, packed.new_zeros((1, *packed.shape[1:]))])
-    return padded.index_select(0, layout.gather.flatten()).view(*layout.gather.shape, *packed.shape[1:])
+def _blocks(rows: list[list[range]]) -> list[list[list[range]]]:
+    """``rows``, longest first, in blocks whose shortest row has at least ``FILL`` of the tokens of its longest."""
+    blocks: list[list[list[range]]] = []
+    longest = 0
+    for row in sorted(rows, key=lambda row: -sum(map(len, row))):
+        length = sum(map(len, row))
+        if not blocks or length < FILL * longest:
+            blocks.append([])
+            longest = length
+        blocks[-1].append(row)
+    return blocks
 
 
-def _pack(padded: Tensor, layout: Layout) -> Tensor:
-    """``[B, L, ...] -> [T, ...]``."""
-    return padded.flatten(0, 1).index_select(0, layout.scatter)
+def _pad(packed: Tensor, layout: Layout) -> list[Tensor]:
+    """``[T, H, D]`` to ``[B, H, L, D]`` for each block, zeros in the padding."""
+    padded = torch.cat([packed, packed.new_zeros((1, *packed.shape[1:]))]).index_select(0, layout.gather)
+    parts = padded.split([rows * length for rows, length in layout.blocks])
+    return [
+        part.view(rows, length, *packed.shape[1:]).transpose(1, 2)
+        for part, (rows, length) in zip(parts, layout.blocks, strict=True)
+    ]
 
 
 def packed_attention(
@@ -73,13 +101,19 @@ def packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each packed sequence; query ``[1, H, T, D]``, key and value ``[1, H_kv, T, D]``."""
-    if sliding_window is not None and sliding_window < layout.gather.shape[1]:
-        raise ValueError(f"sequences of {layout.gather.shape[1]} tokens exceed the sliding window of {sliding_window}")
-    q, k, v = (_pad(x[0].transpose(0, 1), layout).transpose(1, 2) for x in (query, key, value))
-    out = nn.functional.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return _pack(out.transpose(1, 2), layout)[None], None
+    if sliding_window is not None and sliding_window < layout.longest:
+        raise ValueError(f"sequences of {layout.longest} tokens exceed the sliding window of {sliding_window}")
+    grouped = query.shape[1] != key.shape[1]
+    blocks = zip(*(_pad(x[0].transpose(0, 1), layout) for x in (query, key, value)), strict=True)
+    outputs = [
+        nn.functional.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+        .transpose(1, 2)
+        .flatten(0, 1)
+        for q, k, v in blocks
+    ]
+    return torch.cat(outputs).index_select(0, layout.scatter)[None], None
 
 
 def register_attention() -> None:
@@ -89,51 +123,93 @@ def register_attention() -> None:
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """Chunked ``log_softmax(hidden @ weight.T / temperature)`` at the labels, with its entropy.
+@dataclass(frozen=True)
+class Sampled:
+    """The distribution that tokens were sampled from, as far as it is not the model's own."""
 
-    The backward pass recomputes each chunk: d logprob / d logits = onehot - p, d H / d logits = -p (ln p + H).
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def log_softmax(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """``[K, V]`` float32 log-probs of ``hidden [K, D]``; -inf outside the kept set, as vLLM filters."""
+        logits = hidden @ weight.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        if self.min_p > 0:
+            logits = logits.masked_fill(logits < logits.amax(1, keepdim=True) + math.log(self.min_p), -torch.inf)
+        if self.top_k > 0:
+            least = logits.topk(min(self.top_k, logits.shape[1]), 1).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p < 1:
+            ascending, order = logits.sort(1)
+            out = ascending.softmax(1).cumsum(1) <= 1 - self.top_p
+            out[:, -1] = False
+            logits = logits.masked_fill(torch.zeros_like(out).scatter(1, order, out), -torch.inf)
+        return torch.log_softmax(logits, dim=-1)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Chunked log-softmax of an output head at the labels, with its entropy and its KL to a reference.
+
+    The backward pass recomputes each chunk: d logprob / d logits = onehot - p, d H / d logits = -p (ln p + H),
+    d KL / d logits = p (ln p - ln q - KL).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        sampled: Sampled,
+        reference: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, labels)
-        ctx.temperature = temperature
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy = torch.empty_like(logprobs)
+        ctx.sampled, ctx.reference = sampled, reference
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        entropy, kl = torch.empty_like(logprobs), torch.zeros_like(logprobs)
         for rows in _chunks(len(hidden), len(weight)):
-            log_p = _log_softmax(hidden[rows], weight, temperature)
+            log_p = sampled.log_softmax(hidden[rows], weight)
+            p = log_p.exp()
             logprobs[rows] = log_p.gather(1, labels[rows, None])[:, 0]
-            entropy[rows] = -(log_p.exp() * log_p).sum(1)
-        return logprobs, entropy
+            entropy[rows] = -_expect(p, log_p)[:, 0]
+            if reference is not None:
+                kl[rows] = _expect(p, log_p - sampled.log_softmax(reference[0][rows], reference[1]))[:, 0]
+        return logprobs, entropy, kl
 
     @staticmethod
-    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        with_entropy = bool(grad_entropy.any())
+        grad_weight = torch.zeros_like(weight, dtype=grad_logprobs.dtype)
+        with_entropy, with_kl = bool(grad_entropy.any()), ctx.reference is not None and bool(grad_kl.any())
         for rows in _chunks(len(hidden), len(weight)):
-            log_p = _log_softmax(hidden[rows], weight, ctx.temperature)
+            log_p = ctx.sampled.log_softmax(hidden[rows], weight)
             p = log_p.exp()
             grad = p * -grad_logprobs[rows, None]
             grad.scatter_add_(1, labels[rows, None], grad_logprobs[rows, None])
             if with_entropy:
-                entropy = -(p * log_p).sum(1, keepdim=True)
-                grad -= grad_entropy[rows, None] * p * (log_p + entropy)
-            grad = (grad / ctx.temperature).to(weight.dtype)
+                centred = torch.where(p > 0, log_p - _expect(p, log_p), 0.0)
+                grad -= grad_entropy[rows, None] * p * centred
+            if with_kl:
+                log_q = ctx.sampled.log_softmax(ctx.reference[0][rows], ctx.reference[1])
+                gap = torch.where(p > 0, log_p - log_q, 0.0)
+                grad += grad_kl[rows, None] * p * (gap - _expect(p, gap))
+            grad = (grad / ctx.sampled.temperature).to(weight.dtype)
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def _expect(p: Tensor, values: Tensor) -> Tensor:
+    """``sum_v p_v values_v`` ``[K, 1]``, with 0 where p is 0."""
+    return torch.where(p > 0, p * values, 0.0).sum(1, keepdim=True)
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
     size = max(1, CHUNK_BYTES // (4 * vocabulary))
     return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax((hidden @ weight.T).float() / temperature, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -158,13 +234,30 @@ class PackedTokens:
 class PolicyModel(nn.Module):
     """A causal language model that answers with log-probs of given tokens instead of logits."""
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
+    def __init__(self, model: nn.Module, sampled: Sampled) -> None:
         super().__init__()
         self.model = model
-        self.temperature = temperature
+        self.sampled = sampled
 
-    def forward(self, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-        """``(logprobs, entropy)``, each ``[B, C] float32``, 0 outside the completions."""
+    @property
+    def head(self) -> Tensor:
+        """Weight of the output head, ``[V, D]``."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def has_dropout(self) -> bool:
+        """True if two training passes over the same tokens may differ."""
+        layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+        return layers or float(getattr(self.model.config, "attention_dropout", 0.0) or 0.0) > 0
+
+    def forward(
+        self, tokens: PackedTokens, reference: tuple[Tensor, Tensor] | None = None, hidden_only: bool = False
+    ) -> tuple[Tensor, ...]:
+        """``(logprobs, entropy, kl)``, each ``[B, C] float32``, 0 outside the completions.
+
+        ``kl`` is that to the distributions of ``reference = (hidden [K, D], head [V, D])``, else 0. With
+        ``hidden_only`` the hidden states ``[K, D]`` that predict the completion tokens, for such a reference.
+        """
         hidden = self.model.base_model(
             input_ids=tokens.token_ids[None],
             position_ids=tokens.position_ids[None],
@@ -173,9 +266,9 @@ class PolicyModel(nn.Module):
             layout=tokens.layout,
         ).last_hidden_state[0]
         predictors = hidden.index_select(0, tokens.predictors)
+        if hidden_only:
+            return (predictors,)
         labels = tokens.token_ids[tokens.targets]
-        weight = self.model.get_output_embeddings().weight
-        flat = _TokenLogProbs.apply(predictors, weight, labels, self.temperature)
-        cells = predictors.new_zeros(tokens.shape[0] * tokens.shape[1], dtype=torch.float32)
-        logprobs, entropy = (cells.index_copy(0, tokens.cells, values).view(tokens.shape) for values in flat)
-        return logprobs, entropy
+        flat = _TokenLogProbs.apply(predictors, self.head, labels, self.sampled, reference)
+        cells = flat[0].new_zeros(tokens.shape[0] * tokens.shape[1])
+        return tuple(cells.index_copy(0, tokens.cells, values).view(tokens.shape) for values in flat)

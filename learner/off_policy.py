@@ -5,6 +5,8 @@ Behaviour (``rollout``) and proximal (``old``) policy meet here; the ratio curre
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,30 @@ def importance_weights(
     if mode == "truncate":
         return weights.clamp(lowest, highest)
     return torch.where((weights >= lowest) & (weights <= highest), weights, 0.0)
+
+
+def weight_metrics(
+    weight: Tensor, old: Tensor, rollout: Tensor, mask: Tensor, settings: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Extremes, moments and the share of weights that a bound changed, as sums over the mask's tokens."""
+    mask = mask.bool()
+    free = importance_weights(old, rollout, mask, **settings | {"mode": "truncate", "low": None, "high": None})
+    applied, free = (masked(w.expand_as(mask), mask).float() for w in (weight, free))
+    inside = applied[mask] if mask.any() else applied.new_ones(1)
+    return {
+        "importance_sampling/mean_sum": applied.sum(),
+        "importance_sampling/square_sum": applied.square().sum(),
+        "importance_sampling/bounded_frac_sum": (applied != free).sum().float(),
+        "importance_sampling/ratio_min": inside.min(),
+        "importance_sampling/ratio_max": inside.max(),
+    }
+
+
+def off_policy_keep(logprobs: Tensor, rollout: Tensor, advantages: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """``[B, 1]``: 0 where ``A < 0`` and the mean of ``rollout - current`` exceeds ``threshold``, else 1 (DeepSeek-V3.2).
+
+    A sequence that the policy has already moved away from is not pushed further.
+    """
+    drift = masked(rollout - logprobs.detach(), mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    drift = torch.where(torch.isnan(drift), 0.0, drift)
+    return ((advantages >= 0) | (drift <= threshold)).float()

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from shared.config import Config
 from shared.weights import (
+    IPC_BACKEND,
     NCCL_BACKEND,
     SHM_BACKEND,
     Canary,
@@ -25,6 +28,7 @@ from shared.weights import (
     TensorMeta,
     describe,
     digest,
+    pack_handle,
     segment_name,
     views,
 )
@@ -38,10 +42,10 @@ def named_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name.removeprefix(PREFIX), parameter) for name, parameter in engine.module.named_parameters()]
 
 
-def layout(engine: Any) -> tuple[TensorMeta, ...]:
+def layout(engine: Any, alignment: int = 64) -> tuple[TensorMeta, ...]:
     """Names, types and full shapes of the weights, without gathering."""
     named = named_parameters(engine)
-    return describe((name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named)
+    return describe(((name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named), alignment)
 
 
 def layers(named: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
@@ -107,6 +111,46 @@ class ShmSender:
         """Remove the shared memory."""
         for segment in self._segments:
             segment.unlink()
+
+
+class IpcSender:
+    """Copies publications of ``engine``'s weights into a buffer on this rank's GPU, which the engine there maps.
+
+    Every rank serves the engine on its own GPU; a publication is a snapshot, and two buffers take turns.
+    """
+
+    def __init__(self, engine: Any, device: torch.device) -> None:
+        self._engine, self._device = engine, device
+        self._tensors = layout(engine, alignment=1)  # vLLM's packed form has no gaps.
+        size = self._tensors[-1].offset + self._tensors[-1].nbytes
+        self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._turn = 0
+
+    def export(self, version: int, canary: Canary) -> Publication:
+        """Snapshot the weights as policy ``version`` on this rank's GPU."""
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        started = time.monotonic()
+        buffer = self._buffers[self._turn]
+        self._turn = 1 - self._turn
+        for meta, (_, tensor) in zip(self._tensors, full_tensors(self._engine), strict=True):
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            buffer[meta.offset : meta.offset + meta.nbytes].copy_(flat)
+        gpu = str(torch.cuda.get_device_properties(self._device).uuid)
+        return Publication(
+            version=version,
+            backend=IPC_BACKEND,
+            segment="",
+            tensors=self._tensors,
+            digest=digest(views(buffer.cpu().numpy(), self._tensors)),
+            canary=canary,
+            seconds=time.monotonic() - started,
+            handles={gpu: pack_handle(reduce_tensor(buffer)[1])},
+        )
+
+    def close(self) -> None:
+        """Free the buffers."""
+        self._buffers.clear()
 
 
 class NcclSender:
@@ -177,3 +221,21 @@ class _DrivenByThePool:
     def start_weight_update(self) -> None: ...
     def update_weights(self, update_info: Any) -> None: ...
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+def save_pretrained(engine: Any, config: Config, directory: str, is_writer: bool) -> None:
+    """Write the policy in Hugging Face form (safetensors, config, tokenizer); all ranks call it together."""
+    from transformers import AutoTokenizer
+
+    state = {name: tensor.cpu().contiguous().clone() for name, tensor in full_tensors(engine) if is_writer}
+    if not is_writer:
+        return
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    model = engine.module.model
+    ours, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
+    model.save_pretrained(directory, state_dict=state)
+    model.config._attn_implementation = ours
+    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+    if config.model.chat_template:
+        tokenizer.chat_template = config.model.chat_template
+    tokenizer.save_pretrained(directory)

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from shared.config import Config
+from shared.config import Config, Rollout
 from shared.types import Completion, IntArray, VersionSpan
-from shared.weights import NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication
+from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication
+
+COLOCATED_SHARE = 0.4
+"""Share of a GPU's memory that an engine takes beside a learner rank, unless rollout.vllm says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,22 @@ class Sampling:
     temperature: float
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @classmethod
+    def training(cls, rollout: Rollout) -> Sampling:
+        """How training groups are sampled."""
+        return cls(
+            rollout.group_size,
+            rollout.max_new_tokens,
+            rollout.temperature,
+            stop=tuple(rollout.stop),
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+        )
 
 
 def engine_environment(config: Config, index: int) -> dict[str, str]:
@@ -55,7 +74,8 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        on_cpu = current_platform.is_cpu()
+        on_cpu, colocated = current_platform.is_cpu(), config.rollout.colocate
+        backend = SHM_BACKEND if on_cpu else IPC_BACKEND if colocated else NCCL_BACKEND
         arguments: dict[str, Any] = {
             "model": config.model.path,
             "tokenizer": config.model.tokenizer or config.model.path,
@@ -68,12 +88,14 @@ class Engine:
             "enable_prefix_caching": True,
             # Raw log-probs would be those before the temperature: not the distribution that was sampled.
             "logprobs_mode": "processed_logprobs",
-            "weight_transfer_config": WeightTransferConfig(backend=SHM_BACKEND if on_cpu else NCCL_BACKEND),
+            "weight_transfer_config": WeightTransferConfig(backend=backend),
             "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
             "disable_log_stats": True,
         }
         if on_cpu:
             arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
+        elif colocated:
+            arguments["gpu_memory_utilization"] = COLOCATED_SHARE
         self.index = index
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.rollout.vllm)))
         self._tokenizer = self._llm.get_tokenizer()
@@ -89,6 +111,9 @@ class Engine:
             max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             seed=sampling.seed,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
             stop=list(sampling.stop) or None,
             logprobs=0,
             detokenize=bool(sampling.stop),

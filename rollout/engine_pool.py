@@ -44,10 +44,10 @@ class _Replica:
 
 
 class EnginePool:
-    """``config.rollout.num_engines`` engines; ``placements`` holds one Ray placement group for each."""
+    """``config.rollout.num_engines`` engines; ``slots`` holds the place of each in the cluster."""
 
-    def __init__(self, config: Config, placements: list[Any], environment: dict[str, str]) -> None:
-        self._config, self._placements, self._environment = config, placements, environment
+    def __init__(self, config: Config, slots: list[Any], environment: dict[str, str]) -> None:
+        self._config, self._slots, self._environment = config, slots, environment
         self._replicas: list[_Replica] = []
 
     async def start(self) -> None:
@@ -163,16 +163,10 @@ class EnginePool:
 
     def _spawn(self, index: int) -> Any:
         import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        placement = self._placements[index]
-        bundle = placement.bundle_specs[0]
-        options = {
-            "num_cpus": bundle.get("CPU", 0),
-            "num_gpus": bundle.get("GPU", 0),
+        options = self._slots[index].options() | {
             "max_restarts": 0,
             "max_concurrency": 4096,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(placement, 0),
             "runtime_env": {"env_vars": self._environment | engine_environment(self._config, index)},
         }
         return ray.remote(Engine).options(**options).remote(self._config, index)

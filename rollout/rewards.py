@@ -1,4 +1,4 @@
-"""Built-in reward functions, and the loader for a user's own.
+"""Built-in reward functions.
 
 A reward function takes keyword lists with one entry per completion (``prompts``, ``completions``,
 ``completion_ids``, every dataset column) and returns one number per completion, None where it does not apply: a
@@ -7,19 +7,11 @@ function written for TRL's GRPOTrainer runs unchanged. Higher is better.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import inspect
 import math
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
-
-from shared.config import RewardFunction
-from shared.errors import InputError, nearest
+from decimal import Decimal
+from typing import Any
 
 Rewards = list[float | None]
 
@@ -28,7 +20,7 @@ def text_of(completion: Any) -> str:
     """The text of a completion: itself, or the content of the last assistant message."""
     if isinstance(completion, str):
         return completion
-    return next((m["content"] for m in reversed(completion) if m["role"] == "assistant"), "")
+    return next((m.get("content") or "" for m in reversed(completion) if m["role"] == "assistant"), "")
 
 
 def exact_match(
@@ -43,16 +35,17 @@ def exact_match(
     return [float(normal(text_of(c)) == normal(gold)) for c, gold in zip(completions, columns[column], strict=True)]
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+# A hyphen after a word, a digit or a bracket is a minus between two numbers, or a dash.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-\$?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
 
 
-def extract_number(text: str) -> float | None:
-    """The number after the last ``####`` where present, else the last number; thousands separators removed."""
+def extract_number(text: str) -> Decimal | None:
+    """The number, exact, after the last ``####`` where present, else the last number; thousands separators removed."""
     tail = text.rsplit("####", 1)[1] if "####" in text else text
     found = _NUMBER.findall(tail)
     if not found:
         return None
-    return float((found[0] if "####" in text else found[-1]).replace(",", ""))
+    return Decimal((found[0] if "####" in text else found[-1]).replace(",", "").replace("$", ""))
 
 
 def final_number(completions: list[Any], *, column: str = "answer", **columns: Any) -> Rewards:
@@ -72,6 +65,36 @@ _THINK_ANSWER = re.compile(
 def think_answer_format(completions: list[Any], **_: Any) -> Rewards:
     """1 if the text is exactly one ``<think>...</think>`` followed by one ``<answer>...</answer>``, else 0."""
     return [float(_THINK_ANSWER.fullmatch(text_of(c).strip()) is not None) for c in completions]
+
+
+def think_format(completions: list[Any], **_: Any) -> Rewards:
+    """1 if the text starts with ``<think>``, opens no second one, and a ``</think>`` follows, else 0."""
+    return [
+        float(t.startswith("<think>") and t.count("<think>") == 1 and "</think>" in t)
+        for t in (text_of(c).lstrip() for c in completions)
+    ]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{...}`` with balanced braces, or None."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for i in range(begin, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[begin + 1 : i]
+    return None
+
+
+def boxed_accuracy(completions: list[Any], *, column: str = "answer", **columns: Any) -> Rewards:
+    r"""1 if the last ``\boxed{...}`` equals the column after trimming, else 0; without a box 0."""
+    boxes = [last_boxed(text_of(completion)) for completion in completions]
+    return [
+        float(box is not None and box.strip() == str(gold).strip())
+        for box, gold in zip(boxes, columns[column], strict=True)
+    ]
 
 
 def regex(completions: list[Any], *, pattern: str, **_: Any) -> Rewards:
@@ -113,6 +136,48 @@ def length_exponential(
     return [math.exp(-rate * d) for d in _distances(completions, completion_ids, target, unit)]
 
 
+def length(
+    completions: list[Any], completion_ids: list[Any], *, sign: float = 1.0, unit: str = "characters", **_: Any
+) -> Rewards:
+    """``sign * length``: longer (or, with -1, shorter) is better, without end."""
+    return [sign * d for d in _distances(completions, completion_ids, 0, unit)]
+
+
+def repetition(completion_ids: list[Any], *, ngram: int = 3, worst: float = -1.0, **_: Any) -> Rewards:
+    """``worst * (1 - unique/total)`` over token n-grams; 0 for fewer tokens than one n-gram."""
+
+    def penalty(ids: list[int]) -> float:
+        grams = list(zip(*(ids[i:] for i in range(ngram)), strict=False))
+        return worst * (1 - len(set(grams)) / len(grams)) if grams else 0.0
+
+    return [penalty(list(ids)) for ids in completion_ids]
+
+
+def cosine_length(
+    completions: list[Any],
+    completion_ids: list[Any],
+    *,
+    limit: int,
+    column: str = "answer",
+    right: tuple[float, float] = (1.0, 0.5),
+    wrong: tuple[float, float] = (-1.0, -0.5),
+    **columns: Any,
+) -> Rewards:
+    """From the first value (short) to the second (``limit`` tokens) on half a cosine, by right or wrong answers.
+
+    Short right answers are best, short wrong ones worst (arXiv 2502.03373). None where the gold answer is no formula.
+    """
+    verdicts = math_accuracy(completions, column=column, **columns)
+
+    def value(verdict: float | None, n: int) -> float | None:
+        if verdict is None:
+            return None
+        short, long = right if verdict else wrong
+        return long + (short - long) * (1 + math.cos(math.pi * min(n / limit, 1.0))) / 2
+
+    return [value(verdict, len(ids)) for verdict, ids in zip(verdicts, completion_ids, strict=True)]
+
+
 def soft_overlong(completion_ids: list[Any], *, limit: int, buffer: int, factor: float = 1.0, **_: Any) -> Rewards:
     """0 up to ``limit - buffer`` tokens, then linear down to ``-factor`` at ``limit`` (DAPO, arXiv 2503.14476)."""
 
@@ -124,100 +189,65 @@ def soft_overlong(completion_ids: list[Any], *, limit: int, buffer: int, factor:
     return [penalty(len(ids)) for ids in completion_ids]
 
 
+def math_accuracy(completions: list[Any], *, column: str = "solution", **columns: Any) -> Rewards:
+    """1 if the answer equals the column's, symbolically or numerically, else 0; None if the column has no formula.
+
+    Needs the ``math`` extra (math-verify). Its own time limits work on a process's main thread alone, so this runs in
+    a reward subprocess.
+    """
+    return [_same(text_of(c), str(gold)) for c, gold in zip(completions, columns[column], strict=True)]
+
+
+def reasoning_math_accuracy(
+    completions: list[Any], *, column: str = "solution", delimiter: str = "</think>", **columns: Any
+) -> Rewards:
+    """``math_accuracy`` of the text after the last ``delimiter``; 0 if there is none."""
+    texts = [text_of(c) for c in completions]
+    answers = [text.rpartition(delimiter)[2] if delimiter in text else "" for text in texts]
+    scores = math_accuracy(answers, column=column, **columns)
+    return [s if s is None or delimiter in text else 0.0 for s, text in zip(scores, texts, strict=True)]
+
+
+def _same(text: str, gold: str) -> float | None:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    both = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
+    boxed = last_boxed(gold)
+    # A bare formula is meant as one; only a box or dollars make the parser read LaTeX. Plain words are no formula.
+    bare = boxed is None and "$" not in gold and re.search(r"[\d\\]|^\s*\w\s*$", gold)
+    wanted = parse(f"${gold}$" if bare else gold, extraction_config=both) or parse(gold)
+    if not wanted:
+        return None
+    box = last_boxed(text)
+    found = parse(text if box is None else f"${box}$", extraction_config=both)
+    return float(bool(found) and verify(wanted, found))
+
+
+def code_tests(completions: list[Any], *, column: str = "tests", **columns: Any) -> Rewards:
+    """Share of the column's tests that the completion's program passes; each program runs in a sandbox of its own."""
+    from rollout.code_tests import passed_shares
+
+    return list(passed_shares([text_of(c) for c in completions], columns[column]))
+
+
 BUILTINS: dict[str, Callable[..., Any]] = {
     "exact_match": exact_match,
     "final_number": final_number,
     "gsm8k_answer": final_number,
+    "boxed_accuracy": boxed_accuracy,
+    "math_accuracy": math_accuracy,
+    "reasoning_math_accuracy": reasoning_math_accuracy,
     "think_answer_format": think_answer_format,
+    "think_format": think_format,
     "regex": regex,
+    "length": length,
     "length_negative_abs": length_negative_abs,
     "length_reciprocal": length_reciprocal,
     "length_exponential": length_exponential,
+    "cosine_length": cosine_length,
     "soft_overlong": soft_overlong,
+    "repetition": repetition,
+    "code_tests": code_tests,
 }
-
-SUPPLIED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-
-
-def load_reward(spec: RewardFunction, key: str) -> Callable[..., Any]:
-    """The reward function that ``spec`` names, with its ``args`` bound. Raises ``InputError`` E301."""
-    found: Any = _find(spec.function, key)
-    try:
-        if isinstance(found, type):
-            return cast("Callable[..., Any]", found(**spec.args))
-        if spec.args:
-            inspect.signature(found).bind_partial(**spec.args)
-            return functools.partial(found, **spec.args)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            "E301",
-            "reward arguments refused",
-            f"{key}.args",
-            str(error),
-            "the function's own parameters",
-            "correct args",
-        ) from None
-    if not callable(found):
-        place, said = f"{key}.function", f"{spec.function} is a {type(found).__name__}"
-        raise InputError("E301", "reward is no function", place, said, "a function or class", "correct the name")
-    return cast("Callable[..., Any]", found)
-
-
-def _find(name: str, key: str) -> Callable[..., Any]:
-    if ":" not in name:
-        if name in BUILTINS:
-            return BUILTINS[name]
-        guess = nearest(name, BUILTINS)
-        fix = f'"{guess}"' if guess else "name a function as package.module:function or file.py:function"
-        raise InputError("E301", "unknown reward", f"{key}.function", name, f"one of {', '.join(BUILTINS)}", fix)
-    source, _, attribute = name.rpartition(":")
-    try:
-        module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except (Exception, SystemExit) as error:  # Importing runs the user's code, which may do anything.
-        found = f"{type(error).__name__}: {error}"
-        raise InputError(
-            "E301", "reward import failed", f"{key}.function", found, name, "install it or correct the name"
-        ) from None
-    if not hasattr(module, attribute):
-        public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        guess = nearest(attribute, public)
-        found = f'no attribute "{attribute}" in {source}'
-        fix = f'"{source}:{guess}"' if guess else "correct the name"
-        raise InputError("E301", "reward import failed", f"{key}.function", found, f"one of {', '.join(public)}", fix)
-    return cast("Callable[..., Any]", getattr(module, attribute))
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    name = f"millrace_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def reward_name(spec: RewardFunction) -> str:
-    """The metric name of a reward function: its ``name``, else the last part of ``function``."""
-    return spec.name or spec.function.rpartition(":")[2]
-
-
-def default_column(name: str) -> str | None:
-    """The dataset column that a built-in reward reads unless told otherwise; None if it reads none."""
-    parameters = inspect.signature(BUILTINS[name]).parameters if name in BUILTINS else {}
-    return str(parameters["column"].default) if "column" in parameters else None
-
-
-def missing_column(function: Callable[..., Any], columns: list[str]) -> str | None:
-    """A required parameter that is neither a supplied keyword nor a dataset column, or None."""
-    for name, parameter in inspect.signature(function).parameters.items():
-        required = parameter.default is inspect.Parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        if required and name not in SUPPLIED and name not in columns:
-            return name
-    return None
+ISOLATED = {"regex", "math_accuracy", "reasoning_math_accuracy", "cosine_length"}
+"""Built-ins whose time depends on the text so much that they run in a subprocess; the others run in the pool's actor."""

@@ -7,7 +7,8 @@ bytes do not match its digest, and a tied output head follows its embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from shared.errors import WeightProofFailed
-from shared.weights import NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, digest, views
+from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, digest, unpack_handle, views
 
 
 @dataclass
@@ -92,22 +94,58 @@ class ProvedNcclEngine(NCCLWeightTransferEngine):
 
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Join the broadcast; the digest covers all tensors in order, as the sender's does."""
-        from blake3 import blake3
-
-        hasher, load = blake3(), self.model.load_weights
-
-        def hashed_load(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-            named = list(weights)
-            for _, tensor in named:
-                hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            return load(named)
-
-        self.model.load_weights = hashed_load  # type: ignore[assignment]
-        try:
+        with _hashed_load(self.model) as hasher:
             super().receive_weights(update_info)
-        finally:
-            del self.model.load_weights
         self.received = hasher.hexdigest()
+
+
+@dataclass
+class IpcUpdateInfo(IPCWeightTransferUpdateInfo):
+    """vLLM's own packed form, with plain handles and the digest of the bytes."""
+
+    digest: str = ""
+
+
+class ProvedIpcEngine(IPCWeightTransferEngine):
+    """vLLM's CUDA IPC engine over one packed buffer; the bytes are hashed before they are loaded."""
+
+    update_info_cls = IpcUpdateInfo
+    received = ""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.packed = True
+
+    def receive_weights(self, update_info: IPCWeightTransferUpdateInfo) -> None:
+        """Map the learner's buffer on this GPU and load from it; a mismatch of the digest is refused."""
+        assert isinstance(update_info, IpcUpdateInfo)
+        assert isinstance(update_info.ipc_handles, dict)
+        update_info.ipc_handles = {gpu: unpack_handle(list(h)) for gpu, h in update_info.ipc_handles.items()}
+        with _hashed_load(self.model, update_info.digest) as hasher:
+            super().receive_weights(update_info)
+        self.received = hasher.hexdigest()
+
+
+@contextmanager
+def _hashed_load(model: torch.nn.Module, expected: str = "") -> Iterator[Any]:
+    """While open, ``model.load_weights`` hashes what it loads; given ``expected``, it refuses other bytes first."""
+    from blake3 import blake3
+
+    hasher, load = blake3(), model.load_weights
+
+    def hashed(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        named = list(weights)
+        for _, tensor in named:
+            hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if expected and hasher.hexdigest() != expected:
+            raise WeightProofFailed(f"shared GPU buffer: hashed {hasher.hexdigest()}, the learner sent {expected}")
+        return load(named)
+
+    model.load_weights = hashed  # type: ignore[assignment]
+    try:
+        yield hasher
+    finally:
+        del model.load_weights
 
 
 def _tensor(flat: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
@@ -140,7 +178,8 @@ class MillraceWorker:
 def register_backends() -> None:
     """Make our backends known to vLLM; safe to call again."""
     registry: dict[str, Any] = WeightTransferEngineFactory._registry
-    for name, engine in ((SHM_BACKEND, ShmWeightTransferEngine), (NCCL_BACKEND, ProvedNcclEngine)):
+    ours = {SHM_BACKEND: ShmWeightTransferEngine, NCCL_BACKEND: ProvedNcclEngine, IPC_BACKEND: ProvedIpcEngine}
+    for name, engine in ours.items():
         if name not in registry:
             WeightTransferEngineFactory.register_engine(name, engine)
 

@@ -8,33 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """One table of the TOML file: frozen, strict, unknown keys refused."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class Choice(BaseModel):
-    """An entry of one of the tables of functions: ``name`` plus that function's own keyword arguments."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="allow", use_attribute_docstrings=True)
-
-    name: str
-    """Name in the table, or ``package.module:function`` for one of your own."""
-
-    @property
-    def args(self) -> dict[str, Any]:
-        """The keyword arguments given beside ``name``."""
-        return dict(self.model_extra or {})
+from shared.config_algorithm import Algorithm, Choice, NonNegative, Positive, Section, Share
 
 
 class Run(Section):
@@ -47,7 +23,7 @@ class Run(Section):
     seed: NonNegative = 0
     """Seeds data order, sampling and learner."""
     steps: Positive = 100
-    """Optimizer steps to train."""
+    """Optimizer steps to train: a multiple of the updates per generated batch."""
     samples_every: NonNegative = 10
     """Write the step's completions to samples/ every so many steps; 0 writes none."""
     tensorboard: bool = False
@@ -101,6 +77,8 @@ class Rollout(Section):
     """vLLM replicas."""
     tensor_parallel_size: Positive = 1
     """GPUs (or CPU workers) that share one replica."""
+    colocate: bool = False
+    """GPUs only: every engine shares its GPU with one learner rank, instead of having one of its own."""
     group_size: Positive = 8
     """Completions per prompt, G."""
     max_prompt_tokens: Positive = 512
@@ -110,15 +88,17 @@ class Rollout(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature; the learner divides its logits by the same number."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Must stay 1: the learner scores the full distribution."""
+    """Nucleus sampling; below 1 it needs truncated_sampling = "renormalise"."""
     top_k: NonNegative = 0
-    """Must stay 0: the learner scores the full distribution."""
+    """Sample from the k likeliest tokens; above 0 it needs truncated_sampling = "renormalise"."""
     min_p: Share = 0.0
-    """Must stay 0: the learner scores the full distribution."""
+    """Least probability relative to the likeliest token; above 0 it needs truncated_sampling = "renormalise"."""
+    truncated_sampling: Literal["refuse", "renormalise"] = "refuse"
+    """top_p, top_k and min_p: refuse them, or let the learner apply the same filter to its own distribution."""
     stop: list[str] = []
     """Strings that end a completion."""
     max_staleness: NonNegative = 1
-    """Most optimizer steps between the oldest token of a group and its use; 0 is the synchronous mode."""
+    """Most optimizer steps between the oldest token of a group and its first use; 0 is the synchronous mode."""
     kv_cache_gib: int | float = 1
     """KV cache per engine on CPU, whole GiB (on GPUs use rollout.vllm.gpu_memory_utilization)."""
     cpu_cores: str = "nobind"
@@ -138,14 +118,34 @@ class Rollout(Section):
 class RewardFunction(Section):
     """One reward function."""
 
-    function: str
+    function: str | None = None
     """Built-in name, package.module:function, or path/to/file.py:function (relative to the configuration file)."""
+    model: str | None = None
+    """Instead of a function: a Hugging Face sequence-classification model with one label."""
+    url: str | list[str] | None = None
+    """Instead of a function: a reward service, or its replicas; https, or http to this machine."""
     weight: float = 1.0
     """Factor in the combined reward; may be negative."""
     name: str | None = None
     """Metric name; default: the function's own name."""
     args: dict[str, Any] = {}
-    """Constructor arguments of a class, or keyword arguments bound to a function."""
+    """Constructor arguments of a class or factory, keyword arguments bound to a function, or options of model or url."""
+    factory: bool = False
+    """The function returns the reward function, when called once with args."""
+    isolation: Literal["actor", "subprocess", "sandbox"] | None = None
+    """Where it runs; default: a subprocess for your own code, the pool's actor for what is built in."""
+    timeout_s: Annotated[float, Field(gt=0)] | None = None
+    """Longest time of one call; default: reward.timeout_s."""
+    cpu_s: Positive | None = None
+    """Isolated: CPU seconds of one call; default: 2 in the sandbox, else the time limit."""
+    memory_mb: Positive | None = None
+    """Isolated: address space; default: 512 in the sandbox, else 8192."""
+    nan_is_none: bool = False
+    """Read a returned NaN as "not applicable" instead of refusing it."""
+    objective: dict[str, Any] | None = None
+    """For the doctor: {kind = "target_length", value = 200}, longer, shorter, or match."""
+    accept: list[str] = []
+    """Findings of the doctor that are meant to be."""
 
 
 class Reward(Section):
@@ -155,6 +155,8 @@ class Reward(Section):
     """One table per reward function; the combined reward is their weighted sum."""
     workers: Positive = 1
     """Reward worker processes."""
+    groups_per_call: Positive = 1
+    """Most waiting groups that one call may score together."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Longest time one call may take; then its worker is killed and replaced."""
     retries: NonNegative = 2
@@ -163,53 +165,6 @@ class Reward(Section):
     """Dropped groups that end the run."""
     max_failed_share: Share = 0.1
     """Share of the last 200 groups that, when dropped, ends the run."""
-
-
-class Kl(Section):
-    """The KL term of the loss."""
-
-    estimator: str = "k3"
-    """Name in the KL_ESTIMATORS table."""
-    coef: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL term in the loss (beta); with 0 no reference model is loaded."""
-    corrected: bool = False
-    """Multiply by the importance ratio current/old."""
-
-
-class ImportanceSampling(Section):
-    """Correction for tokens sampled by older weights or another implementation."""
-
-    level: Literal["none", "token", "sequence", "sequence_geometric"] = "token"
-    """Unit of the weight old/rollout that corrects staleness and engine mismatch."""
-    mode: Literal["truncate", "mask"] = "truncate"
-    """Clamp weights outside the bounds, or set them to 0."""
-    low: Annotated[float, Field(ge=0)] | None = None
-    """Lower bound; none: unbounded."""
-    high: Annotated[float, Field(gt=0)] | None = 3.0
-    """Upper bound; none: unbounded."""
-
-
-class Algorithm(Section):
-    """The point in the space of GRPO variants."""
-
-    advantage: Choice = Choice(name="grpo")
-    """Entry of the ADVANTAGES table."""
-    policy_loss: Choice = Choice(name="clip")
-    """Entry of the POLICY_LOSSES table."""
-    aggregation: Choice = Choice(name="sequence_mean")
-    """Entry of the AGGREGATIONS table."""
-    kl: Kl = Kl()
-    """KL to the reference model, in the loss."""
-    old_logprobs: Literal["current", "recompute", "rollout"] = "current"
-    """Where old log-probs come from: this forward pass, a pass before the update, or the engine."""
-    importance_sampling: ImportanceSampling = ImportanceSampling()
-    """Correction for the gap between engine and learner log-probs."""
-    zero_variance: Literal["keep", "drop", "resample"] = "keep"
-    """Groups whose rewards are all equal: train, leave out of the step, or replace by fresh groups."""
-    mask_truncated: bool = False
-    """Take completions that hit max_new_tokens out of the loss (their reward still counts)."""
-    barren_limit: Positive = 1000
-    """Groups without signal in a row that end the run."""
 
 
 class Learner(Section):
@@ -221,6 +176,10 @@ class Learner(Section):
     """DeepSpeed ZeRO stage."""
     prompts_per_step: Positive = 8
     """Groups in one optimizer step, N."""
+    steps_per_batch: Positive = 1
+    """Optimizer steps into which one generated batch is cut: it holds prompts_per_step times as many groups."""
+    epochs_per_batch: Positive = 1
+    """Passes over each generated batch."""
     max_tokens_per_microbatch: Positive = 8192
     """Token budget of one packed micro-batch."""
     lr: Annotated[float, Field(gt=0)] = 1e-6
@@ -256,6 +215,8 @@ class Evaluation(Section):
     """Rows of data.eval used."""
     max_new_tokens: Positive | None = None
     """Completion limit; default: rollout.max_new_tokens."""
+    early_stopping: Choice = Choice(name="none")
+    """none, or patience (metric, mode, patience, min_delta, min_steps): end when an evaluation metric stops improving."""
 
 
 class Config(Section):
@@ -274,6 +235,21 @@ class Config(Section):
     def max_model_len(self) -> int:
         """Longest sequence an engine must hold, in tokens."""
         return self.rollout.max_prompt_tokens + max(self.rollout.max_new_tokens, self.eval.max_new_tokens or 0)
+
+    @property
+    def groups_per_batch(self) -> int:
+        """Groups generated and handed to the learner together."""
+        return self.learner.prompts_per_step * self.learner.steps_per_batch
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps on one generated batch."""
+        return self.learner.steps_per_batch * self.learner.epochs_per_batch
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if a KL term compares with a reference model."""
+        return self.algorithm.kl.coef > 0 or self.algorithm.kl.reward_coef > 0
 
     @property
     def completions_per_step(self) -> int:

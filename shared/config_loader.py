@@ -12,8 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from shared.config import Config, RewardFunction, Section
+from shared.config import Config, RewardFunction
+from shared.config_algorithm import Section
+from shared.config_checks import disagreements
 from shared.errors import InputError, nearest, raise_all
+
+RECIPES = Path(__file__).resolve().parent.parent / "launch" / "configs" / "recipes"
 
 
 def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Config:
@@ -26,6 +30,11 @@ def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Co
     for name in files:
         _merge(table, _read_toml(Path(name)))
     overrides = overrides or {}
+    place = f"{origin}:algorithm.recipe"
+    if overrides.get("algorithm.recipe", "none") != "none":  # On the command line it replaces what the files say.
+        table["algorithm"] = {"recipe": overrides["algorithm.recipe"]}
+        place = "command line:--algorithm.recipe"
+    table = _over_recipe(table, place) if overrides.get("algorithm.recipe") != "none" else table
     for key, text in overrides.items():
         _assign(table, key, text)
     try:
@@ -34,8 +43,28 @@ def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Co
         places = {key: f"command line:--{key}" for key in overrides}
         raise_all([_explain(detail, origin, places) for detail in error.errors()])
         raise
-    raise_all(_disagreements(config, origin))
+    raise_all(disagreements(config, origin))
     return config
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _over_recipe(table: dict[str, Any], place: str) -> dict[str, Any]:
+    """``table`` over the recipe that it names, if any. Raises ``InputError`` E107."""
+    algorithm = table.get("algorithm")
+    name = algorithm.get("recipe") if isinstance(algorithm, dict) else None
+    if not isinstance(name, str):
+        return table
+    if name not in recipes():
+        guess = nearest(name, recipes())
+        expected, fix = f"one of {', '.join(recipes())}", f'"{guess}"' if guess else "choose one of these"
+        raise InputError("E107", "unknown recipe", place, name, expected, fix)
+    below = _read_toml(RECIPES / f"{name}.toml")
+    _merge(below, table)
+    return below
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -156,48 +185,3 @@ def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
     example = f"{parts[-1]} = {default!r}" if isinstance(default, str | int | float) else f"set {key}"
     code = "E106" if overridden else "E102"
     return InputError(code, "bad override" if overridden else "bad value", place, found, expected, example)
-
-
-def _disagreements(c: Config, origin: str) -> list[InputError]:
-    """Checks that involve more than one value (E103, E104, E108, E405, E504)."""
-    problems: list[InputError] = []
-
-    def refuse(code: str, what: str, key: str, found: object, expected: str, fix: str) -> None:
-        problems.append(InputError(code, what, f"{origin}:{key}", str(found), expected, fix))
-
-    if c.rollout.group_size < 2 and c.algorithm.advantage.name != "reinforce_pp":
-        fix = "set 8; one completion has no group to compare with"
-        refuse("E103", "group too small", "rollout.group_size", c.rollout.group_size, ">= 2", fix)
-    sequences, ranks = c.completions_per_step, c.learner.num_ranks
-    if sequences % ranks:
-        near = max(1, round(sequences / ranks)) * ranks
-        expected, fix = f"a multiple of learner.num_ranks = {ranks}", f"use {near} completions (nearest)"
-        found = f"{sequences} completions"
-        refuse("E104", "batch does not divide", "learner.prompts_per_step", found, expected, fix)
-    for key, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        value = getattr(c.rollout, key)
-        if value != neutral:
-            expected = f"{neutral} (the learner scores the full distribution)"
-            refuse("E108", "options disagree", f"rollout.{key}", value, expected, f"rollout.{key} = {neutral}")
-    level = c.algorithm.importance_sampling.level
-    if c.algorithm.old_logprobs == "rollout" and level != "none":
-        keys = "algorithm.old_logprobs, algorithm.importance_sampling.level"
-        expected = 'level "none" (the correction would count twice)'
-        fix = 'algorithm.importance_sampling.level = "none"'
-        refuse("E108", "options disagree", keys, f"rollout with {level}", expected, fix)
-    budget = c.learner.max_tokens_per_microbatch
-    if c.max_model_len > budget:
-        key = "learner.max_tokens_per_microbatch"
-        expected, fix = f">= {c.max_model_len} (one whole sequence)", f"{key} = {c.max_model_len}"
-        refuse("E108", "options disagree", key, budget, expected, fix)
-    if c.model.dtype == "float16":
-        expected, fix = "bfloat16 or float32", 'model.dtype = "bfloat16"'
-        refuse("E405", "dtype not supported", "model.dtype", "float16", expected, fix)
-    lists = c.rollout.cpu_cores.split("|")
-    if 1 < len(lists) != c.rollout.num_engines:
-        expected, fix = f"one per engine ({c.rollout.num_engines})", 'rollout.cpu_cores = "nobind"'
-        refuse("E108", "options disagree", "rollout.cpu_cores", f"{len(lists)} lists", expected, fix)
-    gib = c.rollout.kv_cache_gib
-    if not isinstance(gib, int) or gib < 1:
-        refuse("E504", "bad KV size", "rollout.kv_cache_gib", gib, "an integer >= 1", "rollout.kv_cache_gib = 1")
-    return problems

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class MillraceError(Exception):
@@ -29,6 +30,16 @@ class InputError(MillraceError):
 
     def __str__(self) -> str:
         return f"error[{self.code}] {self.what} — {self.place}. Found {self.found}, expected {self.expected}. Fix: {self.fix}"
+
+
+class RewardFailed(InputError):
+    """One call of a reward function failed (E302-E306): the place says function, sample and group."""
+
+    def __init__(self, code: str, what: str, place: str, found: str, expected: str, fix: str, *evidence: Any) -> None:
+        super().__init__(code, what, place, found, expected, fix)
+        self.args = (code, what, place, found, expected, fix, *evidence)
+        self.sample, self.text, self.trace = evidence
+        """Number of the completion in its group (-1: unknown), its text, and the user's traceback."""
 
 
 class InputErrors(MillraceError):
@@ -67,9 +78,13 @@ class NothingToLearn(MillraceError):
 class GroupFailed(MillraceError):
     """One group could not be generated or scored; it is dropped and counted under ``cause``."""
 
-    def __init__(self, group_id: int, cause: str, detail: str) -> None:
-        super().__init__(group_id, cause, detail)
+    def __init__(
+        self, group_id: int, cause: str, detail: str, sample: int = -1, text: str = "", trace: str = ""
+    ) -> None:
+        super().__init__(group_id, cause, detail, sample, text, trace)
         self.group_id, self.cause, self.detail = group_id, cause, detail
+        self.sample, self.text, self.trace = sample, text, trace
+        """Number of the completion at fault (-1: unknown), its text, and the traceback of a user's function."""
 
     def __str__(self) -> str:
         return f"group {self.group_id} failed ({self.cause}): {self.detail}"

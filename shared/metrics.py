@@ -17,8 +17,13 @@ import numpy as np
 from shared.types import RolloutGroup
 
 
-def group_metrics(groups: Sequence[RolloutGroup], policy_version: int) -> dict[str, float]:
-    """Rewards, lengths and staleness of ``groups``, used at ``policy_version``."""
+def group_metrics(
+    groups: Sequence[RolloutGroup], policy_version: int, replaced: Sequence[RolloutGroup] = ()
+) -> dict[str, float]:
+    """Rewards, lengths and staleness of ``groups``, used at ``policy_version``; ``replaced`` were generated beside them.
+
+    Groups without variance are counted before the replaced ones are gone: they say how hard the prompts are.
+    """
     rewards = np.stack([group.rewards for group in groups])
     completions = [c for group in groups for c in group.completions]
     lengths = np.array([len(c.token_ids) for c in completions], dtype=np.float64)
@@ -29,7 +34,6 @@ def group_metrics(groups: Sequence[RolloutGroup], policy_version: int) -> dict[s
         "reward": _mean(flat),
         "reward_std": float(flat.std(ddof=1)) if flat.size > 1 else 0.0,
         "reward_group_std": _mean(np.array([_std(row) for row in rewards])),
-        "frac_reward_zero_std": 1.0 - sum(group.has_signal() for group in groups) / len(groups),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -37,8 +41,23 @@ def group_metrics(groups: Sequence[RolloutGroup], policy_version: int) -> dict[s
         "staleness/mean": _mean(staleness),
         "staleness/max": float(staleness.max()),
     }
+    seen = [group for group in [*groups, *replaced] if not np.isnan(group.rewards).all()]
+    flat_ones = [float(np.nanmax(group.rewards)) for group in seen if not group.has_signal()]
+    best = max((float(np.nanmax(group.rewards)) for group in seen), default=math.nan)
+    worst = min((float(np.nanmin(group.rewards)) for group in seen), default=math.nan)
+    metrics["frac_reward_zero_std"] = len(flat_ones) / max(len(seen), 1)
+    metrics["frac_reward_zero_std/all_best"] = sum(value == best for value in flat_ones) / max(len(seen), 1)
+    metrics["frac_reward_zero_std/all_worst"] = sum(value == worst for value in flat_ones) / max(len(seen), 1)
     if ended.any():
         metrics["completions/mean_terminated_length"] = _mean(lengths[ended])
+        metrics["completions/min_terminated_length"] = float(lengths[ended].min())
+        metrics["completions/max_terminated_length"] = float(lengths[ended].max())
+    for name in dict.fromkeys(name for group in groups for name in group.metrics):
+        metrics[name] = _mean(np.array([group.metrics[name] for group in groups if name in group.metrics]))
+    nones = np.array([[np.isnan(values).mean() for values in group.reward_parts.values()] for group in groups])
+    metrics["reward/partly_applicable_groups"] = (
+        float(((nones > 0) & (nones < 1)).any(axis=1).sum()) if nones.size else 0.0
+    )
     for name in groups[0].reward_parts:
         values = np.concatenate([group.reward_parts[name] for group in groups])
         given = values[~np.isnan(values)]

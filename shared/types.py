@@ -7,7 +7,7 @@ torch. Alignment: ``x[t]`` always belongs to ``token_ids[t]``. A log-prob is nam
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,8 @@ class Completion:
     finish_reason: str
     """``stop`` (end token or stop string) or ``length`` (hit ``max_new_tokens``)."""
     version_spans: tuple[VersionSpan, ...] = ()
+    messages: list[dict[str, Any]] | None = None
+    """The answer as messages, where it is more than one assistant's text (stored rows)."""
 
     @property
     def oldest_version(self) -> int | None:
@@ -73,16 +75,27 @@ class RolloutGroup:
     """Per reward function ``[G] float32``, unweighted; NaN where it did not apply."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
     """Columns that reward functions logged with ``log_extra``, each of length G."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Scalars that reward functions logged with ``log_metric``."""
+    advantages: FloatArray | None = None
+    """``[G] float32``, known after training; None for a group that was left out."""
 
     def staleness(self, policy_version: int) -> int:
         """Optimizer steps between the oldest token of the group and ``policy_version``."""
         versions = [v for c in self.completions if (v := c.oldest_version) is not None]
         return policy_version - min(versions) if versions else 0
 
-    def has_signal(self) -> bool:
-        """True if at least two completions have rewards that differ (tested exactly, before any arithmetic)."""
-        valid = self.rewards[~np.isnan(self.rewards)]
-        return bool(valid.size > 1 and valid.max() != valid.min())
+    def has_signal(self, by_part: bool = False) -> bool:
+        """True if at least two completions have rewards that differ (tested exactly, before any arithmetic).
+
+        ``by_part`` looks at each reward function instead of their sum.
+        """
+        return any(_varies(values) for values in (self.reward_parts.values() if by_part else [self.rewards]))
+
+
+def _varies(values: FloatArray) -> bool:
+    valid = values[~np.isnan(values)]
+    return bool(valid.size > 1 and valid.max() != valid.min())
 
 
 @dataclass(frozen=True)
@@ -94,3 +107,14 @@ class StepReport:
     applied: bool
     """False if the optimizer step was skipped (nothing to train, or a non-finite gradient)."""
     metrics: dict[str, float] = field(default_factory=dict)
+    advantages: dict[int, list[float]] = field(default_factory=dict)
+    """By group id, of the groups that trained."""
+
+    def label(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """``groups`` with the advantages that they trained on."""
+        return [
+            replace(group, advantages=np.array(self.advantages[group.group_id], dtype=np.float32))
+            if group.group_id in self.advantages
+            else group
+            for group in groups
+        ]

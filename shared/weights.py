@@ -11,7 +11,7 @@ import contextlib
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ SHM_BACKEND = "millrace_shm"
 """Weights through shared memory: engines on CPUs."""
 NCCL_BACKEND = "millrace_nccl"
 """Weights over vLLM's NCCL broadcast: engines on GPUs of their own."""
+IPC_BACKEND = "millrace_ipc"
+"""Weights in a CUDA buffer that both processes map: an engine that shares its GPU with a learner rank."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Publication:
     canary: Canary
     seconds: float = 0.0
     """Time the learner spent gathering and writing."""
+    handles: dict[str, list[Any]] = field(default_factory=dict)
+    """For the IPC backend: GPU UUID -> handle of the buffer with the bytes on that GPU (see ``pack_handle``)."""
 
     @property
     def collective(self) -> bool:
@@ -88,7 +92,10 @@ class Publication:
         }
         if self.collective:
             return tensors
-        places = {"offsets": [t.offset for t in self.tensors], "sizes": [t.nbytes for t in self.tensors]}
+        sizes = [t.nbytes for t in self.tensors]
+        if self.backend == IPC_BACKEND:
+            return {"ipc_handles": self.handles, "tensor_sizes": sizes, "digest": self.digest, **tensors}
+        places = {"offsets": [t.offset for t in self.tensors], "sizes": sizes}
         return {"segment": self.segment, "digest": self.digest, **tensors, **places}
 
 
@@ -102,13 +109,13 @@ class Link:
     """Engine workers over all engines; the sender is rank 0, they follow."""
 
 
-def describe(named: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[TensorMeta, ...]:
-    """Lay tensors out back to back, each aligned to 64 bytes."""
+def describe(named: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], alignment: int = 64) -> tuple[TensorMeta, ...]:
+    """Lay tensors out back to back, each aligned to ``alignment`` bytes."""
     metas, offset = [], 0
     for name, dtype, shape in named:
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         metas.append(TensorMeta(name, str(dtype).removeprefix("torch."), tuple(shape), offset, nbytes))
-        offset += (nbytes + 63) // 64 * 64
+        offset += -(-nbytes // alignment) * alignment
     return tuple(metas)
 
 
@@ -154,6 +161,23 @@ def views(buffer: NDArray[np.uint8], tensors: Iterable[TensorMeta]) -> Iterator[
     """The bytes of each tensor inside ``buffer``, without a copy."""
     for meta in tensors:
         yield buffer[meta.offset : meta.offset + meta.nbytes]
+
+
+def pack_handle(rebuild_arguments: tuple[Any, ...]) -> list[Any]:
+    """The plain values of ``torch.multiprocessing.reductions.reduce_tensor``'s arguments for a flat byte buffer.
+
+    Classes and dtypes would need a pickle on the wire; ``unpack_handle`` puts them back.
+    """
+    _, size, _, offset, _, _, *rest = rebuild_arguments
+    return [size[0], offset, *rest]
+
+
+def unpack_handle(handle: list[Any]) -> tuple[Any, ...]:
+    """Arguments of ``rebuild_cuda_tensor`` for the ``[size] uint8`` buffer that ``pack_handle`` described."""
+    import torch
+
+    size, offset, *rest = handle
+    return (torch.Tensor, (size,), (1,), offset, torch.UntypedStorage, torch.uint8, *rest)
 
 
 def segment_name(run_id: str, label: str) -> str:

@@ -27,14 +27,14 @@ def pytest_sessionfinish():
 def model_dir(tmp_path_factory) -> Path:
     """A random tiny Qwen2 (tied, grouped-query attention) with the addition tokenizer, on disk."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from launch.builtin import TASKS, make_tokenizer
+    from launch.builtin import TASKS, make_tokenizer, random_qwen2
 
     path = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer(TASKS["addition"])
     torch.manual_seed(0)
-    shape = Qwen2Config(
+    model = random_qwen2(
+        tokenizer,
         vocab_size=32,
         hidden_size=64,
         intermediate_size=96,
@@ -43,12 +43,8 @@ def model_dir(tmp_path_factory) -> Path:
         num_key_value_heads=1,
         max_position_embeddings=64,
         initializer_range=0.1,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
-    Qwen2ForCausalLM(shape).save_pretrained(path)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

@@ -174,6 +174,9 @@ class FakeRewards:
         values = [1.0 if self.barren(group_id) else float(i % 2) for i in range(len(completions))]
         return Scores({"exact_match": np.array(values, dtype=np.float32)})
 
+    def metrics(self) -> dict[str, float]:
+        return {name: float(n) for name, n in self.counters.items()}
+
 
 class FakeLearners:
     """Takes ``delay`` seconds a step and measures staleness itself; ``refuse(call)`` leaves a step unapplied."""
@@ -183,6 +186,10 @@ class FakeLearners:
     ) -> None:
         self.delay, self.refuse, self.fail = delay, refuse, fail
         self.version, self.calls, self.publications = 0, 0, 0
+        self.updates = 1
+        """Optimizer steps in a call."""
+        self.saved: list[tuple[str, int]] = []
+        """Directory and policy version of every save."""
         self.trained: list[list[int]] = []
         """Group ids of every call."""
         self.staleness: list[int] = []
@@ -207,7 +214,7 @@ class FakeLearners:
         self.staleness += [group.staleness(self.version) for group in groups]
         if self.refuse(call):
             return StepReport(self.version, False, self.unapplied_metrics)
-        self.version += 1
+        self.version += self.updates
         return StepReport(self.version, True, {"advantages/abs_mean": 1.0, "train_tokens": 8.0})
 
     async def publish(self, canary: np.ndarray) -> Publication:
@@ -220,6 +227,7 @@ class FakeLearners:
         return publication.digest
 
     async def save(self, directory: str) -> str:
+        self.saved.append((directory, self.version))
         return directory
 
 
@@ -229,6 +237,7 @@ class FakeRecorder:
     def __init__(self) -> None:
         self.steps: list[tuple[int, dict[str, float], list[RolloutGroup]]] = []
         self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.failures: list[Any] = []
         self.fail: Hook = lambda _: None
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
@@ -238,6 +247,12 @@ class FakeRecorder:
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         self.evaluations.append((step, metrics))
+
+    def failed(self, failure: Any, prompt: Prompt) -> None:
+        self.failures.append(failure)
+
+    def best_checkpoint(self, step: int) -> str:
+        return f"best-{step}"
 
 
 # --- a user's file of reward functions ---

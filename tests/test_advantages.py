@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.advantages import ADVANTAGES
+from learner.advantages import ADVANTAGES, normalize_then_sum
 
 NAN = float("nan")
 TWO_GROUPS = [[1, 0, 0, 0], [3, 3, 5, 5]]
@@ -30,6 +30,21 @@ WORKED = [
     ("reinforce_pp", {}, TWO_GROUPS, [[-0.519121, *[-0.980562] * 3], [*[0.403761] * 2, *[1.326643] * 2]]),
     ("opo", {"lengths": [[10, 20, 30]]}, [[1, 0, 4]], [[-1.166667, -2.166667, 1.833333]]),
     ("opo", {"lengths": [[10, 20, 30]]}, [[1, 0, NAN]], [[0.666667, -0.333333, 0]]),
+]
+
+# normalize_then_sum, by hand from section 3; row 5 first. (parts by completion, one group a line; weights, advantages)
+ROW_6 = [[(1, 0.5), (0, NAN), (1, NAN), (0, 0.5)]]
+BY_PART = [
+    ([[(0, 10), (1, 30), (2, 10), (3, 30)]], [1, 0.1], [[-1.190585, -0.286741, 0.286741, 1.190585]]),
+    # The second function is constant where it applies, so the first alone decides.
+    (ROW_6, [1, 1], [[0.865939, -0.865939, 0.865939, -0.865939]]),
+    ([[(0, 7), (1, 7), (2, 7)]], [1, 5], [[-0.9999, 0, 0.9999]]),
+    ([[(7, 7), (7, 7), (7, 7)]], [1, 5], [[0, 0, 0]]),
+    # The second completion has no reward at all: it gets 0 and is not in the statistics of the step.
+    ([[(0, 0), (NAN, NAN), (2, 2)]], [1, 1], [[-0.707071, 0, 0.707071]]),
+    # Every group by itself first: scores +-0.7071 in both groups, then the deviation 0.8165 of the step.
+    ([[(0,), (1,)], [(10,), (30,)]], [1], [[-0.865861, 0.865861], [-0.865978, 0.865978]]),
+    ([[(0, 3), (1, 2)]], [1, -1], [[-0.707071, 0.707071]]),
 ]
 
 GROUP_RELATIVE = [
@@ -120,6 +135,12 @@ def test_a_completion_without_reward_gets_zero_and_leaves_the_others_alone(name,
     close(found[:, [0, 1, 3, 4]], advantages(name, args, rewards, lengths))
 
 
+# Without a group baseline no group stands out, so nothing may be left of the rounding of their mean either.
+@pytest.mark.parametrize("rewards", [[[0.1] * 7], [[0.1] * 3, [0.1, NAN, 0.1]], [[1000.1]] * 30, [[NAN, NAN]], [[2.0]]])
+def test_reinforce_pp_of_an_all_equal_step_is_exactly_zero(rewards):
+    assert torch.equal(advantages("reinforce_pp", {}, rewards), torch.zeros(len(rewards), len(rewards[0])))
+
+
 @every_entry
 @pytest.mark.parametrize("infinity", [float("inf"), -float("inf")])
 def test_an_infinite_reward_is_refused(name, args, infinity):
@@ -168,3 +189,84 @@ def test_shifting_rewards_changes_nothing(name, args, shifts, rewards):
 @given(rewards=REWARDS)
 def test_each_group_sums_to_zero(name, rewards):
     close(advantages(name, {}, rewards).sum(1), torch.zeros(len(rewards)), atol=1e-4)
+
+
+@every_entry
+@settings(max_examples=40, deadline=None)
+@given(
+    rewards=st.lists(
+        st.lists(st.one_of(st.floats(0, 2.0**50, width=32), st.just(NAN)), min_size=3, max_size=3),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_extreme_rewards_stay_finite_and_nan_gives_zero(name, args, rewards):
+    rewards = torch.tensor(rewards)
+    found = advantages(name, args, rewards, lengths_like(rewards))
+    assert found.isfinite().all()
+    assert torch.equal(found[rewards.isnan()], torch.zeros(int(rewards.isnan().sum())))
+
+
+@every_group_relative
+@settings(max_examples=25, deadline=None)
+@given(rewards=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6))
+def test_a_group_of_one_gives_exactly_zero(name, args, rewards):
+    assert torch.equal(advantages(name, args, [[reward] for reward in rewards]), torch.zeros(len(rewards), 1))
+
+
+@every_group_relative
+@settings(max_examples=25, deadline=None)
+@given(
+    level=st.floats(0, 1e6, width=32),
+    gaps=st.lists(st.booleans(), min_size=2, max_size=9),
+    other=st.lists(st.floats(0, 8, width=32), min_size=9, max_size=9),
+)
+def test_a_group_of_equal_rewards_gets_exactly_zero(name, args, level, gaps, other):
+    equal = [NAN if gap else level for gap in gaps]
+    found = advantages(name, args, [equal, other[: len(equal)]])
+    assert torch.equal(found[0], torch.zeros(len(equal)))
+
+
+# --- several reward functions, each normalised first ---
+
+
+def by_part(parts, weights, **args):
+    return normalize_then_sum(torch.as_tensor(parts, dtype=torch.float32), torch.as_tensor(weights), **args)
+
+
+@pytest.mark.parametrize(("parts", "weights", "expected"), BY_PART)
+def test_worked_values_by_part(parts, weights, expected):
+    found = by_part(parts, weights)
+    assert found.dtype == torch.float32
+    close(found, expected)
+
+
+def test_by_part_has_the_same_eps_twice():
+    # One function, [0, 2]: z = -+1 / (1.414214 + 1), and then again over the step.
+    close(by_part([[(0,), (2,)]], [1], eps=1.0), [[-0.261204, 0.261204]])
+
+
+@pytest.mark.parametrize("infinity", [float("inf"), -float("inf")])
+def test_an_infinite_part_is_refused(infinity):
+    with pytest.raises(ValueError, match="finite"):
+        by_part([[(1, infinity), (2, 0)]], [1, 1])
+
+
+PARTS = st.lists(
+    st.lists(
+        st.tuples(*[st.one_of(st.integers(-16, 16).map(lambda n: n / 4), st.just(NAN))] * 2), min_size=4, max_size=4
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(parts=PARTS, order=st.permutations(range(4)), shift=st.integers(-5, 5))
+def test_by_part_permutes_with_completions_and_ignores_shifts(parts, order, shift):
+    parts = torch.tensor(parts)
+    found = by_part(parts, [1.0, 0.5])
+    close(by_part(parts[:, order], [1.0, 0.5]), found[:, order], atol=2e-5)
+    close(by_part(parts + torch.tensor([shift, -2 * shift]), [1.0, 0.5]), found, atol=1e-4)
+    assert found.isfinite().all()
+    assert torch.equal(found[parts.isnan().all(-1)], torch.zeros(int(parts.isnan().all(-1).sum())))

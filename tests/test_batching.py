@@ -1,7 +1,7 @@
 """Batching: what is scheduled where, how a micro-batch is laid out, and that no split changes the gradient."""
 
-import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.advantages import grpo
-from learner.batching import Row, build_rows, collate, split
+from learner.batching import Row, build_rows, collate, plan_steps, split
 from learner.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES, LossInputs, LossSettings, grpo_loss
 from shared.types import Completion, Prompt, RolloutGroup
 
@@ -57,9 +57,16 @@ def weights_of(name, args, lengths, groups):
     return AGGREGATIONS[name](lengths, **args | ({"groups": groups} if name == "prompt_mean" else {}))
 
 
-def rows_of(groups, name="sequence_mean", args={}):  # noqa: B006
-    advantages = grpo(torch.tensor(np.stack([group.rewards for group in groups])))
-    return build_rows(groups, advantages, functools.partial(weights_of, name, args), mask_truncated=True)
+def rows_of(groups):
+    return build_rows(groups, mask_truncated=True)
+
+
+def factors(groups, name="sequence_mean", args={}):  # noqa: B006
+    """Advantages and weights ``[M]`` of all sequences of ``groups``, as one optimizer step."""
+    advantages = grpo(torch.tensor(np.stack([group.rewards for group in groups]))).flatten()
+    rows = rows_of(groups)
+    lengths, numbers = (torch.tensor([getattr(row, name) for row in rows]) for name in ("trainable", "group"))
+    return advantages, weights_of(name, args, lengths, numbers)
 
 
 def packed_tokens(rows):
@@ -80,21 +87,21 @@ def bigram(table, tokens):
     return cells.index_copy(0, tokens.cells, values).view(tokens.shape)
 
 
-def micro_batch_gradient(rows):
+def micro_batch_gradient(batch, advantages, weights):
     table, reference = policy_tables()
-    batch = collate(rows, CPU)
     logprobs = bigram(table, batch.tokens)
     x = LossInputs(
         logprobs=logprobs,
         old_logprobs=logprobs.detach(),
         rollout_logprobs=batch.rollout_logprobs,
         ref_logprobs=bigram(reference, batch.tokens),
-        advantages=batch.advantages,
-        weights=batch.weights,
+        advantages=batch.pick(advantages),
+        weights=batch.pick(weights),
         mask=batch.mask,
     )
     sampling = {"level": "token", "mode": "truncate", "low": None, "high": 3.0}
-    loss, _ = grpo_loss(x, LossSettings(POLICY_LOSSES["clip"], KL_ESTIMATORS["k3"], 0.1, False, sampling))
+    chosen = LossSettings(POLICY_LOSSES["clip"], KL_ESTIMATORS["k3"], kl_coef=0.1, importance_sampling=sampling)
+    loss, _ = grpo_loss(x, chosen)
     return torch.autograd.grad(loss, table)[0]
 
 
@@ -124,32 +131,62 @@ def relative(found, expected):
 # --- rows ---
 
 
-def test_rows_carry_advantage_weight_and_group():
+def test_rows_carry_index_group_and_length():
     groups = groups_of([(2, [4, 2]), (3, [1, 3])])
-    advantages = torch.tensor([[0.5, -0.5], [1.5, -1.5]])
-    seen = {}
-
-    def weights(lengths, group_numbers):
-        seen.update(lengths=lengths.tolist(), groups=group_numbers.tolist())
-        return torch.tensor([0.1, 0.2, 0.3, 0.4])
-
-    rows = build_rows(groups, advantages, weights, mask_truncated=False)
-    assert seen == {"lengths": [4, 2, 1, 3], "groups": [0, 0, 1, 1]}
-    assert [row.advantage for row in rows] == [0.5, -0.5, 1.5, -1.5]
-    assert [row.weight for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    rows = build_rows(groups, mask_truncated=False)
+    assert [row.index for row in rows] == [0, 1, 2, 3]
     assert [row.group for row in rows] == [0, 0, 1, 1]
+    assert [row.trainable for row in rows] == [4, 2, 1, 3]
     assert [row.prompt for row in rows] == [g.prompt for g in groups for _ in range(2)]
     assert [row.completion for row in rows] == [c for g in groups for c in g.completions]
 
 
+def test_a_micro_batch_picks_and_places_what_belongs_to_its_rows():
+    groups = groups_of([(2, [4, 2]), (3, [1, 3])])
+    rows = rows_of(groups)
+    filler = Row(rows[0].prompt, rows[0].completion, -1, 0, 0)
+    batch = collate([rows[2], filler, rows[1]], CPU)
+    assert batch.index.tolist() == [2, -1, 1]
+    assert batch.pick(torch.tensor([0.1, 0.2, 0.3, 0.4])).tolist() == torch.tensor([[0.3], [0], [0.2]]).tolist()
+    placed = batch.place(torch.tensor([5.0, 7.0, 9.0]), 4)
+    assert (placed.tolist(), placed.dtype) == ([0, 9, 5, 0], torch.float64)
+    given = [[np.arange(4), np.array([10, 11])], [np.array([20]), np.arange(3)]]
+    assert batch.lay_out(given).tolist() == [[20, 0, 0, 0], [0, 0, 0, 0], [10, 11, 0, 0]]
+
+
 def test_truncated_rows_leave_the_mask_but_still_count():
     groups = groups_of([(2, [4, -2])])
-    advantages = torch.tensor([[0.5, -0.5]])
-    weights = functools.partial(weights_of, "sequence_mean", {})
-    masked = build_rows(groups, advantages, weights, mask_truncated=True)
-    assert [(row.trainable, row.weight) for row in masked] == [(4, 1 / 8), (0, 0)]
-    trained = build_rows(groups, advantages, weights, mask_truncated=False)
-    assert [(row.trainable, row.weight) for row in trained] == [(4, 1 / 8), (2, 1 / 4)]
+    for mask_truncated, expected in [(True, [(4, 1 / 8), (0, 0)]), (False, [(4, 1 / 8), (2, 1 / 4)])]:
+        rows = build_rows(groups, mask_truncated=mask_truncated)
+        (step,) = plan_steps(rows, 1, 100, 0, 1, CPU)
+        weights = weights_of("sequence_mean", {}, step.lengths, step.groups)
+        assert list(zip(step.lengths.tolist(), weights.tolist(), strict=True)) == expected
+        assert [row.trainable for row in rows] == [n for n, _ in expected]
+
+
+# --- steps ---
+
+
+@pytest.mark.parametrize(
+    ("count", "groups"),
+    [(1, [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]]), (2, [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1]]),
+     (5, [[0, 0]] * 5), (6, [[0, 0]] * 5 + [[]])],
+)  # fmt: skip
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_are_whole_groups_and_each_sequence_is_in_one(count, groups, ranks):
+    rows = rows_of(groups_of([(2, [4, -2]), (1, [0, 3]), (3, [5, 5]), (2, [-1, -1]), (4, [1, 2])]))
+    per_rank = [plan_steps(rows, count, 14, rank, ranks, CPU) for rank in range(ranks)]
+    steps = per_rank[0]
+    assert [step.groups.tolist() for step in steps] == groups
+    assert [i for step in steps for i in step.members.tolist()] == list(range(10))
+    assert [n for step in steps for n in step.lengths.tolist()] == [4, 0, 0, 3, 5, 5, 0, 0, 1, 2]
+    for i, step in enumerate(steps):
+        batches = [other[i].batches for other in per_rank]
+        assert len({len(mine) for mine in batches}) == 1
+        real = [int(j) for mine in batches for batch in mine for j in batch.index if j >= 0]
+        trained = [j for j, n in zip(step.members.tolist(), step.lengths.tolist(), strict=True) if n]
+        assert sorted(real) == trained
+        assert all(torch.equal(step.members, other[i].members) for other in per_rank)
 
 
 # --- split ---
@@ -169,7 +206,7 @@ def test_split_keeps_its_promises(step, budget, ranks):
         assert packed_tokens(batch) <= budget
         fillers = [row for row in batch if not any(row is r for r in rows)]
         assert not fillers or len(batch) == 1
-        assert all(row.weight == row.advantage == row.trainable == 0 for row in fillers)
+        assert all((row.index, row.trainable) == (-1, 0) for row in fillers)
         assert collate(batch, CPU).mask.any() or fillers
 
 
@@ -198,15 +235,19 @@ def test_split_keeps_a_group_together_while_it_fits():
 
 
 def test_fillers_make_ranks_equal():
-    rows = rows_of(groups_of([(2, [3]), (2, [4]), (2, [5])]))
-    plan = split(rows, 7, 2)
+    groups = groups_of([(2, [3, 3]), (2, [4, 4]), (2, [5, 5])])
+    plan = split(rows_of(groups)[::2], 7, 2)
     assert [len(micro_batches) for micro_batches in plan] == [2, 2]
     fillers = [batch for micro_batches in plan for batch in micro_batches if batch[0].trainable == 0]
     assert len(fillers) == 1
     batch = collate(fillers[0], CPU)
     assert not batch.mask.any()
-    assert batch.weights.tolist() == [[0.0]]
-    assert torch.equal(micro_batch_gradient(fillers[0]), torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.float64))
+    assert batch.pick(torch.ones(6)).tolist() == [[0.0]]
+    assert batch.place(torch.ones(1), 6).tolist() == [0.0] * 6
+    unmasked = replace(batch, mask=torch.ones_like(batch.mask))  # Its weight alone already silences it.
+    for silent in (batch, unmasked):
+        found = micro_batch_gradient(silent, *factors(groups))
+        assert torch.equal(found, torch.zeros(VOCABULARY, VOCABULARY, dtype=torch.float64))
 
 
 def test_rows_without_trainable_tokens_cost_nothing():
@@ -231,7 +272,7 @@ def test_a_sequence_over_the_budget_gets_a_micro_batch_of_its_own():
 def test_every_rank_computes_the_same_plan():
     def lengths():
         plan = split(rows_of(groups_of()), 16, 2)
-        return [[[(row.group, row.trainable, row.advantage) for row in batch] for batch in x] for x in plan]
+        return [[[(row.group, row.index, row.trainable) for row in batch] for batch in x] for x in plan]
 
     assert lengths() == lengths()
 
@@ -244,10 +285,7 @@ def test_a_micro_batch_in_full():
     other = Prompt(1, np.array([9], np.int32), "")
     answers = [([1, 2, 3], [-0.1, -0.2, -0.3]), ([4], [-0.4]), ([5, 6], [-0.5, -0.6])]
     first, second, third = (Completion(np.int32(ids), np.float32(p), "", "stop") for ids, p in answers)
-    batch = collate(
-        [Row(shared, first, 0, 1.0, 0.5, 3), Row(shared, second, 0, -1.0, 0.25, 0), Row(other, third, 1, 2.0, 0.1, 2)],
-        CPU,
-    )
+    batch = collate([Row(shared, first, 3, 0, 3), Row(shared, second, 4, 0, 0), Row(other, third, 7, 1, 2)], CPU)
     tokens = batch.tokens
     assert tokens.token_ids.tolist() == [7, 8, 1, 2, 3, 4, 9, 5, 6]
     assert tokens.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 0, 1, 2]
@@ -255,13 +293,14 @@ def test_a_micro_batch_in_full():
     assert tokens.predictors.tolist() == [1, 2, 3, 1, 6, 7]
     assert tokens.cells.tolist() == [0, 1, 2, 3, 6, 7]
     assert tokens.shape == (3, 3)
-    assert tokens.layout.gather.tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, 9, 9], [6, 7, 8, 9, 9]]
+    assert tokens.layout.gather.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8]
+    assert tokens.layout.blocks == ((1, 5), (2, 3))
     assert batch.mask.tolist() == [[True] * 3, [False] * 3, [True, True, False]]
     torch.testing.assert_close(
         batch.rollout_logprobs, torch.tensor([[-0.1, -0.2, -0.3], [-0.4, 0, 0], [-0.5, -0.6, 0]])
     )
-    torch.testing.assert_close(batch.advantages, torch.tensor([[1.0], [-1.0], [2.0]]))
-    torch.testing.assert_close(batch.weights, torch.tensor([[0.5], [0.25], [0.1]]))
+    assert batch.index.tolist() == [3, 4, 7]
+    assert batch.advantages is batch.weights is batch.old_logprobs is batch.ref_logprobs is None
 
 
 # --- the gradient ---
@@ -270,18 +309,19 @@ def test_a_micro_batch_in_full():
 @pytest.mark.parametrize(("name", "args", "weight"), AGGREGATION_ROWS)
 def test_one_batch_has_the_gradient_of_the_formulas(name, args, weight):
     groups = groups_of()
-    found = micro_batch_gradient(rows_of(groups, name, args))
+    found = micro_batch_gradient(collate(rows_of(groups), CPU), *factors(groups, name, args))
     assert relative(found, gradient_by_hand(groups, weight)) < 1e-6
 
 
 @pytest.mark.parametrize(("name", "args"), [row[:2] for row in AGGREGATION_ROWS])
 @pytest.mark.parametrize(("budget", "ranks"), [(1000, 1), (1000, 2), (30, 1), (16, 1), (16, 2), (11, 3), (9, 7)])
 def test_the_gradient_does_not_depend_on_the_split(name, args, budget, ranks):
-    rows = rows_of(groups_of(), name, args)
-    plan = split(rows, budget, ranks)
-    parts = [micro_batch_gradient(batch) for micro_batches in plan for batch in micro_batches]
+    groups = groups_of()
+    rows, known = rows_of(groups), factors(groups, name, args)
+    steps = [plan_steps(rows, 1, budget, rank, ranks, CPU)[0] for rank in range(ranks)]
+    parts = [micro_batch_gradient(batch, *known) for step in steps for batch in step.batches]
     assert len(parts) >= ranks
-    assert relative(sum(parts), micro_batch_gradient(rows)) < 1e-6
+    assert relative(sum(parts), micro_batch_gradient(collate(rows, CPU), *known)) < 1e-6
 
 
 def test_every_aggregation_is_tried():

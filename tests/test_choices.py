@@ -5,8 +5,9 @@ import inspect
 import pytest
 import torch
 
-from learner.advantages import ADVANTAGES
+from learner.advantages import ADVANTAGES, normalize_then_sum
 from learner.choices import SUPPLIED, Choices, bind
+from learner.coefficients import ENTROPY_BONUSES, KL_CONTROLS, AdaptiveKl
 from learner.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
 from learner.schedules import SCHEDULES
 from shared.config import Choice, Config
@@ -18,8 +19,14 @@ TABLES = {
     "aggregation": AGGREGATIONS,
     "schedule": SCHEDULES,
     "kl": KL_ESTIMATORS,
+    "kl_control": KL_CONTROLS,
+    "entropy": ENTROPY_BONUSES,
 }
-REQUIRED = {"constant": {"length": 8}}
+REQUIRED = {
+    ("aggregation", "constant"): {"length": 8},
+    ("kl_control", "adaptive"): {"target": 6.0},
+    ("entropy", "bonus"): {"coef": 0.1},
+}
 
 # (section, its value, place, found, words of what was expected, fix)
 WRONG = [
@@ -110,7 +117,7 @@ def test_all_wrong_choices_are_reported_together():
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in TABLES.items() for name in table])
 def test_every_entry_takes_its_own_arguments_and_no_other(kind, name):
-    required = REQUIRED.get(name, {}) if kind == "aggregation" else {}
+    required = REQUIRED.get((kind, name), {})
     parameters = inspect.signature(TABLES[kind][name]).parameters.values()
     own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in SUPPLIED} | required
     bound = bind(Choice(name=name, **own), TABLES[kind], kind, kind)
@@ -123,11 +130,19 @@ def test_every_entry_takes_its_own_arguments_and_no_other(kind, name):
 def test_the_defaults_are_grpo():
     choices = Choices(config())
     rewards, lengths = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([[1, 2, 3, 4]])
-    assert torch.equal(choices.advantages(rewards, lengths), ADVANTAGES["grpo"](rewards))
+    assert torch.equal(choices.advantages(rewards, rewards[..., None], lengths), ADVANTAGES["grpo"](rewards))
     assert torch.equal(choices.weights(lengths[0], torch.zeros(4)), AGGREGATIONS["sequence_mean"](lengths[0]))
     assert choices.loss.policy_loss.func is POLICY_LOSSES["clip"]
-    assert choices.loss.kl_estimator.func is KL_ESTIMATORS["k3"]
-    assert (choices.loss.kl_coef, choices.loss.kl_corrected) == (0.0, False)
+    assert choices.loss.kl_estimator is KL_ESTIMATORS["k3"]
+    assert (choices.loss.kl_coef, choices.loss.kl_corrected, choices.loss.kl_straight_through) == (0.0, False, False)
+    assert (choices.loss.off_policy_threshold, choices.loss.entropy_coef) == (None, 0.0)
+    assert (choices.loss.sequence_level, choices.loss.folds_weights) == (False, False)
+    assert (choices.loss.clip_low, choices.loss.clip_high) == (0.2, 0.2)
+    assert not choices.truncates
+    assert not choices.needs_old_pass
+    assert choices.kl_control(0.5).value == 0.5
+    assert choices.entropy_bonus().value == 0
+    assert choices.kl_schedule(50, 100) == 1
     assert choices.loss.importance_sampling == {"level": "token", "mode": "truncate", "low": None, "high": 3.0}
     assert choices.schedule(50, 100) == 1
 
@@ -138,18 +153,36 @@ def test_arguments_reach_the_functions():
             advantage={"name": "grpo", "scale": "none"},
             policy_loss={"name": "clip", "high": 0.5},
             aggregation={"name": "constant", "length": 5},
-            kl={"estimator": "k1", "coef": 0.25, "corrected": True},
+            kl={
+                "estimator": "k1",
+                "coef": 0.25,
+                "corrected": True,
+                "straight_through": True,
+                "schedule": {"name": "linear"},
+                "control": {"name": "adaptive", "target": 6.0, "horizon": 100.0},
+            },
+            off_policy_threshold=0.5,
+            entropy={"name": "bonus", "coef": 0.01},
             schedule={"name": "linear", "final_fraction": 0.5},
             importance_sampling={"level": "none"},
         )
     )
     lengths = torch.tensor([1, 2])
-    assert choices.advantages(torch.tensor([[1.0, 0]]), lengths[None]).tolist() == [[0.5, -0.5]]
+    rewards = torch.tensor([[1.0, 0]])
+    assert choices.advantages(rewards, rewards[..., None], lengths[None]).tolist() == [[0.5, -0.5]]
     assert choices.weights(lengths, torch.zeros(2)).tolist() == pytest.approx([0.1, 0.1])
     rho_two = torch.full((1, 1), 2.0).log()
     assert float(choices.loss.policy_loss(rho_two, torch.ones(1, 1), torch.ones(1, 1))) == -1.5
-    assert choices.loss.kl_estimator.func is KL_ESTIMATORS["k1"]
-    assert (choices.loss.kl_coef, choices.loss.kl_corrected) == (0.25, True)
+    assert choices.loss.kl_estimator is KL_ESTIMATORS["k1"]
+    assert (choices.loss.kl_coef, choices.loss.kl_corrected, choices.loss.kl_straight_through) == (0.25, True, True)
+    assert choices.loss.off_policy_threshold == 0.5
+    assert (choices.loss.clip_low, choices.loss.clip_high) == (0.2, 0.5)
+    assert choices.kl_schedule(50, 100) == 0.5
+    control = choices.kl_control(0.1)
+    control.observe(12.0, 1.0, 10)
+    assert isinstance(control, AdaptiveKl)
+    assert control.value == pytest.approx(0.1 * (1 + 0.2 * 10 / 100))
+    assert choices.entropy_bonus().value == 0.01
     assert choices.loss.importance_sampling is None
     assert choices.schedule(50, 100) == 0.75
 
@@ -157,7 +190,8 @@ def test_arguments_reach_the_functions():
 def test_lengths_and_groups_reach_the_functions_that_ask():
     choices = Choices(config(advantage={"name": "opo"}, aggregation={"name": "prompt_mean"}))
     rewards, lengths = torch.tensor([[1.0, 0, 4]]), torch.tensor([[10, 20, 30]])
-    assert choices.advantages(rewards, lengths).tolist()[0] == pytest.approx([-7 / 6, -13 / 6, 11 / 6])
+    found = choices.advantages(rewards, rewards[..., None], lengths)
+    assert found.tolist()[0] == pytest.approx([-7 / 6, -13 / 6, 11 / 6])
     weights = choices.weights(torch.tensor([2, 3, 5]), torch.tensor([0, 1, 1]))
     assert weights.tolist() == pytest.approx([1 / 4, 1 / 16, 1 / 16])
 
@@ -169,7 +203,8 @@ def test_a_function_of_ones_own_works_by_its_dotted_name(own_functions):
             policy_loss={"name": f"{own_functions}:own_loss", "slope": 3.0},
         )
     )
-    assert choices.advantages(torch.tensor([[8.0, 4]]), torch.tensor([[1, 2]])).tolist() == [[3, 3]]
+    rewards = torch.tensor([[8.0, 4]])
+    assert choices.advantages(rewards, rewards[..., None], torch.tensor([[1, 2]])).tolist() == [[3, 3]]
     one = torch.ones(1, 1)
     assert float(choices.loss.policy_loss(one, one, one, logprobs=one)) == 3
 
@@ -180,6 +215,52 @@ def test_arguments_of_a_function_of_ones_own_are_checked(own_functions):
     )
     assert (wrong.place, wrong.fix) == ("algorithm.advantage.shar", "algorithm.advantage.share")
     assert (missing.place, missing.expected) == ("algorithm.policy_loss", "slope")
+
+
+def test_parts_are_weighed_and_normalised_with_the_advantages_own_eps():
+    functions = [{"function": "a", "weight": 2.0}, {"function": "b", "weight": -0.5}]
+    base = config(advantage={"name": "grpo", "eps": 0.5}, combine="normalize_then_sum").model_dump()
+    choices = Choices(Config.model_validate(base | {"reward": {"functions": functions}}))
+    parts = torch.tensor([[[1.0, 5], [0, 7], [4, 7]]])
+    expected = normalize_then_sum(parts, torch.tensor([2.0, -0.5]), eps=0.5)
+    assert torch.equal(choices.advantages(torch.zeros(1, 3), parts, torch.ones(1, 3)), expected)
+    assert not torch.allclose(expected, normalize_then_sum(parts, torch.tensor([2.0, -0.5])), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "low", "high", "sequence_level", "folds"),
+    [
+        ({"name": "clip", "low": 0.1, "high": 0.28}, 0.1, 0.28, False, False),
+        ({"name": "dual_clip", "c": 4.0}, 0.2, 0.2, False, False),
+        ({"name": "cispo", "cap": 4.0}, 1.0, 3.0, False, False),  # Above the cap alone.
+        ({"name": "sapo"}, 0.2, 0.2, False, False),
+        ({"name": "sequence_clip"}, 3e-4, 4e-4, True, False),
+        ({"name": "gmpo"}, 0.2, 0.2, True, False),
+        ({"name": "vespo"}, 0.2, 0.2, True, True),
+    ],
+)
+def test_the_loss_is_told_what_its_policy_loss_is_like(chosen, low, high, sequence_level, folds):
+    loss = Choices(config(policy_loss=chosen)).loss
+    assert (loss.clip_low, loss.clip_high) == (low, high)
+    assert (loss.sequence_level, loss.folds_weights) == (sequence_level, folds)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rollout", "truncates", "needed"),
+    [
+        ({}, {}, False, False),
+        ({"top_entropy_quantile": 0.5}, {}, False, True),
+        ({"kl": {"reward_coef": 0.1}}, {}, False, True),
+        ({"kl": {"coef": 0.1}}, {}, False, False),
+        ({}, {"top_p": 0.9}, True, True),
+        ({}, {"top_k": 3}, True, True),
+        ({}, {"min_p": 0.1}, True, True),
+        ({}, {"temperature": 0.5}, False, False),
+    ],
+)
+def test_what_needs_a_pass_before_the_first_update(algorithm, rollout, truncates, needed):
+    choices = Choices(Config.model_validate(config(**algorithm).model_dump() | {"rollout": rollout}))
+    assert (choices.truncates, choices.needs_old_pass) == (truncates, needed)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +276,27 @@ def test_arguments_of_a_function_of_ones_own_are_checked(own_functions):
 def test_arguments_without_meaning_are_refused(name, args, key):
     (problem,) = problems_of(policy_loss={"name": name, **args})
     assert problem.place == f"algorithm.policy_loss.{key}"
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "place"),
+    [
+        ("kl", {"control": {"name": "adaptive"}}, "algorithm.kl.control"),
+        ("kl", {"control": {"name": "adaptive", "target": 0.0}}, "algorithm.kl.control.target"),
+        ("kl", {"control": {"name": "adaptive", "target": 1.0, "horizon": 0.0}}, "algorithm.kl.control.horizon"),
+        ("kl", {"control": {"name": "adaptive", "target": 1.0, "unit": "batch"}}, "algorithm.kl.control.unit"),
+        ("kl", {"control": {"name": "adaptve", "target": 1.0}}, "algorithm.kl.control.name"),
+        ("kl", {"schedule": {"name": "linear", "warmup": 3}}, "algorithm.kl.schedule.warmup"),
+        ("entropy", {"name": "bonus"}, "algorithm.entropy"),
+        ("entropy", {"name": "bonus", "coef": -0.1}, "algorithm.entropy.coef"),
+        ("entropy", {"name": "adaptive", "delta": 0.0}, "algorithm.entropy.delta"),
+        ("entropy", {"name": "adaptive", "lowest": 0.5, "highest": 0.4}, "algorithm.entropy.highest"),
+        ("entropy", {"name": "bonsu"}, "algorithm.entropy.name"),
+    ],
+)
+def test_coefficients_are_checked_before_the_run(section, value, place):
+    (problem,) = problems_of(**{section: value})
+    assert (problem.code, problem.place) == ("E107", place)
 
 
 @pytest.mark.parametrize("name", ["math:pi", ":grpo", ".relative:f", "builtins:max"])

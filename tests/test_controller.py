@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from launch.controller import Controller
+from launch.failures import TooManyFailures
 from rollout.prompts import PromptStream
 from shared.errors import (
     EngineFailed,
     GroupFailed,
-    InputError,
     LearnerFailed,
     NothingToLearn,
     Stalled,
@@ -96,7 +96,9 @@ async def test_the_record_of_a_step():
     assert metrics["groups/taken"] == 4
     assert metrics["throughput/samples_per_second"] > 0
     assert groups[0].reward_parts["exact_match"].tolist() == [0, 1]
-    assert loop.rewards.state == {"global_step": 5, "max_steps": 5, "epoch": loop.stream.epoch}
+    history = [{"step": 5, "reward": metrics["reward"]}]
+    epoch = loop.stream.epoch
+    assert loop.rewards.state == {"global_step": 5, "max_steps": 5, "epoch": epoch, "log_history": history}
 
 
 # --- staleness and overlap ---
@@ -199,10 +201,11 @@ async def test_a_failed_group_is_dropped_and_counted_never_scored(side):
 async def test_too_many_failed_groups_are_e310_with_the_numbers():
     rewards = FakeRewards(lambda group: GroupFailed(group, "E304", "ValueError: bad") if group % 2 else None)
     loop = Loop(rewards=rewards, **{"run.steps": 1000, "reward.max_failed_groups": 3})
-    error = await fails_with(InputError, loop)
+    error = await fails_with(TooManyFailures, loop)
     assert (error.code, error.exit_code) == ("E310", 2)
     assert "4 dropped groups (4 E304)" in error.found
-    assert "ValueError: bad" in error.found
+    assert "ValueError: bad (saved: failed/7-0.json)" in str(error)
+    assert [failure.group_id for failure in loop.recorder.failures] == [1, 3, 5, 7]
     assert "reward.max_failed_groups = 3" in error.expected
     assert loop.controller.buffer.fates["E304"] == 4
 
@@ -211,7 +214,7 @@ async def test_too_large_a_share_of_failed_groups_is_e310():
     rewards = FakeRewards(lambda group: GroupFailed(group, "timeout", "") if group % 4 == 0 else None)
     changes = {"run.steps": 1000, "reward.max_failed_groups": 1000, "reward.max_failed_share": 0.1}
     loop = Loop(rewards=rewards, **changes)
-    assert (await fails_with(InputError, loop)).code == "E310"
+    assert (await fails_with(TooManyFailures, loop)).code == "E310"
     assert loop.controller.buffer.fates["timeout"] == 21  # 10 % of the last 200 are 20.
 
 

@@ -217,3 +217,80 @@ def test_a_broadcast_is_hashed_the_same_on_both_ends(monkeypatch):
     sent[1][1][0] += 1
     receiver.receive_weights(None)
     assert receiver.received != source.digest
+
+
+def test_a_shared_gpu_buffer_is_hashed_then_loaded(monkeypatch):
+    """The IPC halves without a GPU: plain handles go through msgpack, vLLM's own consumer unpacks the buffer."""
+    import msgspec
+    import torch
+    from torch.multiprocessing import reductions
+    from vllm.distributed.weight_transfer import ipc_engine
+    from vllm.distributed.weight_transfer.packed_tensor import PackedBufferImporter
+
+    from learner.weight_sender import IpcSender
+    from rollout.weight_receiver import IpcUpdateInfo, ProvedIpcEngine
+    from shared.errors import WeightProofFailed
+    from shared.weights import unpack_handle
+
+    exported = []
+
+    def reduce_tensor(buffer):
+        exported.append(buffer)
+        size, stride = buffer.size(), buffer.stride()
+        storage = (
+            torch.storage.TypedStorage,
+            buffer.dtype,
+            3,
+            b"handle",
+            buffer.nbytes,
+            0,
+            False,
+            b"count",
+            7,
+            b"event",
+            True,
+        )
+        return None, (torch.Tensor, size, stride, 0, *storage)
+
+    def rebuild(cls, size, stride, offset, storage_cls, dtype, device, handle, *rest):
+        assert (cls, tuple(size), dtype, handle, rest) == (
+            torch.Tensor, (exported[-1].nbytes,), torch.uint8, b"handle", (exported[-1].nbytes, 0, False, b"count", 7, b"event", True),
+        )  # fmt: skip
+        assert issubclass(storage_cls, torch.UntypedStorage)
+        assert device == 0
+        return exported[-1].clone()
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"uuid": "GPU-1"})())
+    monkeypatch.setattr(reductions, "reduce_tensor", reduce_tensor)
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", rebuild)
+    policy = torch.nn.ModuleDict(
+        {"model": torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 5))}
+    ).bfloat16()
+    sender = IpcSender(type("Engine", (), {"module": policy})(), torch.device("cpu"))
+    publication = sender.export(4, None)
+    loaded = []
+    receiver = ProvedIpcEngine.__new__(ProvedIpcEngine)
+    receiver.model = type("Model", (torch.nn.Module,), {"load_weights": lambda self, weights: loaded.extend(weights)})()
+    receiver.packed, receiver.device = True, torch.device("cuda", 0)
+    receiver._packed_importer = PackedBufferImporter()
+
+    def receive():
+        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(publication.update_info()))
+        receiver.receive_weights(IpcUpdateInfo(**sent))
+
+    receive()
+    assert ipc_engine.IPCWeightTransferEngine in ProvedIpcEngine.__mro__
+    assert receiver.received == publication.digest
+    for (name, tensor), (ours, parameter) in zip(loaded, policy["model"].named_parameters(), strict=True):
+        assert name == ours
+        assert torch.equal(tensor, parameter)
+    second = sender.export(5, None)
+    assert exported[0].data_ptr() != exported[1].data_ptr()
+    assert second.digest == publication.digest
+    assert unpack_handle(second.handles["GPU-1"])[:2] == (torch.Tensor, (exported[1].nbytes,))
+    exported[1][5] += 1
+    receiver._packed_importer.close()
+    loaded.clear()
+    with pytest.raises(WeightProofFailed, match="shared GPU buffer"):
+        receive()
+    assert not loaded

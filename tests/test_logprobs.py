@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from learner import logprobs as under_test
 from learner.batching import Row, collate
-from learner.logprobs import ATTENTION_NAME, Layout, PolicyModel, register_attention
+from learner.logprobs import ATTENTION_NAME, Layout, PolicyModel, Sampled, register_attention
 from shared.types import Completion, Prompt
 
 VOCABULARY = 61
@@ -44,7 +44,7 @@ def packed(model: Qwen2ForCausalLM, temperature: float = 1.0) -> PolicyModel:
     register_attention()
     model = copy.deepcopy(model)
     model.config._attn_implementation = ATTENTION_NAME
-    return PolicyModel(model, temperature)
+    return PolicyModel(model, Sampled(temperature))
 
 
 def rows_of(groups=GROUPS, seed: int = 0) -> list[Row]:
@@ -62,7 +62,7 @@ def rows_of(groups=GROUPS, seed: int = 0) -> list[Row]:
 
 def row_of(prompt: Prompt, token_ids: np.ndarray, group: int) -> Row:
     completion = Completion(token_ids, np.zeros(len(token_ids), np.float32), "", "stop")
-    return Row(prompt, completion, group, 0.0, 0.0, len(token_ids))
+    return Row(prompt, completion, 0, group, len(token_ids))
 
 
 def one_by_one(model: Qwen2ForCausalLM, row: Row, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +76,7 @@ def one_by_one(model: Qwen2ForCausalLM, row: Row, temperature: float) -> tuple[t
 
 def run(policy: PolicyModel, rows: list[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Log-probs and entropy ``[C]`` of each row, padding cut off."""
-    outputs = policy(collate(rows, CPU).tokens)
+    outputs = policy(collate(rows, CPU).tokens)[:2]
     return [tuple(x[i, : len(row.completion.token_ids)] for x in outputs) for i, row in enumerate(rows)]
 
 
@@ -115,9 +115,11 @@ def test_packed_equals_one_by_one(temperature):
 def test_cells_outside_the_completions_hold_zero():
     rows = rows_of()
     outside = torch.arange(7) >= torch.tensor([[len(row.completion.token_ids)] for row in rows])
-    for x in packed(qwen2())(collate(rows, CPU).tokens):
+    logprobs, entropy, kl = packed(qwen2())(collate(rows, CPU).tokens)
+    for x in (logprobs, entropy):
         assert x.shape == (6, 7)
         assert torch.equal(x == 0, outside)
+    assert torch.equal(kl, torch.zeros(6, 7))  # There is no reference.
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -139,7 +141,7 @@ def test_each_output_has_its_own_gradient(coefficients):
 
 def test_a_shared_prompt_is_packed_once_and_changes_nothing():
     rows = rows_of()
-    alone = [Row(r.prompt, r.completion, i, r.advantage, r.weight, r.trainable) for i, r in enumerate(rows)]
+    alone = [Row(r.prompt, r.completion, r.index, i, r.trainable) for i, r in enumerate(rows)]
     assert len(collate(rows, CPU).tokens.token_ids) == (5 + 1 + 9) + 23
     assert len(collate(alone, CPU).tokens.token_ids) == (3 * 5 + 1 + 2 * 9) + 23
     policy = packed(qwen2())
@@ -228,9 +230,20 @@ def test_bfloat16_weights_give_float32_logprobs_and_bfloat16_gradients():
 
 
 def test_layout_repeats_a_shared_prompt():
-    layout = Layout.of([[range(2), range(2, 4)], [range(2), range(4, 5)], [range(5, 6), range(6, 7)]])
-    assert layout.gather.tolist() == [[0, 1, 2, 3], [0, 1, 4, 7], [5, 6, 7, 7]]
+    layout = Layout.of([[range(2), range(4, 5)], [range(2), range(2, 4)], [range(5, 6), range(6, 7)]])
+    assert layout.blocks == ((2, 4), (1, 2))
+    assert layout.gather.tolist() == [0, 1, 2, 3, 0, 1, 4, 7, 5, 6]
     assert layout.scatter.tolist() == [0, 1, 2, 3, 6, 8, 9]
+
+
+def test_rows_of_similar_length_share_a_block():
+    lengths = [100, 20, 76, 19, 75, 74, 1]
+    ends = np.cumsum(lengths)
+    layout = Layout.of([[range(end - n, end)] for n, end in zip(lengths, ends, strict=True)])
+    assert layout.blocks == ((3, 100), (1, 74), (2, 20), (1, 1))
+    assert layout.longest == 100
+    found = layout.gather[layout.scatter]
+    assert torch.equal(found, torch.arange(ends[-1]))
 
 
 @pytest.mark.parametrize("window", [13, 14])
@@ -239,7 +252,7 @@ def test_a_sliding_window_shorter_than_a_sequence_is_refused(window):
     for layer in policy.model.model.layers:
         layer.self_attn.sliding_window = window
     tokens = collate(rows, CPU).tokens
-    assert tokens.layout.gather.shape[1] == 15
+    assert tokens.layout.longest == 15
     with pytest.raises(ValueError, match="sliding window"):
         policy(tokens)
     for layer in policy.model.model.layers:

@@ -76,6 +76,7 @@ IMPORTANCE = [
     ("token", "mask", 1.0, None, [1.221403, 0, 4.481689]),
 ]
 
+PER_TOKEN_KL = sorted(set(KL_ESTIMATORS) - {"full"})
 DETACHED = {"reinforce", "cispo", "vespo"}  # their ratio carries no gradient
 GARBAGE = [1e9, -1e9, float("nan"), float("inf"), -float("inf")]
 every_loss = pytest.mark.parametrize("name", POLICY_LOSSES)
@@ -132,7 +133,7 @@ def test_sequence_loss(name, args, log_ratio, mask, advantage, loss, gradient):
 
 def test_every_entry_has_worked_values():
     assert {row[0] for row in TOKEN + SEQUENCE} == set(POLICY_LOSSES)
-    assert {row[0] for row in KL} == set(KL_ESTIMATORS)
+    assert {row[0] for row in KL} | {"full"} == set(KL_ESTIMATORS)  # See test_kl.py.
     assert {row[0] for row in AGGREGATION} == set(AGGREGATIONS)
 
 
@@ -216,7 +217,7 @@ def test_kl(name, corrected, value, gradient):
     close(torch.autograd.grad(loss, logprobs)[0], [[0.5 * gradient]])
 
 
-@pytest.mark.parametrize("name", KL_ESTIMATORS)
+@pytest.mark.parametrize("name", PER_TOKEN_KL)
 def test_kl_gradient_is_the_finite_difference(name):
     ref = f64([[-1.0, -2.0, -0.5, -3.0]])
     logprobs = f64([[-1.5, -0.3, -0.4, -8.0]]).requires_grad_()
@@ -229,7 +230,7 @@ def test_kl_estimators_average_to_the_full_sum(name, mean):
     close((p * KL_ESTIMATORS[name](p.log(), q.log())).sum(), mean)
 
 
-@pytest.mark.parametrize("name", KL_ESTIMATORS)
+@pytest.mark.parametrize("name", PER_TOKEN_KL)
 @settings(max_examples=30, deadline=None)
 @given(gap=st.floats(-1e6, 1e6, width=32))
 def test_extreme_kl_stays_finite(name, gap):
@@ -293,7 +294,7 @@ def test_importance_weights_act_on_the_policy_term_alone():
     r, kl, slope = 1.221403, 0.1 * 0.106531, 0.1 * 0.393469
     close(loss, 0.25 * (-2 * r + kl - 2 * 3 + kl) + 0.5 * (r + kl))
     close(metrics["policy_loss"], 0.25 * -4 + 0.5)
-    close(metrics["is_weight_sum"], 2 * r + 3)
+    close(metrics["importance_sampling/mean_sum"], 2 * r + 3)
     gradient = torch.autograd.grad(loss, logprobs)[0]
     close(gradient, [[0.25 * (-2 * r + slope), 0.25 * (-6 + slope)], [0.5 * (r + slope), 0]])
 
@@ -314,14 +315,18 @@ def test_garbage_outside_the_mask_never_reaches_the_loss(policy_loss, kl, garbag
     generator = torch.Generator().manual_seed(0)
     current, old, rollout, ref = (-torch.rand(3, 4, generator=generator) - 1e-3 for _ in range(4))
     sampling = {"level": "sequence", "mode": "truncate", "low": 0.5, "high": 3.0}
-    chosen = LossSettings(policy_loss, kl, kl_coef=0.1, kl_corrected=True, importance_sampling=sampling)
+    chosen = LossSettings(
+        policy_loss, kl, kl_coef=0.1, kl_corrected=True, kl_straight_through=True, importance_sampling=sampling,
+        off_policy_threshold=0.1, entropy_coef=0.1,
+    )  # fmt: skip
     results = []
     for filler in (0.0, garbage):
         current_, old_, rollout_, ref_ = (x.where(mask, tensor(filler)) for x in (current, old, rollout, ref))
         current_.requires_grad_()
         x = inputs(
             current_, old_logprobs=old_, rollout_logprobs=rollout_, ref_logprobs=ref_, mask=mask,
-            advantages=tensor([[1.0], [-1.0], [2.0]]),
+            advantages=tensor([[1.0], [-1.0], [2.0]]), full_kl=(current_**2).where(mask, tensor(filler)),
+            entropy=current_ * 2, entropy_keep=tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]]).bool(),
         )  # fmt: skip
         loss, metrics = grpo_loss(x, chosen)
         results.append([loss, torch.autograd.grad(loss, current_)[0], *metrics.values()])
@@ -356,14 +361,16 @@ def test_metrics_count_what_clipping_stops_and_how_far_the_engine_is():
     mask = tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     x = inputs(logprobs, old_logprobs=old, rollout_logprobs=rollout, advantages=f64([[1.0], [-1.0]]), mask=mask)
     _, metrics = grpo_loss(x, plain())
-    assert metrics["ratio_high_sum"] == 1
-    assert metrics["ratio_low_sum"] == 2
-    close(metrics["gap_abs_sum"], 0.4 + 9.4)
-    close(metrics["gap_abs_max"], 9)
+    assert metrics["clip_ratio/high_mean_sum"] == 1
+    assert metrics["clip_ratio/low_mean_sum"] == 2
+    assert metrics["clip_ratio/region_mean_sum"] == 3
+    close(metrics["sync/logprob_gap_sum"], 0.4 + 9.4)
+    close(metrics["sync/logprob_gap_max"], 9)
 
 
 @pytest.mark.parametrize(("rho", "advantage", "clipped"), [(1.21, 1.0, 1), (0.81, -1.0, 0)])
 def test_clip_metrics_use_the_ratio(rho, advantage, clipped):
     x = inputs(f64([[math.log(rho)]]), old_logprobs=f64([[0.0]]), advantages=f64([[advantage]]))
     _, metrics = grpo_loss(x, plain())
-    assert metrics["ratio_high_sum"] + metrics["ratio_low_sum"] == clipped
+    assert metrics["clip_ratio/high_mean_sum"] + metrics["clip_ratio/low_mean_sum"] == clipped
+    assert metrics["clip_ratio/region_mean_sum"] == clipped

@@ -9,7 +9,7 @@ import pytest
 
 from launch import builtin, cluster
 from launch.preflight import check_model, prepare
-from rollout.rewards import load_reward
+from rollout.reward_loading import load_reward
 from shared.errors import InputError, InputErrors
 from tests.fakes import fake_ray, make_config, write_model, write_rows
 
@@ -168,6 +168,7 @@ def test_a_half_written_cache_entry_is_never_seen(tmp_path):
         (False, {}, 2, 0),
         (False, {"rollout.num_engines": 3, "rollout.cpu_threads": 2, "learner.cpu_threads": 4}, 10, 0),
         (False, {"rollout.tensor_parallel_size": 2, "learner.num_ranks": 2}, 4, 0),
+        (True, {"rollout.colocate": True, "rollout.num_engines": 2, "learner.num_ranks": 2}, 4, 2),
         (True, {"rollout.num_engines": 3, "rollout.tensor_parallel_size": 2, "learner.num_ranks": 2}, 5, 8),
     ],
 )

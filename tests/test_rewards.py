@@ -1,39 +1,41 @@
-"""Reward functions: built-in values worked by hand, loading, TRL compatibility, checks, combination, the pool."""
+"""Built-in reward functions: every value worked by hand, on plain and on conversational completions."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import sys
-import types
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from rollout.reward_pool import RewardPool, RewardWorker, Scores, check_rewards
-from rollout.rewards import BUILTINS, extract_number, load_reward, missing_column, reward_name, text_of
+from rollout.reward_loading import load_reward
+from rollout.rewards import BUILTINS, extract_number, last_boxed, text_of
 from shared.config import RewardFunction
-from shared.errors import GroupFailed, InputError
-from shared.types import Completion, Prompt
-from tests.fakes import REWARD_CODE, RayActorError, RayTaskError, fake_ray, make_completion, make_config
 
 DATA = Path(__file__).resolve().parent.parent / "launch" / "data" / "gsm8k" / "sample.jsonl"
 TARGET = ["x" * 14, "x" * 20, "x" * 27]
+needs_math_verify = pytest.mark.skipif(not find_spec("math_verify"), reason="the math extra is not installed")
 
 
-def spec(function: str, **fields) -> RewardFunction:
-    return RewardFunction(function=function, **fields)
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 def builtin(name: str, completions: list, args: dict | None = None, **columns) -> list:
     ids = columns.pop("ids", [[0] * len(text_of(c)) for c in completions])
-    function = load_reward(spec(name, args=args or {}), "key")
+    function = load_reward(RewardFunction(function=name, args=args or {}), "key")
     return function(prompts=[""] * len(completions), completions=completions, completion_ids=ids, **columns)
 
 
-# --- built-ins ---
+def both(name: str, completions: list[str], args: dict | None = None, **columns) -> list:
+    """The values on plain completions, which those on conversations must equal."""
+    plain = builtin(name, completions, args, **columns)
+    assert builtin(name, [chat(text) for text in completions], args, **columns) == plain
+    return plain
+
+
+# --- length ---
 
 
 @pytest.mark.parametrize(
@@ -45,21 +47,63 @@ def builtin(name: str, completions: list, args: dict | None = None, **columns) -
     ],
 )
 def test_length_rewards_at_14_20_and_27_of_20(name, expected):
-    assert builtin(name, TARGET, {"target": 20}) == pytest.approx(expected, abs=1e-6)
-    conversation = [[{"role": "assistant", "content": text}] for text in TARGET]
-    assert builtin(name, conversation, {"target": 20}) == pytest.approx(expected, abs=1e-6)
+    assert both(name, TARGET, {"target": 20}) == pytest.approx(expected, abs=1e-6)
     tokens = {"target": 20, "unit": "tokens"}
     lengths = [[0] * 14, [0] * 20, [0] * 27]
-    assert builtin(name, ["", "", ""], tokens, ids=lengths) == pytest.approx(expected, abs=1e-6)
+    assert both(name, ["", "", ""], tokens, ids=lengths) == pytest.approx(expected, abs=1e-6)
+
+
+def test_length_exponential_at_another_rate_and_far_away():
+    assert both("length_exponential", ["x" * 14, "x" * 9000], {"target": 20, "rate": 0.5})[0] == pytest.approx(
+        0.049787, abs=1e-6
+    )
+    assert builtin("length_exponential", ["x" * 9000], {"target": 20}) == [0.0]
+
+
+def test_length_counts_characters_or_tokens_up_or_down():
+    assert both("length", ["ab", "😀é日"]) == [2, 3]
+    assert both("length", ["ab", ""], {"sign": -1}) == [-2, 0]
+    assert both("length", ["ab"], {"unit": "tokens"}, ids=[[1, 2, 3, 4, 5]]) == [5]
 
 
 def test_soft_overlong_at_150_180_200_and_201():
     lengths = [[0] * n for n in (150, 180, 200, 201)]
-    values = builtin("soft_overlong", [""] * 4, {"limit": 200, "buffer": 50}, ids=lengths)
+    values = both("soft_overlong", [""] * 4, {"limit": 200, "buffer": 50}, ids=lengths)
     assert values == pytest.approx([0, -0.6, -1, -1])
     doubled = builtin("soft_overlong", [""] * 4, {"limit": 200, "buffer": 50, "factor": 2.0}, ids=lengths)
     assert doubled == pytest.approx([0, -1.2, -2, -2])
     assert builtin("soft_overlong", [""] * 4, {"limit": 200, "buffer": 0}, ids=lengths) == [0, 0, 0, -1]
+
+
+@needs_math_verify
+def test_cosine_length_at_0_100_400_and_500_of_400():
+    lengths = [[0] * n for n in (0, 100, 400, 500)]
+    right = both("cosine_length", ["\\boxed{4}"] * 4, {"limit": 400}, ids=lengths, answer=["4"] * 4)
+    assert right == pytest.approx([1, 0.926777, 0.5, 0.5], abs=1e-6)
+    wrong = both("cosine_length", ["\\boxed{5}"] * 4, {"limit": 400}, ids=lengths, answer=["4"] * 4)
+    assert wrong == pytest.approx([-1, -0.926777, -0.5, -0.5], abs=1e-6)
+    assert builtin("cosine_length", ["4"], {"limit": 400}, answer=["no formula"]) == [None]
+    other = {"limit": 2, "right": (4, 2), "wrong": (-4, -2), "column": "gold"}
+    assert builtin("cosine_length", ["4", "5"], other, ids=[[0], [0]], gold=["4", "4"]) == pytest.approx([3, -3])
+
+
+@pytest.mark.parametrize(
+    ("ids", "args", "value"),
+    [
+        ([7, 8, 7, 8, 7, 9], {"ngram": 2}, -0.4),
+        ([7, 8, 7, 8, 7, 9], {"ngram": 2, "worst": -2.0}, -0.8),
+        ([7, 8, 7, 8, 7, 9], {}, -0.25),
+        ([1, 2, 3, 4], {"ngram": 2}, 0),
+        ([1, 1, 1, 1, 1], {"ngram": 1}, -0.8),
+        ([1, 2], {}, 0),
+        ([], {}, 0),
+    ],
+)
+def test_repetition_over_token_ngrams(ids, args, value):
+    assert both("repetition", [""], args, ids=[ids]) == pytest.approx([value])
+
+
+# --- formats ---
 
 
 @pytest.mark.parametrize(
@@ -73,13 +117,38 @@ def test_soft_overlong_at_150_180_200_and_201():
         ("<think>a</think><answer>b</answer>x", 0),
         ("<think>a</think>x<answer>b</answer>", 0),
         ("<think><think>a</think></think><answer>b</answer>", 0),
+        ("<think>a<answer>b</answer></think><answer>b</answer>", 0),
         ("<think>a</think><answer>b</answer><answer>c</answer>", 0),
         ("<think>a</think><answer>b", 0),
         ("", 0),
     ],
 )
 def test_think_answer_format(text, value):
-    assert builtin("think_answer_format", [text]) == [value]
+    assert both("think_answer_format", [text]) == [value]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<think>a</think> so b", 1),
+        ("<think>\na\n</think>", 1),
+        ("<think>a", 0),
+        ("a <think>b</think>", 0),
+        ("<think>a</think><think>b</think>", 0),
+        ("<think>a<think>b</think>", 0),
+        ("</think><think>", 0),
+        ("", 0),
+    ],
+)
+def test_think_format(text, value):
+    assert both("think_format", [text]) == [value]
+
+
+def test_regex_searches_anywhere():
+    assert both("regex", ["ab1", "abc"], {"pattern": r"\d"}) == [1, 0]
+
+
+# --- answers ---
 
 
 @pytest.mark.parametrize(
@@ -94,12 +163,13 @@ def test_think_answer_format(text, value):
     ],
 )
 def test_exact_match(args, text, gold, value):
-    assert builtin("exact_match", [text], args, answer=[gold]) == [value]
+    assert both("exact_match", [text], args, answer=[gold]) == [value]
 
 
 def test_the_gold_column_can_be_chosen():
-    assert builtin("exact_match", ["a", "b"], {"column": "gold"}, gold=["a", "a"]) == [1, 0]
-    assert builtin("final_number", ["it is 3"], {"column": "gold"}, gold=["#### 3"]) == [1]
+    assert both("exact_match", ["a", "b"], {"column": "gold"}, gold=["a", "a"]) == [1, 0]
+    assert both("final_number", ["it is 3"], {"column": "gold"}, gold=["#### 3"]) == [1]
+    assert both("boxed_accuracy", ["\\boxed{3}"], {"column": "gold"}, gold=[3]) == [1]
 
 
 @pytest.mark.parametrize(
@@ -122,11 +192,75 @@ def test_the_number_that_is_extracted(text, number):
 
 
 def test_final_number_does_not_apply_without_a_gold_number_and_is_0_without_an_answer():
-    assert builtin("final_number", ["3", "none", "3.0"], answer=["x", "#### 3", "#### 3"]) == [None, 0, 1]
+    assert both("final_number", ["3", "none", "3.0"], answer=["x", "#### 3", "#### 3"]) == [None, 0, 1]
 
 
-def test_regex_searches_anywhere():
-    assert builtin("regex", ["ab1", "abc"], {"pattern": r"\d"}) == [1, 0]
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        ("so \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}", 1),
+        ("\\boxed{ 42 }", " 42", 1),
+        ("\\boxed{1} then \\boxed{2}", "2", 1),
+        ("\\boxed{1} then \\boxed{2}", "1", 0),
+        ("\\boxed{{a}{b{c}}}", "{a}{b{c}}", 1),
+        ("\\boxed{}", "", 1),
+        ("no box", "", 0),
+        ("", "", 0),
+        ("\\boxed{3", "3", 0),
+        ("3", "3", 0),
+        ("\\boxed{0.5}", "\\frac{1}{2}", 0),
+    ],
+)
+def test_boxed_accuracy_compares_the_last_box_as_text(text, gold, value):
+    assert both("boxed_accuracy", [text], answer=[gold]) == [value]
+
+
+def test_the_last_box_is_found_in_linear_time():
+    assert last_boxed("\\boxed{" * 3000 + "a" * 3000) is None
+    assert last_boxed("\\boxed{a}" * 30000) == "a"
+
+
+@needs_math_verify
+@pytest.mark.parametrize(
+    ("text", "gold", "value"),
+    [
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", 1),
+        ("\\boxed{0.5}", "\\frac{1}{2}", 1),
+        ("The answer is $\\frac{2}{4}$.", "$\\frac{1}{2}$", 1),
+        ("\\boxed{1/2}", "\\boxed{\\frac12}", 1),
+        ("\\boxed{x^2-1}", "(x-1)(x+1)", 1),
+        ("\\boxed{2\\sqrt{2}}", "\\sqrt{8}", 1),
+        ("\\boxed{1,000}", "1000", 1),
+        ("\\boxed{\\{1,2\\}}", "\\{2,1\\}", 1),
+        ("\\boxed{(1,2)}", "(1,2)", 1),
+        ("\\boxed{(2,1)}", "(1,2)", 0),
+        ("\\boxed{[1,2]}", "[1,2]", 1),
+        ("\\boxed{[1,2]}", "(1,2)", 0),
+        ("\\boxed{(1,2)}", "[1,2]", 0),
+        ("\\boxed{(1,2]}", "[1,2)", 0),
+        ("first 3, then 4", "4", 1),
+        ("\\boxed{3} no, \\boxed{4}", "4", 1),
+        ("\\boxed{4} no, \\boxed{3}", "4", 0),
+        ("\\boxed{x}", "y", 0),
+        ("no idea", "4", 0),
+        ("\\boxed{}", "4", 0),
+        ("", "4", 0),
+        ("\\boxed{4}", "none of these", None),
+        ("\\boxed{4}", "", None),
+    ],
+)
+def test_math_accuracy(text, gold, value):
+    assert both("math_accuracy", [text], solution=[gold]) == [value]
+
+
+@needs_math_verify
+def test_reasoning_math_accuracy_reads_what_follows_the_last_delimiter():
+    texts = ["<think>3</think> \\boxed{4}", "\\boxed{4}", "a</think>\\boxed{4}</think>\\boxed{5}", "</think>4"]
+    assert both("reasoning_math_accuracy", texts, solution=["4", "4", "4", "no formula"]) == [1, 0, 0, None]
+    assert both("reasoning_math_accuracy", ["3 ## 4"], {"delimiter": "##", "column": "gold"}, gold=["4"]) == [1]
+
+
+# --- completions ---
 
 
 def test_the_last_assistant_message_is_the_completion():
@@ -135,316 +269,62 @@ def test_the_last_assistant_message_is_the_completion():
     assert (text_of(messages), text_of([]), text_of("d")) == ("b", "", "d")
 
 
-def test_gsm8k_answers_score_1_on_themselves_and_0_with_another_number():
-    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 100
-    gold = [row["answer"] for row in rows]
-    assert builtin("gsm8k_answer", gold, answer=gold) == [1] * 100
+EVERY = {
+    "regex": {"pattern": "4"},
+    "length_negative_abs": {"target": 2},
+    "length_reciprocal": {"target": 2},
+    "length_exponential": {"target": 2},
+    "cosine_length": {"limit": 9},
+    "soft_overlong": {"limit": 9, "buffer": 2},
+}
+
+
+@needs_math_verify
+@pytest.mark.parametrize("name", sorted(set(BUILTINS) - {"code_tests"}))
+def test_every_builtin_takes_odd_completions_plain_or_conversational(name):
+    texts = ["", " ", "4", "\\boxed{", "\\boxed{4}", "<think>", "日本 😀", "#### ", "-", "}" * 50, "$$", "\x00"]
+    columns = {"answer": ["4"] * len(texts), "solution": ["4"] * len(texts)}
+    values = both(name, texts, EVERY.get(name), **columns)
+    assert len(values) == len(texts)
+    assert all(isinstance(value, int | float) for value in values)
+
+
+@pytest.mark.parametrize("name", ["length", "think_format", "boxed_accuracy", "final_number", "regex"])
+def test_an_assistant_message_without_content_is_empty_text(name):
+    calling = [[{"role": "assistant", "content": None, "tool_calls": []}]]
+    function = load_reward(RewardFunction(function=name, args=EVERY.get(name, {})), "key")
+    assert function(prompts=[""], completions=calling, completion_ids=[[]], answer=["4"]) == [0]
+
+
+# --- GSM8K ---
+
+
+def check_gsm8k(gold: list[str]) -> None:
+    """The reference solutions score 1; with the number changed 0; the number alone, or in the recipe's tags, 1."""
+    count = len(gold)
+    assert builtin("gsm8k_answer", gold, answer=gold) == [1] * count
     numbers = [text.rsplit("####", 1)[1].strip() for text in gold]
     wrong = [str(int(number.replace(",", "")) + 1) for number in numbers]
     changed = [f"{text.rsplit('####', 1)[0]}#### {number}" for text, number in zip(gold, wrong, strict=True)]
-    assert builtin("gsm8k_answer", changed, answer=gold) == [0] * 100
-    # The number may also just come last, or inside the recipe's tags.
-    assert builtin("gsm8k_answer", [f"So it is {n}." for n in numbers], answer=gold) == [1] * 100
+    assert builtin("gsm8k_answer", changed, answer=gold) == [0] * count
+    assert builtin("gsm8k_answer", [f"So it is {n}." for n in numbers], answer=gold) == [1] * count
     tagged = [f"<think>9</think><answer>{n}</answer>" for n in numbers]
-    assert builtin("gsm8k_answer", tagged, answer=gold) == [1] * 100
+    assert builtin("gsm8k_answer", tagged, answer=gold) == [1] * count
 
 
-# --- loading ---
+def answers(path: Path) -> list[str]:
+    return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-@pytest.fixture
-def code(tmp_path, monkeypatch) -> str:
-    """A user's file of reward functions, also importable as module ``my_rewards``."""
-    path = tmp_path / "my_rewards.py"
-    path.write_text(REWARD_CODE)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield str(path)
-    for name in ("my_rewards", "millrace_reward_my_rewards"):
-        sys.modules.pop(name, None)
+def test_gsm8k_answers_score_1_on_themselves_and_0_with_another_number():
+    gold = answers(DATA)
+    assert len(gold) == 100
+    check_gsm8k(gold)
 
 
-def completions(*texts: str) -> tuple[Completion, ...]:
-    return tuple(make_completion(text, len(text)) for text in texts)
-
-
-def prompt(text="q", **columns) -> Prompt:
-    return Prompt(0, np.zeros(1, np.int32), text, columns)
-
-
-def score(*specs: RewardFunction, texts=("a", "bb"), on=None, state=None) -> Scores:
-    return RewardWorker(list(specs)).score(on or prompt(answer="a"), completions(*texts), state or {})
-
-
-@pytest.mark.parametrize(
-    ("function", "args", "expected"),
-    [
-        ("{file}:plain", {}, [1, 2]),
-        ("my_rewards:plain", {}, [1, 2]),
-        ("{file}:scaled", {"factor": 2.0}, [2, 4]),
-        ("{file}:Brevity", {"target": 2}, [-1, 0]),
-        ("{file}:instance", {}, [0, -1]),
-        ("{file}:bound", {}, [3, 6]),
-        ("exact_match", {}, [1, 0]),
-    ],
-)
-def test_functions_classes_instances_and_partials_load(code, function, args, expected):
-    scores = score(spec(function.format(file=code), args=args, name="r"))
-    assert scores.parts["r"].tolist() == expected
-    assert scores.parts["r"].dtype == np.float32
-
-
-@pytest.mark.parametrize(
-    ("function", "args", "place", "said"),
-    [
-        ("exact_mach", {}, "key.function", "exact_match"),
-        ("plain", {}, "key.function", "expected one of"),
-        ("no_such_module:f", {}, "key.function", "no_such_module"),
-        ("no_such_file.py:f", {}, "key.function", "no_such_file.py"),
-        ("{file}:plane", {}, "key.function", ":plain"),
-        ("{file}:LIMIT", {}, "key", "LIMIT"),
-        ("{file}:Brevity", {}, "key.args", "target"),
-        ("{file}:Brevity", {"goal": 1}, "key.args", "goal"),
-        ("{file}:Brevity", {"target": -1}, "key.args", "target must be >= 0"),
-        ("{file}:plain", {"goal": 1}, "key.args", "goal"),
-    ],
-)
-def test_what_cannot_be_loaded_is_e301(code, function, args, place, said):
-    with pytest.raises(InputError) as excinfo:
-        load_reward(spec(function.format(file=code), args=args), "key")
-    assert excinfo.value.code == "E301"
-    assert place in excinfo.value.place
-    assert said in str(excinfo.value)
-
-
-def test_a_file_that_raises_on_import_is_e301(tmp_path):
-    (tmp_path / "broken.py").write_text("import no_such_thing\n")
-    with pytest.raises(InputError, match=r"ModuleNotFoundError.*no_such_thing") as excinfo:
-        load_reward(spec(f"{tmp_path / 'broken.py'}:f"), "key")
-    assert excinfo.value.code == "E301"
-
-
-def test_the_metric_name_is_given_or_the_functions_own():
-    names = [spec("a.b:f"), spec("x/y.py:Style"), spec("regex"), spec("a.b:f", name="g")]
-    assert [reward_name(s) for s in names] == ["f", "Style", "regex", "g"]
-
-
-def test_a_parameter_without_a_column_is_found(code):
-    def missing(name, columns, **args):
-        return missing_column(load_reward(spec(f"{code}:{name}", args=args), "key"), columns)
-
-    assert missing("columns", []) == "answer"
-    assert missing("columns", ["answer"]) is None
-    assert missing("plain", []) is None
-    assert missing("scaled", []) == "factor"
-    assert missing("scaled", [], factor=1.0) is None
-    assert missing("Brevity", [], target=1) is None
-    needed = {missing_column(function, ["answer"]) for function in BUILTINS.values()}
-    assert needed == {None, "pattern", "target", "limit"}
-
-
-# --- a TRL function runs unchanged ---
-
-
-def test_a_function_receives_every_keyword_as_a_list_of_n(code):
-    worker = RewardWorker([spec(f"{code}:everything")])
-    worker.score(prompt("q", answer="a", level=3), completions("a", "bb"), {"global_step": 7})
-    seen = sys.modules["millrace_reward_my_rewards"].SEEN
-    assert seen["prompts"] == ["q", "q"]
-    assert seen["completions"] == ["a", "bb"]
-    assert seen["completion_ids"] == [[0], [0, 1]]
-    assert (seen["answer"], seen["level"]) == (["a", "a"], [3, 3])
-    assert seen["trainer_state"] == {"global_step": 7}
-    assert callable(seen["log_extra"])
-    assert callable(seen["log_metric"])
-
-
-def test_conversations_are_passed_as_message_lists(code):
-    messages = [{"role": "user", "content": "q"}]
-    assert score(spec(f"{code}:conversational"), on=prompt(messages)).parts["conversational"].tolist() == [1, 2]
-    score(spec(f"{code}:everything"), on=prompt(messages))
-    given = sys.modules["millrace_reward_my_rewards"].SEEN
-    assert given["prompts"] == [messages, messages]
-    assert given["completions"][1] == [{"role": "assistant", "content": "bb"}]
-
-
-def test_columns_are_repeated_for_each_completion(code):
-    assert score(spec(f"{code}:columns")).parts["columns"].tolist() == [1, 0]
-
-
-def test_async_functions_and_none(code):
-    scores = score(spec(f"{code}:patient"), spec(f"{code}:sometimes"))
-    assert scores.parts["patient"].tolist() == [2, 2]
-    assert np.isnan(scores.parts["sometimes"]).tolist() == [True, False]
-
-
-def test_what_a_function_logs_is_kept(code):
-    scores = score(spec(f"{code}:logging"))
-    assert scores.extra == {"length": [1, 2]}
-    assert scores.metrics == {"seen": 3.0}
-    assert set(scores.seconds) == {"logging"}
-
-
-def test_arguments_are_copies(code):
-    original = prompt("q", gold=[])
-    scores = score(spec(f"{code}:rude"), spec(f"{code}:wants_gold"), on=original)
-    assert original.columns == {"gold": []}
-    assert scores.parts["wants_gold"].tolist() == [0, 0]
-
-
-def test_a_raising_function_is_e304_and_what_it_logged_is_lost(code):
-    with pytest.raises(InputError) as excinfo:
-        score(spec(f"{code}:logs_then_raises", name="fractions"))
-    assert (excinfo.value.code, excinfo.value.place) == ("E304", "fractions")
-    assert excinfo.value.found == "ValueError: bad fraction"
-
-
-async def test_the_evaluate_verb_scores_with_async_functions(code, monkeypatch):
-    from launch import evaluate
-
-    class Engine:
-        def __init__(self, *_, **__): ...
-        async def generate(self, *_):
-            return completions("a")
-
-        async def close(self): ...
-
-    monkeypatch.setattr("rollout.engine.Engine", Engine)
-    config = make_config(**{"reward.functions": [{"function": f"{code}:patient"}]})
-    assert await evaluate.score(config, [prompt(), prompt()]) == {"patient": 2.0}
-
-
-# --- checks on a returned value ---
-
-
-@pytest.mark.parametrize(
-    ("returned", "expected"),
-    [
-        ([1, 2.5, True], [1, 2.5, 1]),
-        ((0, 1, 2), [0, 1, 2]),
-        (np.array([1.0, 2.0, 3.0]), [1, 2, 3]),
-        (torch.tensor([1, 2, 3]), [1, 2, 3]),
-        ([np.float64(1), torch.tensor(2.0), np.int32(3)], [1, 2, 3]),
-        ([3e38, -3e38, 0], [np.float32(3e38), np.float32(-3e38), 0]),
-    ],
-)
-def test_numbers_of_every_kind_are_accepted(returned, expected):
-    assert check_rewards(returned, completions("a", "b", "c"), "f").tolist() == expected
-
-
-def test_none_becomes_nan():
-    assert np.isnan(check_rewards([None, 1, None], completions("a", "b", "c"), "f")).tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize(
-    ("returned", "code", "place", "found"),
-    [
-        ([1, 2], "E302", "f", "2 values"),
-        ([1], "E302", "f", "1 values"),
-        ([], "E302", "f", "0 values"),
-        ({"a": 1}, "E302", "f", "dict"),
-        (1.0, "E302", "f", "float"),
-        (None, "E302", "f", "NoneType"),
-        ("abc", "E302", "f", "str"),
-        (np.ones((3, 1)), "E302", "f", "shape (3, 1)"),
-        (torch.tensor(1.0), "E302", "f", "shape ()"),
-        ([1, "0.5", 1], "E303", "f, sample 1", "str '0.5'"),
-        ([1, 1, [1]], "E303", "f, sample 2", "list [1]"),
-        ([1, 1, np.ones(2)], "E303", "f, sample 2", "ndarray"),
-        ([float("nan"), 1, 1], "E303", "f, sample 0", "nan for 'a'"),
-        ([1, float("-inf"), 1], "E303", "f, sample 1", "-inf for 'b'"),
-        ([1, 1, 1e40], "E303", "f, sample 2", "1e+40 for 'c'"),
-        ([1, 1, 10**400], "E303", "f, sample 2", "for 'c'"),
-        (np.array([1, np.nan, 1]), "E303", "f, sample 1", "nan for 'b'"),
-    ],
-)
-def test_a_bad_value_names_function_and_sample(returned, code, place, found):
-    with pytest.raises(InputError) as excinfo:
-        check_rewards(returned, completions("a", "b", "c"), "f")
-    assert (excinfo.value.code, excinfo.value.place) == (code, place)
-    assert found in excinfo.value.found
-
-
-def test_a_worker_names_the_function_that_returned_too_few(code):
-    with pytest.raises(InputError) as excinfo:
-        score(spec(f"{code}:plain"), spec(f"{code}:short"))
-    assert (excinfo.value.code, excinfo.value.place, excinfo.value.found) == ("E302", "short", "1 values")
-
-
-# --- combination ---
-
-
-def test_the_combined_reward_is_the_weighted_sum_of_what_applied():
-    nan = np.nan
-    parts = {"f": np.array([1, 2, nan, nan], np.float32), "g": np.array([10, nan, 30, nan], np.float32)}
-    functions = [spec("m:f", weight=2.0), spec("m:g", weight=-0.5)]
-    combined = Scores(parts).combined(functions)
-    assert combined.dtype == np.float32
-    assert combined[:3].tolist() == [-3, 4, -15]
-    assert np.isnan(combined[3])
-
-
-# --- the pool ---
-
-
-class Actor:
-    """An actor whose calls follow ``script``: an exception to raise, ``"hang"``, or a result."""
-
-    def __init__(self, script: list):
-        self.killed = False
-        self.score = types.SimpleNamespace(remote=lambda *_: self._call(script))
-        self.ready = types.SimpleNamespace(remote=lambda: asyncio.sleep(0, True))
-
-    async def _call(self, script: list):
-        step = script.pop(0) if script else "ok"
-        if step == "hang":
-            await asyncio.Event().wait()
-        if isinstance(step, Exception):
-            raise step
-        return step
-
-
-def pool(monkeypatch, script: list, workers: int = 1, retries: int = 2):
-    """A pool of scripted actors, and every actor it ever had."""
-    actors = []
-    fake_ray(monkeypatch, spawn=lambda *_: actors.append(Actor(script)) or actors[-1])
-    config = make_config(**{"reward.workers": workers, "reward.retries": retries, "reward.timeout_s": 0.02})
-    return RewardPool(config, {}), actors
-
-
-BAD = RayTaskError(InputError("E304", "reward raised", "f", "ValueError", "a number", "correct it"))
-
-
-@pytest.mark.parametrize(
-    ("script", "counters", "killed"),
-    [
-        (["ok"], {}, 0),
-        ([BAD, "ok"], {"retries": 1}, 0),
-        (["hang", "ok"], {"retries": 1, "timeouts": 1, "worker_restarts": 1}, 1),
-        ([RayActorError("gone"), BAD, "ok"], {"retries": 2, "worker_restarts": 1}, 1),
-    ],
-)
-async def test_a_failed_call_is_repeated_on_a_live_worker(monkeypatch, script, counters, killed):
-    rewards, actors = pool(monkeypatch, script)
-    await rewards.start()
-    assert await rewards.score(1, prompt(), completions("a")) == "ok"
-    assert dict(+rewards.counters) == counters
-    assert [actor.killed for actor in actors] == [True] * killed + [False]
-
-
-@pytest.mark.parametrize(
-    ("failure", "cause"), [("hang", "timeout"), (BAD, "E304"), (RayActorError("gone"), "worker_died")]
-)
-async def test_after_the_last_try_the_group_fails_with_its_cause(monkeypatch, failure, cause):
-    rewards, actors = pool(monkeypatch, [failure] * 3, workers=2)
-    with pytest.raises(GroupFailed) as excinfo:
-        await rewards.score(7, prompt(), completions("a"))
-    assert (excinfo.value.group_id, excinfo.value.cause) == (7, cause)
-    assert [actor.killed for actor in actors].count(False) == 2  # Capacity is constant.
-    assert await rewards.score(8, prompt(), completions("a")) == "ok"
-
-
-async def test_a_bug_of_ours_is_no_group_failure(monkeypatch):
-    rewards, _ = pool(monkeypatch, [RayTaskError(AttributeError("ours"))])
-    with pytest.raises(RayTaskError):
-        await rewards.score(1, prompt(), completions("a"))
+@pytest.mark.skipif("MILLRACE_GSM8K" not in os.environ, reason="MILLRACE_GSM8K names no folder with the whole set")
+@pytest.mark.parametrize(("name", "count"), [("train", 7473), ("test", 1319)])
+def test_the_whole_of_gsm8k(name, count):
+    gold = answers(Path(os.environ["MILLRACE_GSM8K"]) / f"{name}.jsonl")
+    assert len(gold) == count
+    check_gsm8k(gold)

@@ -107,6 +107,17 @@ def test_a_run_that_ended_before_its_first_step_still_finishes(opened, tmp_path)
     assert (tmp_path / "none.png").exists()
 
 
+def test_one_best_checkpoint_is_kept(opened):
+    folder = opened()
+    for step in (0, 10, 30):
+        path = Path(folder.best_checkpoint(step))
+        path.mkdir(parents=True)
+        (path / "model.safetensors").write_text(str(step))
+    kept = [path for path in (folder.path / "checkpoints").rglob("*") if path.is_file()]
+    assert kept == [folder.path / "checkpoints" / "best-000030" / "hf" / "model.safetensors"]
+    assert kept[0].read_text() == "30"
+
+
 # --- refusals ---
 
 
@@ -161,6 +172,7 @@ def test_every_completion_is_a_row(tmp_path):
     write_samples(tmp_path / "s.parquet", 3, [group])
     first, second = pyarrow.parquet.read_table(tmp_path / "s.parquet").to_pylist()
     assert first["reward"] == 0.0
+    assert first["advantage"] is None
     assert math.isnan(second.pop("reward"))
     assert math.isnan(second.pop("rewards/f"))
     assert second == {
@@ -170,6 +182,7 @@ def test_every_completion_is_a_row(tmp_path):
         "completion": "b",
         "finish_reason": "stop",
         "tokens": 5,
+        "advantage": None,
         "note": "y",
     }
 

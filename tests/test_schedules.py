@@ -27,7 +27,11 @@ TABLE = [
     ("cosine", {"warmup_steps": 2}, 6, 14, 0.75),
     ("cosine", {"final_fraction": 0.2}, 8, 12, 0.4),
     ("cosine", {"final_fraction": 0.2}, 99, 12, 0.2),
-]
+    *[(name, {"warmup_steps": 4, "warmup_from_zero": True}, s, 10, s / 4)
+      for name in ("constant", "linear", "cosine") for s in range(5)],
+    ("linear", {"warmup_steps": 4, "warmup_from_zero": True}, 7, 10, 0.5),
+    ("linear", {"warmup_from_zero": True}, 0, 10, 1),
+]  # fmt: skip
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 

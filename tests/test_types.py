@@ -67,3 +67,11 @@ def test_the_contract_is_frozen_and_travels(value):
 def test_a_span_names_its_version_and_a_half_open_range():
     span = VersionSpan(2, 0, 5)
     assert (span.version, span.start, span.end) == (2, 0, 5)
+
+
+def test_a_report_labels_the_groups_that_trained():
+    groups = [make_group(3), make_group(4)]
+    first, second = StepReport(1, True, {}, {3: [1.5, -1.5]}).label(groups)
+    assert first.advantages.tolist() == [1.5, -1.5]
+    assert first.rewards is groups[0].rewards
+    assert second is groups[1]

@@ -1,0 +1,57 @@
+"""``millrace bench rewards | loop``: throughput, each beside its own limit, as a table and with ``--json`` as one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+
+from launch.run import guarded
+from shared.errors import InputError, nearest
+
+WORKLOADS = {"rewards": "launch.bench_rewards", "loop": "launch.bench_loop"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the verb and return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    chosen = given[0] if given and given[0] in WORKLOADS else "rewards"
+    return guarded(given, _bench, help_text=_parser(chosen).format_help())
+
+
+def _parser(workload: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(WORKLOADS[workload])
+    parser = argparse.ArgumentParser(f"millrace bench {workload}", description=module.__doc__, exit_on_error=False)
+    parser.add_argument("workload", choices=list(WORKLOADS))
+    module.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON line last")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _bench(arguments: list[str]) -> None:
+    workload = arguments[0]
+    if workload not in WORKLOADS:
+        guess = nearest(workload, WORKLOADS) or next(iter(WORKLOADS))
+        expected = f"one of {', '.join(WORKLOADS)}"
+        raise InputError(
+            "E107", "unknown bench workload", "command line", workload, expected, f"millrace bench {guess}"
+        )
+    try:
+        options, rest = _parser(workload).parse_known_args(arguments)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise _bad_option(str(error)) from None
+    if rest:
+        raise _bad_option(" ".join(rest))
+    result = importlib.import_module(WORKLOADS[workload]).run(options)
+    if options.json:
+        print(json.dumps(result), flush=True)
+
+
+def _bad_option(found: str) -> InputError:
+    return InputError("E106", "bad option", "command line", found, "see --help", "millrace bench WORKLOAD --help")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""``millrace bench loop``: the whole loop on a fixed workload: samples and response tokens per second, step time, goodput.
+
+A real run in a temporary folder, read back from its ``metrics.jsonl``; the first three steps are left out. Workloads
+``short``, ``tail`` and ``big`` make a random-weight Qwen2 and random prompts; or give a model and prompts of your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import string
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.config import Config
+from shared.config_loader import load_config
+from shared.errors import InputError
+from shared.metrics import read_metrics
+
+WARM_UP_STEPS = 3
+LETTERS = string.ascii_letters + string.digits + "+-*/=()[]<>"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A random-weight model and the shape of a step."""
+
+    prompts_per_step: int
+    group_size: int
+    max_new_tokens: int
+    vocabulary: int
+    """With random weights every token is about equally likely: the end token comes after this many, on average."""
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+
+
+WORKLOADS = {
+    "short": Workload(8, 8, 32, 512, 128, 3, 4, 384),
+    "tail": Workload(16, 8, 256, 72, 128, 4, 4, 384),
+    "big": Workload(8, 8, 64, 1024, 512, 7, 8, 1408),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this workload."""
+    parser.add_argument(
+        "--shape", choices=list(WORKLOADS), default="short", help="a model and prompts made on the spot"
+    )
+    parser.add_argument("--model", help="a model of your own, with --prompts")
+    parser.add_argument("--prompts", help="JSON lines")
+    parser.add_argument("--prompt-column", default="prompt")
+    parser.add_argument("--reward", default="length", help="built-in name, pkg.module:function or file.py:function")
+    parser.add_argument("--lr", type=float, default=1e-6)
+    parser.add_argument("--kl-coef", type=float, default=0.001)
+    parser.add_argument("--prompts-per-step", type=int)
+    parser.add_argument("--group-size", type=int)
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--max-prompt-tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--max-staleness", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, as on the command line"
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Train, print the table, and return it. Raises ``InputError`` for settings that do not fit."""
+    from launch.run import train
+
+    if options.steps <= WARM_UP_STEPS:
+        found, expected = str(options.steps), f"> {WARM_UP_STEPS} (the first {WARM_UP_STEPS} are left out)"
+        raise InputError("E102", "bad value", "command line:--steps", found, expected, "--steps 40")
+    if bool(options.model) != bool(options.prompts):
+        found = "--model" if options.model else "--prompts"
+        raise InputError("E108", "options disagree", "command line", f"{found} alone", "both or none", "add the other")
+    with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
+        place = Path(folder)
+        config = _config(options, place)
+        train(config, place / "bench.toml")
+        result = summary(read_metrics(place / "run"), config, options.model or options.shape)
+    print("| " + " | ".join(result) + " |\n|" + "---|" * len(result))
+    print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in result.values()) + " |")
+    return result
+
+
+def summary(rows: list[dict[str, Any]], config: Config, workload: str) -> dict[str, Any]:
+    """The figures of a run's steps after the warm-up."""
+    steps = [row for row in rows if "time/step" in row][WARM_UP_STEPS:]
+    seconds = sum(row["time/step"] for row in steps)
+    samples = config.groups_per_batch * config.rollout.group_size * len(steps)
+    tokens = sum(row["completions/mean_length"] for row in steps) * samples / len(steps)
+    useful = (
+        sum(row["completions/mean_length"] * (1 - row["frac_reward_zero_std"]) for row in steps) * samples / len(steps)
+    )
+    return {
+        "system": "millrace",
+        "workload": workload,
+        "steps": len(steps),
+        "samples_per_s": samples / seconds,
+        "response_tokens_per_s": tokens / seconds,
+        "mean_len": tokens / samples,
+        "step_s_median": statistics.median(row["time/step"] for row in steps),
+        "goodput": useful / seconds,
+        "staleness_mean": statistics.fmean(row["staleness/mean"] for row in steps),
+        "staleness_max": max(row["staleness/max"] for row in steps),
+        "sync_pause_s_median": statistics.median(row["sync/pause_seconds"] for row in steps),
+        "canary_gap_max": max(row["sync/canary_gap"] for row in steps),
+        "train_s_median": statistics.median(row["time/controller/train"] for row in steps),
+        "wait_for_groups_s_median": statistics.median(row["time/controller/wait_for_groups"] for row in steps),
+        "dtype": config.model.dtype,
+    }
+
+
+def _config(options: argparse.Namespace, folder: Path) -> Config:
+    """The run's configuration; the model and the prompts are made in ``folder`` unless they are given."""
+    shape = WORKLOADS[options.shape]
+    model, prompts = options.model, options.prompts
+    if model is None:
+        model, prompts = make_model(shape, folder / "model"), make_prompts(folder / "prompts.jsonl")
+    source, colon, attribute = options.reward.rpartition(":")
+    reward = f"{Path(source).resolve()}:{attribute}" if colon and source.endswith(".py") else options.reward
+    new = options.max_new_tokens or shape.max_new_tokens
+    table = {
+        "run": {"output_dir": str(folder / "run"), "steps": options.steps, "samples_every": 0},
+        "model": {"path": str(model), "dtype": options.dtype},
+        "data": {"train": str(Path(prompts).resolve()), "prompt_column": options.prompt_column},
+        "rollout": {
+            "group_size": options.group_size or shape.group_size,
+            "max_prompt_tokens": options.max_prompt_tokens,
+            "max_new_tokens": new,
+            "max_staleness": options.max_staleness,
+            "vllm": {"enforce_eager": True},
+        },
+        "reward": {"functions": [{"function": reward}]},
+        "algorithm": {"kl": {"coef": options.kl_coef, "estimator": "k3"}},
+        "learner": {
+            "prompts_per_step": options.prompts_per_step or shape.prompts_per_step,
+            "lr": options.lr,
+            "max_tokens_per_microbatch": max(8192, options.max_prompt_tokens + new),
+        },
+    }
+    import tomli_w
+
+    (folder / "bench.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+    return load_config([str(folder / "bench.toml")], dict(entry.split("=", 1) for entry in options.set))
+
+
+def make_model(shape: Workload, folder: Path) -> Path:
+    """A random Qwen2 and a tokenizer."""
+    import torch
+
+    from launch.builtin import SPECIAL, TASKS, make_tokenizer, random_qwen2
+
+    # Few tokens: a character each. Many: the bytes, and rows beyond them that no text uses.
+    letters = LETTERS[: shape.vocabulary - len(SPECIAL) - 1] if shape.vocabulary < 256 else None
+    tokenizer = make_tokenizer(replace(TASKS["addition"], alphabet=letters))
+    torch.manual_seed(0)
+    model = random_qwen2(
+        tokenizer,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=max(1, shape.heads // 2),
+        max_position_embeddings=1024,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_prompts(path: Path) -> Path:
+    """512 prompts of 8 to 24 letters."""
+    rng = np.random.default_rng(0)
+    rows = [{"prompt": "".join(rng.choice(list(LETTERS[:52]), rng.integers(8, 25)))} for _ in range(512)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

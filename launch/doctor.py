@@ -1,0 +1,211 @@
+"""``millrace doctor CONFIG.toml [--completions FILE.jsonl] [--sample N]``: run the reward functions before anything expensive starts.
+
+Feeds them canned completions made from the data, in killable children, and says what it finds: exceptions, wrong
+shapes, constants, a reversed sign, jumps, slowness. ``--sample N`` adds the model's own answers to N prompts. ``probe`` is the same check, small, in every run's preflight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from launch.doctor_rules import ERROR, Finding, Verdict, judge, unequal_scales
+from launch.doctor_samples import Sample, canary_samples, samples_for
+from launch.run import guarded, parse
+from launch.score import read_rows
+from rollout.reward_loading import isolation_of, reward_name
+from rollout.reward_worker import RewardWorker
+from shared.config import Config, Reward, RewardFunction
+from shared.config_loader import load_config
+from shared.errors import InputError, InputErrors, RewardFailed
+from shared.types import Prompt
+
+ALONE = 12
+"""Samples that are also scored each by itself."""
+STATE = {"global_step": 0, "epoch": 0, "max_steps": 1, "log_history": []}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the verb and return the exit code: 0 clean or warnings, 2 errors."""
+    return guarded(sys.argv[1:] if arguments is None else arguments, _doctor)
+
+
+def _doctor(arguments: list[str]) -> None:
+    from launch.preflight import prepare
+    from launch.run_folder import resolve_output
+
+    arguments, stored = _option(arguments, "--completions")
+    arguments, sampled = _option(arguments, "--sample")
+    files, overrides = parse(arguments)
+    prepared = prepare(load_config(files, overrides), Path(files[-1]).name, Path(files[-1]).parent, probing=False)
+    prompts = prepared.train.prompts[:8]
+    extra: dict[int, list[str]] = {}
+    if stored:
+        extra[0] = [str(row["completion"]) for row in read_rows(Path(stored))]
+    if sampled:
+        extra |= dict(enumerate(asyncio.run(sample(prepared.config, prompts[: int(sampled)]))))
+    verdicts = examine(prepared.config, prompts, extra=extra)
+    for verdict in verdicts:
+        print(verdict.render())
+    found = [
+        (finding.level != ERROR, verdict.name, finding.text) for verdict in verdicts for finding in verdict.findings
+    ]
+    _, name, text = min(found, key=lambda entry: entry[0], default=(False, "", ""))
+    print(f"advice: {name} {text}" if found else "advice: nothing found; the rewards look usable")
+    folder = resolve_output(prepared.config.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "doctor.json").write_text(json.dumps([v.as_dict() for v in verdicts], indent=1), encoding="utf-8")
+    print(f"full results: {folder / 'doctor.json'}")
+    _raise_errors(verdicts, Path(files[-1]).name)
+
+
+def _option(arguments: list[str], name: str) -> tuple[list[str], str]:
+    """``arguments`` without option ``name``, and its value or nothing."""
+    if name not in arguments:
+        return arguments, ""
+    at = arguments.index(name)
+    return arguments[:at] + arguments[at + 2 :], (arguments[at + 1 : at + 2] or [""])[0]
+
+
+async def sample(config: Config, prompts: list[Prompt]) -> list[list[str]]:
+    """Completions of the model itself, one group for each prompt, from a vLLM engine of its own."""
+    from rollout.engine import Engine, Sampling
+
+    engine = Engine(config, load_format="auto")
+    try:
+        how = Sampling.training(config.rollout)
+        groups = await asyncio.gather(*(engine.generate(prompt.token_ids, how, 0) for prompt in prompts))
+    finally:
+        await engine.close()
+    return [[completion.text for completion in group] for group in groups]
+
+
+def probe(config: Config, origin: str, prompts: list[Prompt]) -> list[str]:
+    """The doctor's errors on a few canned samples, as exceptions; its warnings, as lines. Loads no reward model.
+
+    Raises ``InputErrors`` with what every call of the run would run into.
+    """
+    verdicts = examine(config, prompts[:2], small=True)
+    _raise_errors(verdicts, origin)
+    return [
+        f"warning[W320] {origin}: reward {verdict.name}: {finding.text}"
+        for verdict in verdicts
+        for finding in verdict.findings
+    ]
+
+
+def _raise_errors(verdicts: list[Verdict], origin: str) -> None:
+    problems = []
+    for verdict in verdicts:
+        for finding in verdict.findings:
+            if finding.level == ERROR:
+                code = finding.code or "E320"
+                place = f"{origin}:reward.functions[{verdict.index}]"
+                problems.append(
+                    InputError(
+                        code, f"reward {verdict.name} refused", place, finding.text, finding.expected, finding.fix
+                    )
+                )
+    if problems:
+        raise InputErrors(problems)
+
+
+def examine(
+    config: Config, prompts: list[Prompt], small: bool = False, extra: dict[int, list[str]] | None = None
+) -> list[Verdict]:
+    """One verdict per reward function, each run by itself on samples made from ``prompts``; ``extra`` are real ones."""
+    verdicts = []
+    for index, spec in enumerate(config.reward.functions):
+        if small and spec.model is not None:
+            continue  # Loading a reward model twice costs more than it finds.
+        verdicts.append(_examine(config, index, spec, prompts, small, extra or {}))
+    if not small:
+        unequal_scales(verdicts, config.reward.functions)
+    return verdicts
+
+
+def _examine(
+    config: Config, index: int, spec: RewardFunction, prompts: list[Prompt], small: bool, extra: dict[int, list[str]]
+) -> Verdict:
+    settings = config.reward.model_copy(update={"functions": [spec]})
+    verdict = Verdict(index, reward_name(spec), isolation_of(spec))
+    worker = RewardWorker(settings, isolate=True)
+    try:
+        for number, prompt in enumerate(prompts):
+            samples = samples_for(prompt, prompts, spec, small=small or spec.function is None)
+            samples += [Sample("given", text) for text in extra.get(number, [])]
+            _run(worker, verdict, number, prompt, samples)
+            if any(finding.level == ERROR for finding in verdict.findings):
+                return verdict
+        if not small:
+            _repeat(worker, verdict, prompts)
+            _watch_for_execution(settings, verdict, prompts[0])
+    finally:
+        worker.close()
+    judge(verdict, spec, config)
+    return verdict
+
+
+def _run(worker: RewardWorker, verdict: Verdict, number: int, prompt: Prompt, samples: list[Sample]) -> None:
+    """Score one prompt's samples in one call; if it fails, each alone, to name the culprit."""
+    group = (number, prompt, tuple(sample.completion() for sample in samples))
+    try:
+        scores = worker.score([group], STATE, watch=True)[0]
+    except RewardFailed as failure:
+        verdict.findings.append(_blame(worker, failure, number, prompt, samples))
+        return
+    verdict.add(number, samples, scores)
+
+
+def _blame(worker: RewardWorker, failure: RewardFailed, number: int, prompt: Prompt, samples: list[Sample]) -> Finding:
+    if failure.code in ("E302", "E303"):
+        return Finding(ERROR, failure.what, str(failure.found), failure.code, failure.expected, failure.fix)
+    for sample in samples:
+        try:
+            worker.score([(number, prompt, (sample.completion(),))], STATE)
+        except RewardFailed as alone:
+            found = f"{alone.found} on the {sample.kind} completion {sample.text[:40]!r}"
+            return Finding(ERROR, alone.what, found, alone.code, alone.expected, alone.fix)
+    return Finding(ERROR, failure.what, str(failure.found), failure.code, failure.expected, failure.fix)
+
+
+def _repeat(worker: RewardWorker, verdict: Verdict, prompts: list[Prompt]) -> None:
+    """The same samples again, and in reverse order: the same values must come back."""
+    rows = [row for row in verdict.rows if row.prompt == 0]
+    completions = [row.sample.completion() for row in rows]
+    try:
+        again = worker.score([(0, prompts[0], tuple(completions))], STATE)[0].parts[verdict.name]
+        turned = worker.score([(0, prompts[0], tuple(completions[::-1]))], STATE)[0].parts[verdict.name][::-1]
+        alone = [
+            float(worker.score([(0, prompts[0], (completion,))], STATE)[0].parts[verdict.name][0])
+            for completion in completions[:ALONE]
+        ]
+    except RewardFailed as failure:
+        verdict.findings.append(Finding(ERROR, "raises at the second call", str(failure.found), failure.code))
+        return
+    verdict.compare(rows, again.tolist(), turned.tolist(), alone)
+
+
+def _watch_for_execution(settings: Reward, verdict: Verdict, prompt: Prompt) -> None:
+    """Canary completions that try to make a file, in the isolation that the run would use."""
+    with tempfile.TemporaryDirectory(prefix="millrace-canary-") as scratch:
+        canary = Path(scratch) / "canary"
+        worker = RewardWorker(settings)
+        for sample in canary_samples(canary):
+            with contextlib.suppress(RewardFailed):
+                worker.score([(0, prompt, (sample.completion(),))], STATE)
+        worker.close()
+        if canary.exists() and verdict.isolation != "sandbox":
+            said = "executes the text of completions: a canary made a file"
+            fix = 'isolation = "sandbox"'
+            verdict.findings.append(
+                Finding(ERROR, "executes text", said, "E320", "no execution outside a sandbox", fix)
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

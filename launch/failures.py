@@ -1,0 +1,65 @@
+"""The failure budget: dropped groups are counted by cause, and too many of them end the run.
+
+A failed group is dropped, never scored 0. The controller reports every outcome here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+
+from shared.config import Reward
+from shared.errors import GroupFailed, InputError
+from shared.types import Prompt
+
+WINDOW = 200
+
+
+class FailureBudget:
+    """Counts groups that failed to be generated or scored."""
+
+    def __init__(self, settings: Reward, keep: Callable[[GroupFailed, Prompt], None]) -> None:
+        """``keep`` saves a dropped group for inspection (see ``sample_file``)."""
+        self._settings, self._keep = settings, keep
+        self._recent: deque[bool] = deque(maxlen=WINDOW)
+        self._first_trace = ""
+        self.causes: Counter[str] = Counter()
+
+    def succeeded(self) -> None:
+        """A group was scored."""
+        self._recent.append(False)
+
+    def failed(self, failure: GroupFailed, prompt: Prompt) -> None:
+        """A group was dropped. Raises ``TooManyFailures`` E310 when that was one too many."""
+        self._keep(failure, prompt)
+        self._recent.append(True)
+        self.causes[failure.cause] += 1
+        self._first_trace = self._first_trace or failure.trace
+        total, share = self.causes.total(), sum(self._recent) / WINDOW
+        most, most_share = self._settings.max_failed_groups, self._settings.max_failed_share
+        if total > most or share > most_share:
+            raise TooManyFailures(
+                f"{total} dropped groups ({', '.join(f'{n} {cause}' for cause, n in self.causes.most_common())})",
+                f"<= reward.max_failed_groups = {most} and <= {most_share:.0%} of the last {WINDOW}",
+                f"{failure} (saved: {sample_file(failure)})",
+                self._first_trace,
+            )
+
+
+class TooManyFailures(InputError):
+    """E310, with the last failure and the first traceback of a user's function below the line."""
+
+    def __init__(self, found: str, expected: str, last: str, trace: str) -> None:
+        fix = "correct the function or raise timeout_s"
+        super().__init__("E310", "too many reward failures", "reward", found, expected, fix)
+        self.args = (found, expected, last, trace)
+        self.last, self.trace = last, trace
+
+    def __str__(self) -> str:
+        first = f"\nfirst failure: {self.trace.strip()}" if self.trace else ""
+        return f"{super().__str__()}\nlast: {self.last}{first}"
+
+
+def sample_file(failure: GroupFailed) -> str:
+    """Where the run folder keeps a failed group, relative to it."""
+    return f"failed/{failure.group_id}-{max(failure.sample, 0)}.json"

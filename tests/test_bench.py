@@ -1,0 +1,97 @@
+"""The bench verbs without their runs: options, arithmetic, the workloads' models and prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from launch import bench, bench_loop, bench_rewards
+from tests.fakes import make_config
+
+
+def options(module, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_options(parser)
+    return parser.parse_args(arguments)
+
+
+def step(number: int, seconds: float, length: float, flat: float) -> dict:
+    row = {"step": number, "time/step": seconds, "completions/mean_length": length, "frac_reward_zero_std": flat}
+    row |= {"staleness/mean": 1.0, "staleness/max": number % 3, "sync/pause_seconds": 0.06, "sync/canary_gap": 1e-6}
+    return row | {"time/controller/train": 0.5, "time/controller/wait_for_groups": 0.0}
+
+
+def test_the_figures_of_a_run_leave_out_its_first_steps():
+    rows = [{"step": 0, "eval/reward": 0.1}, *(step(i, 100.0, 1.0, 0.0) for i in (1, 2, 3))]
+    rows += [step(4, 1.0, 10.0, 0.5), step(5, 3.0, 30.0, 0.0)]
+    found = bench_loop.summary(rows, make_config(), "mine")  # 2 prompts x 2 samples a step
+    assert (found["system"], found["workload"], found["steps"]) == ("millrace", "mine", 2)
+    assert found["samples_per_s"] == pytest.approx(8 / 4)
+    assert found["response_tokens_per_s"] == pytest.approx((4 * 10 + 4 * 30) / 4)
+    assert found["mean_len"] == pytest.approx(20)
+    assert found["step_s_median"] == 2
+    assert found["goodput"] == pytest.approx((4 * 10 * 0.5 + 4 * 30) / 4)
+    assert found["staleness_max"] == 2
+
+
+def test_a_workload_is_a_valid_configuration(tmp_path):
+    chosen = options(bench_loop, "--shape", "tail", "--steps", "9", "--max-staleness", "4", "--set", "learner.lr=0.5")
+    config = bench_loop._config(chosen, tmp_path)
+    assert (config.groups_per_batch, config.rollout.group_size, config.rollout.max_new_tokens) == (16, 8, 256)
+    assert (config.run.steps, config.rollout.max_staleness, config.learner.lr) == (9, 4, 0.5)
+    shape = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert shape["vocab_size"] == 72
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert len(prompts) == 512
+    assert {len(prompt) for prompt in prompts} == set(range(8, 25))
+
+
+def test_a_model_and_prompts_of_ones_own_are_used(tmp_path):
+    given = ["--model", "m", "--prompts", str(tmp_path / "p.jsonl"), "--prompt-column", "input", "--reward", "r.py:f"]
+    config = bench_loop._config(options(bench_loop, *given, "--group-size", "3", "--kl-coef", "0"), tmp_path)
+    assert (config.model.path, config.data.prompt_column, config.rollout.group_size) == ("m", "input", 3)
+    assert config.reward.functions[0].function.endswith("/r.py:f")
+    assert not config.needs_reference
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["lop"], "E107"),
+        (["loop", "--shape", "tall"], "E106"),
+        (["loop", "--bogus", "1"], "E106"),
+        (["loop", "--steps", "3"], "E102"),
+        (["loop", "--model", "m"], "E108"),
+        (["loop", "--set", "rollout.group_sise=2"], "E106"),
+        (["loop", "--max-staleness", "-1"], "E102"),
+        (["rewards", "--workers", "none"], "E106"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, code, capsys):
+    assert bench.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"error[{code}]" in said
+    assert "Traceback" not in said
+
+
+def test_help_names_the_options(capsys):
+    assert bench.main(["loop", "--help"]) == 0
+    assert "--max-staleness" in capsys.readouterr().out
+
+
+def test_faulty_groups_are_the_asked_share_in_a_fixed_order():
+    chosen = options(bench_rewards, "--completions", "800", "--hang", "0.05", "--crash", "0.1")
+    modes = bench_rewards._modes(chosen)
+    assert (len(modes), modes.count("hang"), modes.count("crash")) == (100, 5, 10)
+    assert modes == bench_rewards._modes(chosen)
+    assert len(set(np.flatnonzero(np.array(modes) == "hang"))) == 5
+
+
+def test_a_row_is_held_against_its_limit():
+    chosen = options(bench_rewards, "--completions", "1000")
+    row = bench_rewards._row(2, "subprocess", "some", 4.0, chosen, 3.0, 7)
+    assert (row["completions_per_s"], row["ms_per_completion"], row["of_limit"]) == (250, 8, 0.75)
+    assert (row["limit_per_s"], row["dropped"], row["groups"]) == (pytest.approx(1000 / 3), 7, 125)
