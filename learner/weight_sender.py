@@ -28,6 +28,7 @@ from shared.weights import (
     TensorMeta,
     describe,
     digest,
+    orphans,
     pack_handle,
     segment_name,
     views,
@@ -83,6 +84,8 @@ class ShmSender:
         self._engine, self._is_sender = engine, is_sender
         self._tensors = layout(engine)
         size = self._tensors[-1].offset + self._tensors[-1].nbytes
+        for orphan in orphans() if is_sender else ():  # Of a run that was killed.
+            orphan.unlink(missing_ok=True)
         self._segments = [Segment(segment_name(run_id, label), size) for label in ("a", "b")] if is_sender else []
         self._turn = 0
 

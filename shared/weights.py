@@ -8,8 +8,10 @@ that took a publication has hashed exactly the bytes that it loaded.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,15 +128,15 @@ class Segment:
         """Create ``name`` with ``size`` bytes, or map an existing one when ``size`` is None."""
         self.name, self._path = name, SHM_DIR / name
         flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        fd = os.open(self._path, flags, 0o600)
-        try:
-            if size is not None:
-                os.posix_fallocate(fd, 0, max(size, 1))
-            # A private copy-on-write mapping reads the same pages; torch refuses to warn-free wrap read-only memory.
-            access = mmap.ACCESS_COPY if size is None else mmap.ACCESS_WRITE
-            self._map = mmap.mmap(fd, 0, access=access)
-        finally:
-            os.close(fd)
+        self._file = os.fdopen(os.open(self._path, flags, 0o600), "rb" if size is None else "r+b", buffering=0)
+        if size is not None:
+            fcntl.flock(self._file, fcntl.LOCK_EX)  # Held while the owner lives: see ``orphans``.
+            os.posix_fallocate(self._file.fileno(), 0, max(size, 1))
+        # A private copy-on-write mapping reads the same pages; torch refuses to warn-free wrap read-only memory.
+        access = mmap.ACCESS_COPY if size is None else mmap.ACCESS_WRITE
+        self._map = mmap.mmap(self._file.fileno(), 0, access=access)
+        if size is None:
+            self._file.close()
 
     @property
     def bytes(self) -> NDArray[np.uint8]:
@@ -183,6 +185,20 @@ def unpack_handle(handle: list[Any]) -> tuple[Any, ...]:
 def segment_name(run_id: str, label: str) -> str:
     """Name of a shared-memory file; carries the run id so that a run can remove what it left."""
     return f"{SHM_PREFIX}{run_id}-{label}"
+
+
+def orphans(older_than_s: float = 10.0) -> list[Path]:
+    """Shared-memory files of runs on this host whose owner died without removing them.
+
+    A file younger than ``older_than_s`` may be about to be locked by its owner.
+    """
+    found = []
+    for path in SHM_DIR.glob(f"{SHM_PREFIX}*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:  # Gone, locked, or another user's.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - path.stat().st_mtime >= older_than_s:
+                found.append(path)
+    return found
 
 
 def remove_segments(run_id: str) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import uuid
 
 import numpy as np
@@ -11,7 +13,18 @@ import pytest
 import torch
 from blake3 import blake3
 
-from shared.weights import SHM_DIR, Canary, Publication, Segment, describe, digest, remove_segments, segment_name, views
+from shared.weights import (
+    SHM_DIR,
+    Canary,
+    Publication,
+    Segment,
+    describe,
+    digest,
+    orphans,
+    remove_segments,
+    segment_name,
+    views,
+)
 
 TENSORS = [
     ("embed", torch.float32, (5, 3)),
@@ -128,3 +141,12 @@ def test_the_manifest_of_a_publication():
     assert info["sizes"] == [60, 2, 14, 0, 128]
     msgpack = pytest.importorskip("msgpack")
     assert msgpack.unpackb(msgpack.packb(info)) == info
+
+
+def test_segments_of_a_killed_owner_are_orphans_and_those_of_a_living_one_are_not(run_id):
+    code = "import os, signal, sys; from shared.weights import Segment; s = Segment(sys.argv[1], 8); os.kill(os.getpid(), signal.SIGKILL)"
+    killed, living = segment_name(run_id, "killed"), Segment(segment_name(run_id, "living"), 8)
+    subprocess.run([sys.executable, "-c", code, killed], check=False)
+    assert SHM_DIR / killed in orphans(older_than_s=0)
+    assert SHM_DIR / killed not in orphans(older_than_s=60)
+    assert SHM_DIR / living.name not in orphans(older_than_s=0)
