@@ -32,7 +32,13 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 def learner_environment(config: Config) -> dict[str, str]:
     """Environment variables of a learner rank; they must be set before torch is imported."""
-    return {"OMP_NUM_THREADS": str(config.learner.cpu_threads), "DS_LOG_LEVEL": "warning"}
+    return {
+        "OMP_NUM_THREADS": str(config.learner.cpu_threads),
+        "DS_LOG_LEVEL": "warning",
+        # Keep freed activations instead of giving them back page by page: 5 to 15 % of a CPU step.
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    }
 
 
 def join_group(config: Config, rank: int, world_size: int, master: tuple[str, int]) -> None:

@@ -40,7 +40,7 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """``[B, C]``: of the batch's completion tokens, at the sampling temperature."""
-        logprobs: Tensor = self._engine(batch.tokens)[0]
+        logprobs: Tensor = self._engine(batch.tokens, with_entropy=False)[0]
         return logprobs
 
     @torch.no_grad()

@@ -38,6 +38,8 @@ class _Replica:
     actor: Any
     version: int = -1
     """Policy version of the weights loaded here."""
+    digests: set[str] = field(default_factory=set)
+    """Of the bytes that its workers took last."""
     outstanding: int = 0
     proved: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while the weights loaded here are proved."""
@@ -102,7 +104,7 @@ class EnginePool:
         """One engine: pause, receive, resume."""
         started = time.monotonic()
         replica.proved.clear()
-        stages = await self._receive_round(replica, publication)
+        replica.digests, stages = await self._receive_round(replica, publication)
         replica.version = publication.version
         seconds = time.monotonic() - started
         return {
@@ -113,10 +115,10 @@ class EnginePool:
 
     async def _prove(self, replica: _Replica, publication: Publication, digest: str) -> dict[str, float]:
         started, limit = time.monotonic(), _stage_limit(publication)
-        received = await self._ask(replica, "received", timeout_s=limit)
-        if set(received) != {digest}:
+        if replica.digests != {digest}:
+            found = sorted(replica.digests)
             raise WeightProofFailed(
-                f"engine-{replica.index}, version {publication.version}: received {received}, sent {digest}"
+                f"engine-{replica.index}, version {publication.version}: received {found}, sent {digest}"
             )
         gap = await self._ask(replica, "prove", publication.canary, publication.version, timeout_s=limit)
         if not gap <= self._config.canary_tolerance:
@@ -127,13 +129,14 @@ class EnginePool:
         replica.proved.set()
         return {"sync/proof_seconds": time.monotonic() - started, "sync/canary_gap": gap}
 
-    async def _receive_round(self, replica: _Replica, publication: Publication) -> dict[str, float]:
+    async def _receive_round(self, replica: _Replica, publication: Publication) -> tuple[set[str], dict[str, float]]:
         """A failed round leaves the engine paused and is repeated as a whole; resuming it would kill it."""
         # A broadcast that failed has no sender any more: only a snapshot can be taken again.
         tries = 1 if publication.collective else ROUND_TRIES
         for attempt in range(1, tries + 1):
             try:
-                return await self._ask(replica, "receive", publication, timeout_s=_stage_limit(publication))
+                digests, stages = await self._ask(replica, "receive", publication, timeout_s=_stage_limit(publication))
+                return digests, stages
             except (EngineFailed, TimeoutError):
                 raise
             except Exception as error:

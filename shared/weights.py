@@ -85,6 +85,10 @@ class Publication:
         """Size of the weights in bytes."""
         return sum(t.nbytes for t in self.tensors)
 
+    def hash_segment(self) -> str:
+        """The digest of the bytes as they lie in shared memory now."""
+        return digest(views(Segment(self.segment).bytes, self.tensors))
+
     def update_info(self) -> dict[str, Any]:
         """The msgpack-able argument of vLLM's ``update_weights``."""
         tensors = {
@@ -98,7 +102,7 @@ class Publication:
         if self.backend == IPC_BACKEND:
             return {"ipc_handles": self.handles, "tensor_sizes": sizes, "digest": self.digest, **tensors}
         places = {"offsets": [t.offset for t in self.tensors], "sizes": sizes}
-        return {"segment": self.segment, "digest": self.digest, **tensors, **places}
+        return {"segment": self.segment, **tensors, **places}
 
 
 @dataclass(frozen=True)

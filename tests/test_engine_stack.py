@@ -92,11 +92,11 @@ def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(stack):
     engine, policy, run = stack
     publication = policy.publish()
     assert run(engine.prove(publication.canary, 0)) > 0.01
-    stages = run(engine.receive(publication))
+    digests, stages = run(engine.receive(publication))
     assert run(engine.prove(publication.canary, 0)) < 1e-3
     assert run(engine.weight_version()) == "0"
     assert stages["paused"] > 0
-    assert run(engine.received()) == [publication.digest]
+    assert digests == {publication.digest}
 
 
 def test_a_tied_head_follows_its_embedding(stack):
@@ -146,14 +146,28 @@ def test_greedy_is_the_argmax(stack):
         ids.append(token)
 
 
-def test_a_damaged_publication_is_refused_and_a_repeated_round_recovers(stack):
+def test_a_damaged_publication_is_refused_before_the_engine_is_touched(stack):
     engine, policy, run = stack
     policy.change(0.05)
     publication = policy.publish()
-    damaged = dataclasses.replace(publication, digest="0" * 64)
+    before = run(engine.weight_version())
     with pytest.raises(Exception, match="the learner sent 0000"):
-        run(engine.receive(damaged))
+        run(engine.receive(dataclasses.replace(publication, digest="0" * 64)))
+    assert not run(engine._llm.is_paused())
+    assert run(engine.weight_version()) == before
+
+
+def test_a_round_that_fails_half_way_stays_paused_and_a_repeated_one_recovers(stack):
+    engine, policy, run = stack
+    policy.change(0.05)
+    publication = policy.publish()
+    strange = dataclasses.replace(publication.tensors[-1], name="model.layers.99.strange")
+    half = dataclasses.replace(publication, tensors=(*publication.tensors[:-1], strange))
+    with pytest.raises(Exception, match="99"):
+        run(engine.receive(half))
+    assert run(engine._llm.is_paused())
     run(engine.receive(publication))
+    assert not run(engine._llm.is_paused())
     assert run(engine.prove(publication.canary, publication.version)) < 1e-3
 
 

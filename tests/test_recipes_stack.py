@@ -81,6 +81,9 @@ class Rows:
     def evaluated(self, _, metrics):
         self.evaluations.append(metrics["eval/reward"])
 
+    def failed(self, failure, prompt):
+        raise AssertionError(f"group {failure.group_id}: {failure.detail}")
+
 
 def prepared(recipe, **changes):
     from launch.preflight import prepare
