@@ -124,6 +124,7 @@ class Engine:
             min_p=sampling.min_p,
             stop=list(sampling.stop) or None,
             logprobs=0,
+            flat_logprobs=True,
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -132,10 +133,7 @@ class Engine:
         return tuple(
             Completion(
                 token_ids=np.asarray(output.token_ids, dtype=np.int32),
-                logprobs=np.asarray(
-                    [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)],
-                    dtype=np.float32,
-                ),
+                logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),  # Of the sampled tokens alone.
                 text=text,
                 finish_reason=output.finish_reason,
                 version_spans=tuple(
