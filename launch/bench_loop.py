@@ -97,9 +97,6 @@ def summary(rows: list[dict[str, Any]], config: Config, workload: str) -> dict[s
     seconds = sum(row["time/step"] for row in steps)
     samples = config.groups_per_batch * config.rollout.group_size * len(steps)
     tokens = sum(row["completions/mean_length"] for row in steps) * samples / len(steps)
-    useful = (
-        sum(row["completions/mean_length"] * (1 - row["frac_reward_zero_std"]) for row in steps) * samples / len(steps)
-    )
     return {
         "system": "millrace",
         "workload": workload,
@@ -108,13 +105,13 @@ def summary(rows: list[dict[str, Any]], config: Config, workload: str) -> dict[s
         "response_tokens_per_s": tokens / seconds,
         "mean_len": tokens / samples,
         "step_s_median": statistics.median(row["time/step"] for row in steps),
-        "goodput": useful / seconds,
+        "goodput": sum(row["goodput"] * row["time/step"] for row in steps) / seconds,
         "staleness_mean": statistics.fmean(row["staleness/mean"] for row in steps),
         "staleness_max": max(row["staleness/max"] for row in steps),
         "sync_pause_s_median": statistics.median(row["sync/pause_seconds"] for row in steps),
         "canary_gap_max": max(row["sync/canary_gap"] for row in steps),
         "train_s_median": statistics.median(row["time/controller/train"] for row in steps),
-        "wait_for_groups_s_median": statistics.median(row["time/controller/wait_for_groups"] for row in steps),
+        "wait_for_groups_s_mean": statistics.fmean(row.get("time/controller/wait_for_groups", 0.0) for row in steps),
         "dtype": config.model.dtype,
     }
 

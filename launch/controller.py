@@ -9,11 +9,11 @@ knows no Ray; engines, rewards and learners are objects with async methods.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any, Protocol
 
 import numpy as np
 
+from launch.accounts import Accounts, Part
 from launch.early_stopping import EARLY_STOPPING
 from launch.failures import FailureBudget
 from learner.choices import bind
@@ -23,6 +23,7 @@ from rollout.prompts import PromptStream
 from rollout.reward_worker import penalise_truncated
 from shared.config import Config
 from shared.errors import GroupFailed, LearnerFailed, NothingToLearn, Stalled
+from shared.ledger import TimeBook, TimeLedger
 from shared.metrics import group_metrics
 from shared.types import Completion, IntArray, Prompt, RolloutGroup, StepReport
 from shared.weights import Publication
@@ -30,7 +31,7 @@ from shared.weights import Publication
 CANARY_TOKENS = 64
 
 
-class Engines(Protocol):
+class Engines(Part, Protocol):
     """What the controller needs of ``EnginePool``."""
 
     async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]: ...
@@ -38,7 +39,7 @@ class Engines(Protocol):
     async def prove(self, publication: Publication, digest: str) -> dict[str, float]: ...
 
 
-class Rewards(Protocol):
+class Rewards(Part, Protocol):
     """What the controller needs of ``RewardPool``."""
 
     state: dict[str, Any]
@@ -47,7 +48,7 @@ class Rewards(Protocol):
     def metrics(self) -> dict[str, float]: ...
 
 
-class Learners(Protocol):
+class Learners(Part, Protocol):
     """What the controller needs of ``LearnerGroup``."""
 
     async def train_step(self, groups: list[RolloutGroup]) -> StepReport: ...
@@ -59,10 +60,13 @@ class Learners(Protocol):
 class Recorder(Protocol):
     """What the controller needs of ``RunFolder``."""
 
+    book: TimeBook
+
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None: ...
     def evaluated(self, step: int, metrics: dict[str, float]) -> None: ...
     def failed(self, failure: GroupFailed, prompt: Prompt) -> None: ...
     def best_checkpoint(self, step: int) -> str: ...
+    def summary(self, summary: dict[str, Any]) -> None: ...
 
 
 class Controller:
@@ -93,9 +97,9 @@ class Controller:
         self._replaced: list[RolloutGroup] = []
         self._canary = np.concatenate([train.peek().token_ids] * 2)[:CANARY_TOKENS]
         self._delivery: asyncio.Task[None] | None = None
-        self._delivered_at = time.monotonic()
         self._skipped = 0
-        self._tokens = 0
+        self._time = TimeLedger("controller")
+        self._accounts = Accounts(config, recorder.book, self._time, (engines, rewards, learners))
 
     async def run(self) -> None:
         """Publish version 0, evaluate, train, evaluate. Any failure on either side ends both."""
@@ -103,7 +107,7 @@ class Controller:
         digest, _ = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
         await self._engines.prove(publication, digest)
         await self._evaluate()
-        self._delivered_at = time.monotonic()
+        await self._accounts.begin()
         try:
             async with asyncio.TaskGroup() as tasks:
                 producer = tasks.create_task(self._produce())
@@ -111,6 +115,7 @@ class Controller:
                 producer.cancel()
         except BaseExceptionGroup as failures:
             raise _first_cause(failures) from None
+        self._recorder.summary(await self._accounts.finish())
         if not self._stopping.stop:
             await self._evaluate()
 
@@ -165,56 +170,46 @@ class Controller:
 
     async def _step(self, tasks: asyncio.TaskGroup) -> None:
         """Take, train, publish; the publication is delivered while the next step already begins."""
-        clock = time.monotonic
-        started = clock()
+        self._time.enter("wait_for_groups")
         groups = await self.buffer.take()
-        taken = clock()
         if not groups:  # Every group of the batch was without signal and could not be replaced.
             await self.buffer.release(self._batches_left(self.version))
             return
-        metrics = group_metrics(groups, self.version, self._replaced)
-        self._replaced = []
+        replaced, self._replaced = self._replaced, []
+        metrics = group_metrics(groups, self.version, replaced)
         assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
+        self._time.enter("train")
         report = await self._learners.train_step(groups)
-        trained = clock()
         if not report.applied:
             self._count_skipped(report, groups)
             await self.buffer.release(self._batches_left(self.version))
             return
         self._skipped, self.version = 0, report.policy_version
+        self._time.enter("publish")
         publication = await self._learners.publish(self._canary)
         metrics |= report.metrics | {
             "policy_version": float(self.version),
-            "time/controller/wait_for_groups": taken - started,
-            "time/controller/train": trained - taken,
-            "time/controller/export": clock() - trained,
             "buffer/ready": float(self.buffer.ready),
             "buffer/in_flight": float(self.buffer.in_flight),
         }
         await self._delivered()
-        metrics["time/controller/wait_for_delivery"] = clock() - trained - metrics["time/controller/export"]
-        self._delivery = tasks.create_task(self._deliver(publication, report.label(groups), metrics))
+        self._delivery = tasks.create_task(self._deliver(publication, report.label(groups), replaced, metrics))
         if publication.collective:  # No snapshot: the weights must not change while they are sent.
             await self._delivered()
 
-    async def _deliver(self, publication: Publication, groups: list[RolloutGroup], metrics: dict[str, float]) -> None:
+    async def _deliver(
+        self,
+        publication: Publication,
+        groups: list[RolloutGroup],
+        replaced: list[RolloutGroup],
+        metrics: dict[str, float],
+    ) -> None:
         """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
         digest, sync = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
         await self.buffer.release(self._batches_left(publication.version))
         sync |= await self._engines.prove(publication, digest)
-        now = time.monotonic()
-        seconds, self._delivered_at = now - self._delivered_at, now
-        sampled = sum(len(c.token_ids) for group in groups for c in group.completions)
-        self._tokens += sampled + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
-        metrics |= sync | {
-            "sync/export_seconds": publication.seconds,
-            "sync/bytes": float(publication.nbytes),
-            "num_tokens": float(self._tokens),
-            "throughput/rollout_tokens_per_second": sampled / seconds,
-            "throughput/train_tokens_per_second": metrics.get("train_tokens", 0.0) / seconds,
-            "throughput/samples_per_second": sum(len(g.completions) for g in groups) / seconds,
-            "time/step": seconds,
-        }
+        metrics |= sync | self._accounts.step(groups, replaced, metrics.get("train_tokens", 0.0))
+        metrics |= {"sync/export_seconds": publication.seconds, "sync/bytes": float(publication.nbytes)}
         metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
         metrics |= {f"groups/{fate}": float(n) for fate, n in self.buffer.fates.items()}
         self._rewards.state = {
@@ -228,6 +223,7 @@ class Controller:
     async def _delivered(self) -> None:
         """Wait until the previous publication, if any, has reached every engine."""
         if self._delivery is not None:
+            self._time.enter("wait_for_delivery")
             # A stall that cancels this wait must find the delivery alive, to say that it is what hangs.
             await asyncio.shield(self._delivery)
 
@@ -267,7 +263,8 @@ class Controller:
                 self._failures.failed(failure, prompt)
                 return None
 
-        answers = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(self._held_out)))
+        with self._time.during("evaluate"):
+            answers = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(self._held_out)))
         scores = [score for score in answers if score is not None]
         if not scores:
             raise NothingToLearn(f"not one of {len(answers)} held-out prompts could be generated and scored")

@@ -16,6 +16,7 @@ from typing import Any
 from launch.failures import sample_file
 from shared.config import Config
 from shared.errors import GroupFailed, InputError
+from shared.ledger import TimeBook
 from shared.metrics import MetricsWriter, read_metrics
 from shared.types import Prompt, RolloutGroup
 
@@ -48,7 +49,8 @@ class RunFolder:
         if (path / "metrics.jsonl").exists():
             shutil.rmtree(path)
         try:
-            (path / "samples").mkdir(parents=True, exist_ok=True)
+            for folder in ("samples", "ledger"):
+                (path / folder).mkdir(parents=True, exist_ok=True)
             (path / "config.toml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise InputError(
@@ -60,6 +62,7 @@ class RunFolder:
                 "another place",
             ) from None
         self._metrics = MetricsWriter(path, config.run.tensorboard)
+        self.book = TimeBook(path / "ledger" / "trace.json")
         self._started = self._printed = time.monotonic()
         self._first_step = 0.0
         self._best: Path | None = None
@@ -117,8 +120,14 @@ class RunFolder:
         print(f"evaluation at version {step}: {shown}", flush=True)
         self._metrics.write(step, metrics)
 
+    def summary(self, summary: dict[str, Any]) -> None:
+        """Keep the summary of the run's time and print its verdict."""
+        (self.path / "ledger" / "time.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        print(summary["verdict"], flush=True)
+
     def finish(self) -> None:
         """Close the sinks and draw the curve."""
+        self.book.close()
         self._metrics.close()
         draw_curves(read_metrics(self.path), self.path / "reward.png", self._config)
         print(f"run folder: {self.path} ({_clock(time.monotonic() - self._started)} in all)", flush=True)

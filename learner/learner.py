@@ -7,7 +7,6 @@ depend on how it was split into micro-batches and ranks.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +23,7 @@ from learner.reference import Reference
 from learner.step_metrics import over_updates, reduce_metrics, token_means
 from learner.weight_sender import IpcSender, NcclSender, ShmSender, save_pretrained
 from shared.config import Config
+from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, Prompt, RolloutGroup, StepReport
 from shared.weights import Canary, Link, Publication
 
@@ -36,6 +36,7 @@ class Learner:
     ) -> None:
         """Join the learner's process group and load the policy (and the reference, if a KL term needs it)."""
         self.config, self.rank, self.world_size = config, rank, world_size
+        self._ledger = TimeLedger(f"learner-{rank}")
         self.policy_version = 0
         self._grad_norm = self._lr = float("nan")
         join_group(config, rank, world_size, master)
@@ -67,7 +68,8 @@ class Learner:
         self.engine.train()
         full = self._choices.full_in_loss or self._choices.full_in_reward
         self.reference = Reference(config, self._load(), self.device, full) if config.needs_reference else None
-        self._passes = Passes(config, self._choices, self._without_gradient, self.reference)
+        self._passes = Passes(config, self._choices, self._without_gradient, self.reference, self._ledger)
+        self._ledger.enter("wait_for_groups")
 
     # --- training ---
 
@@ -76,11 +78,15 @@ class Learner:
 
         Every rank must get the same groups. ``given`` fixes advantages, old or reference log-probs from outside.
         """
-        started = time.monotonic()
+        with self._ledger.during("plan"):
+            report = self._train(groups, given or Given())
+        return replace(report, times=self._ledger.take())
+
+    def _train(self, groups: list[RolloutGroup], given: Given) -> StepReport:
         steps, scored = plan_batch(self.config, groups, self.rank, self.world_size, self.device)
         if not any(step.batches for step in steps):
             return StepReport(self.policy_version, False, scored.metrics)
-        steps = self._passes.prepare(steps, scored, (given or Given()).of(scored.kept), self._kl_coefs()[1])
+        steps = self._passes.prepare(steps, scored, given.of(scored.kept), self._kl_coefs()[1])
         reports: list[dict[str, float]] = []
         before = self.policy_version
         for epoch in range(self.config.learner.epochs_per_batch):
@@ -98,7 +104,7 @@ class Learner:
         if not reports:
             return StepReport(self.policy_version, False, scored.metrics | {"trainable_tokens": 0.0})
         metrics = scored.metrics | over_updates(reports)
-        metrics |= {"updates": float(len(reports)), "time/train": time.monotonic() - started}
+        metrics["updates"] = float(len(reports))
         return StepReport(self.policy_version, self.policy_version > before, metrics, scored.advantages)
 
     def sequence_logprobs(self, token_ids: np.ndarray) -> np.ndarray:
@@ -165,6 +171,7 @@ class Learner:
         self, batch: MicroBatch, settings: LossSettings, entropy_weight: float
     ) -> tuple[Tensor, dict[str, float]]:
         """Forward and backward of one micro-batch; its detached log-probs, and its metrics as sums."""
+        self._ledger.enter("forward")
         against = self.reference.against(batch) if self.reference is not None else None
         logprobs, entropy, full_kl = self.engine(batch.tokens, against)
         mask = batch.mask & torch.isfinite(logprobs)
@@ -189,7 +196,9 @@ class Learner:
         loss, metrics = grpo_loss(inputs, settings)
         # The loss is already a sum weighted over the whole step. DeepSpeed averages gradients over the ranks and would
         # divide by accumulation steps: undo the first, switch off the second.
+        self._ledger.enter("backward")
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self._ledger.enter("plan")
         metrics |= {
             "loss": loss.detach(),
             "entropy_sum": (entropy.detach() * batch.mask).sum(),
@@ -202,7 +211,8 @@ class Learner:
         self._lr = self.config.learner.lr * self._choices.schedule(self.policy_version, self.config.run.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self._lr
-        self.engine.step()
+        with self._ledger.during("optimizer"):
+            self.engine.step()
         norm = self.engine.get_global_grad_norm()
         self._grad_norm = float(norm) if norm is not None else self._grad_norm
         applied = bool(np.isfinite(self._grad_norm)) and bool(self.engine.was_step_applied())
@@ -252,16 +262,25 @@ class Learner:
     def send(self) -> str:
         """Send the weights of a collective publication; the digest of what was sent."""
         assert isinstance(self._sender, NcclSender)
-        return self._sender.send()
+        with self._ledger.during("send"):
+            return self._sender.send()
 
     def publish(self, canary: np.ndarray) -> Publication | None:
         """Snapshot the weights with the policy's log-probs of ``canary [T]``; rank 0 returns the publication.
 
         With colocated engines every rank returns one, for the engine on its GPU.
         """
-        return self._sender.export(self.policy_version, Canary(canary, self.sequence_logprobs(canary)))
+        with self._ledger.during("canary"):
+            proof = Canary(canary, self.sequence_logprobs(canary))
+        with self._ledger.during("gather"):
+            return self._sender.export(self.policy_version, proof)
+
+    def times(self) -> TimeSlice:
+        """What this rank did since it was asked last."""
+        return self._ledger.take()
 
     def save(self, directory: str) -> str:
         """Write the policy in Hugging Face form (safetensors, config, tokenizer) and return the directory."""
-        save_pretrained(self.engine, self.config, directory, self.rank == 0)
+        with self._ledger.during("save"):
+            save_pretrained(self.engine, self.config, directory, self.rank == 0)
         return directory

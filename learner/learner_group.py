@@ -17,6 +17,7 @@ from learner.distributed import free_port, learner_environment
 from learner.learner import Learner
 from shared.config import Config
 from shared.errors import LearnerFailed, one_line
+from shared.ledger import TimeSlice
 from shared.types import RolloutGroup, StepReport
 from shared.weights import Link, Publication
 
@@ -36,6 +37,8 @@ class LearnerGroup:
         self._config, self._run_id, self._slots = config, run_id, slots
         self._environment = environment | learner_environment(config)
         self._ranks: list[Any] = []
+        self.slices: list[TimeSlice] = []
+        """What the ranks did, as far as their answers told."""
 
     async def start(self) -> None:
         """Spawn the ranks and wait until each holds its share of the model."""
@@ -56,7 +59,9 @@ class LearnerGroup:
 
         # One copy in the object store serves all ranks; a plain argument would be stored once per rank.
         shared = ray.put(groups) if len(self._ranks) > 1 else groups
-        return (await self._call("train_step", shared))[0]
+        reports: list[StepReport] = await self._call("train_step", shared)
+        self.slices += [report.times for report in reports if report.times is not None]
+        return reports[0]
 
     async def publish(self, canary: np.ndarray) -> Publication:
         """Snapshot the weights for the engines, with the log-probs of the ``canary`` tokens ``[T]``."""
@@ -83,6 +88,10 @@ class LearnerGroup:
     async def save(self, directory: str) -> str:
         """Write the policy in Hugging Face form."""
         return (await self._call("save", directory))[0]
+
+    async def close_books(self) -> None:
+        """Ask every rank for what is still missing in ``slices``."""
+        self.slices += await self._call("times")
 
     def close(self) -> None:
         """Kill the ranks."""

@@ -23,6 +23,7 @@ from learner.off_policy import masked
 from learner.reference import Reference
 from shared.config import Config
 from shared.errors import LearnerFailed
+from shared.ledger import TimeLedger
 from shared.types import RolloutGroup
 
 TIE = 1e-5
@@ -116,9 +117,12 @@ def _check_rollout_logprobs(config: Config, rows: list[Row]) -> None:
 class Passes:
     """The passes over a batch that come before its first update."""
 
-    def __init__(self, config: Config, choices: Choices, forward: Forward, reference: Reference | None) -> None:
+    def __init__(
+        self, config: Config, choices: Choices, forward: Forward, reference: Reference | None, ledger: TimeLedger
+    ) -> None:
         """``forward(micro_batch, against)`` is the policy without gradient: ``(logprobs, entropy, kl)``."""
         self._config, self._choices, self._forward, self._reference = config, choices, forward, reference
+        self._ledger = ledger
         algorithm = config.algorithm
         self._entropy_share = algorithm.top_entropy_quantile
         self._filtered = config.rollout.truncated_sampling == "renormalise" and choices.truncates
@@ -179,12 +183,15 @@ class Passes:
                 raise ValueError("ref_logprobs cannot be given for a full KL: it compares whole distributions")
             batch = replace(batch, ref_logprobs=batch.lay_out(given.ref_logprobs))
         elif self._reference is not None and self._choices.needs_ref_logprobs:
-            batch = replace(batch, ref_logprobs=self._reference.logprobs(batch))
+            with self._ledger.during("reference"):
+                batch = replace(batch, ref_logprobs=self._reference.logprobs(batch))
         if self._reference is not None and self._full:
-            batch = replace(batch, ref_hidden=self._reference.hidden(batch))
+            with self._ledger.during("reference"):
+                batch = replace(batch, ref_hidden=self._reference.hidden(batch))
         if with_pass:
             against = self._reference.against(batch) if self._reference is not None else None
-            logprobs, entropy, kl = self._forward(batch, against)
+            with self._ledger.during("old_logprobs"):
+                logprobs, entropy, kl = self._forward(batch, against)
             inside = batch.mask & torch.isfinite(logprobs) if self._filtered else batch.mask
             old = logprobs if given.old_logprobs is None else batch.old_logprobs
             batch = replace(batch, old_logprobs=old, mask=inside)

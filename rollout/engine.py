@@ -11,12 +11,13 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from shared.config import Config, Rollout
 from shared.errors import WeightProofFailed
+from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, IntArray, VersionSpan
 from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication
 
@@ -66,11 +67,22 @@ def engine_environment(config: Config, index: int) -> dict[str, str]:
     }
 
 
+class Received(NamedTuple):
+    """What an engine answers to a publication."""
+
+    digests: set[str]
+    """Of the bytes that its workers took."""
+    seconds: dict[str, float]
+    """``paused``: without generation; ``transfer``: of that, loading the weights."""
+    times: TimeSlice
+
+
 class Engine:
     """A vLLM ``AsyncLLM`` with the six calls that a rollout needs."""
 
     def __init__(self, config: Config, index: int = 0, load_format: str = "dummy") -> None:
         """Start vLLM. With ``load_format`` dummy the weights are random until the first publication arrives."""
+        ledger = TimeLedger(f"engine-{index}")
         os.environ.update(engine_environment(config, index))
         from vllm import AsyncEngineArgs
         from vllm.config import WeightTransferConfig
@@ -105,9 +117,11 @@ class Engine:
         elif colocated:
             arguments["gpu_memory_utilization"] = COLOCATED_SHARE
         self.index = index
+        self._ledger = ledger
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.rollout.vllm)))
         self._tokenizer = self._llm.get_tokenizer()
-        self._requests = 0
+        self._requests = self._running = 0
+        self._ledger.enter("wait_for_prompts")
 
     async def generate(self, token_ids: IntArray, sampling: Sampling, version: int) -> tuple[Completion, ...]:
         """Sample ``sampling.n`` completions of one prompt ``[P]``; ``version`` is the newest proved policy version."""
@@ -161,8 +175,8 @@ class Engine:
         ranks = {"rank_offset": rank_offset, "world_size": 1 + link.workers, "packed": True}
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=where | ranks))
 
-    async def receive(self, publication: Publication) -> tuple[set[str], dict[str, float]]:
-        """Take ``publication``; returns the digests of what was taken and the seconds of each stage.
+    async def receive(self, publication: Publication) -> Received:
+        """Take ``publication``.
 
         Running requests freeze in place and go on under the new weights. Raises ``WeightProofFailed`` before anything
         is touched if a snapshot's bytes are damaged. A round that fails later leaves the engine paused: vLLM recovers
@@ -175,25 +189,21 @@ class Engine:
             raise WeightProofFailed(
                 f"segment {publication.segment}: hashed {digests}, the learner sent {publication.digest}"
             )
-        marks = [time.monotonic()]
-
-        def mark() -> None:
-            marks.append(time.monotonic())
-
+        started = time.monotonic()
         # Not ``pause_generation``: it adds 20 ms of sleep, for an order of results that nobody here needs.
+        self._ledger.enter("pause")
         await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-        mark()
+        self._ledger.enter("receive")
+        paused = time.monotonic()
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=publication.update_info()))
-        mark()
+        transferred = time.monotonic()
         await self._llm.finish_weight_update(str(publication.version))
-        mark()
         await self._llm.resume_generation()
-        mark()
-        names = ("pause", "transfer", "finish", "resume")
-        stages = {name: end - start for name, start, end in zip(names, marks, marks[1:], strict=False)}
+        self._ledger.enter(self._working())
+        seconds = {"paused": time.monotonic() - started, "transfer": transferred - paused}
         digests = digests or set(await self._llm.collective_rpc("millrace_received"))
-        return digests, stages | {"paused": marks[-1] - marks[0]}
+        return Received(digests, seconds, self._ledger.take())
 
     async def prove(self, canary: Canary, version: int) -> float:
         """Largest absolute difference between the engine's and the learner's log-probs of the canary, in nats."""
@@ -209,6 +219,10 @@ class Engine:
         await self._llm.check_health()
         return os.getpid()
 
+    async def times(self) -> TimeSlice:
+        """What this engine did since it was asked last."""
+        return self._ledger.take()
+
     async def close(self) -> None:
         """Stop vLLM's processes."""
         self._llm.shutdown()
@@ -221,9 +235,23 @@ class Engine:
         self._requests += 1
         # The salt keeps a new request from reusing prefix-cache blocks computed under older weights.
         prompt = {"prompt_token_ids": [int(t) for t in token_ids], "cache_salt": str(version)}
-        async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
-            final = result
-        return final
+        self._change(+1)
+        try:
+            async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
+                final = result
+            return final
+        finally:
+            self._change(-1)
+
+    def _change(self, running: int) -> None:
+        """``running`` requests more or less; an update under way keeps its state."""
+        before = self._working()
+        self._running += running
+        if self._ledger.state == before:
+            self._ledger.enter(self._working())
+
+    def _working(self) -> str:
+        return "generate" if self._running else "wait_for_prompts"
 
 
 def _version(label: str) -> int:

@@ -12,9 +12,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout.engine import Engine, Sampling, engine_environment
+from rollout.engine import Engine, Received, Sampling, engine_environment
 from shared.config import Config
 from shared.errors import EngineFailed, GroupFailed, MillraceError, WeightProofFailed, one_line
+from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
 from shared.weights import Link, Publication
 
@@ -51,6 +52,8 @@ class EnginePool:
     def __init__(self, config: Config, slots: list[Any], environment: dict[str, str]) -> None:
         self._config, self._slots, self._environment = config, slots, environment
         self._replicas: list[_Replica] = []
+        self.slices: list[TimeSlice] = []
+        """What the engines did, as far as their answers told."""
 
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
@@ -93,6 +96,11 @@ class EnginePool:
         """
         return _worst(await asyncio.gather(*(self._prove(replica, publication, digest) for replica in self._replicas)))
 
+    async def close_books(self) -> None:
+        """Ask every engine for what is still missing in ``slices``."""
+        limit = self._config.rollout.request_timeout_s
+        self.slices += await asyncio.gather(*(self._ask(r, "times", timeout_s=limit) for r in self._replicas))
+
     def close(self) -> None:
         """Kill the engines."""
         import ray
@@ -104,13 +112,15 @@ class EnginePool:
         """One engine: pause, receive, resume."""
         started = time.monotonic()
         replica.proved.clear()
-        replica.digests, stages = await self._receive_round(replica, publication)
+        taken = await self._receive_round(replica, publication)
+        replica.digests = taken.digests
+        self.slices.append(taken.times)
         replica.version = publication.version
         seconds = time.monotonic() - started
         return {
             "sync/seconds": seconds,
-            "sync/pause_seconds": stages["paused"],
-            "sync/transfer_seconds": stages["transfer"],
+            "sync/pause_seconds": taken.seconds["paused"],
+            "sync/transfer_seconds": taken.seconds["transfer"],
         }
 
     async def _prove(self, replica: _Replica, publication: Publication, digest: str) -> dict[str, float]:
@@ -129,14 +139,14 @@ class EnginePool:
         replica.proved.set()
         return {"sync/proof_seconds": time.monotonic() - started, "sync/canary_gap": gap}
 
-    async def _receive_round(self, replica: _Replica, publication: Publication) -> tuple[set[str], dict[str, float]]:
+    async def _receive_round(self, replica: _Replica, publication: Publication) -> Received:
         """A failed round leaves the engine paused and is repeated as a whole; resuming it would kill it."""
         # A broadcast that failed has no sender any more: only a snapshot can be taken again.
         tries = 1 if publication.collective else ROUND_TRIES
         for attempt in range(1, tries + 1):
             try:
-                digests, stages = await self._ask(replica, "receive", publication, timeout_s=_stage_limit(publication))
-                return digests, stages
+                taken: Received = await self._ask(replica, "receive", publication, timeout_s=_stage_limit(publication))
+                return taken
             except (EngineFailed, TimeoutError):
                 raise
             except Exception as error:

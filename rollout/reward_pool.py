@@ -19,6 +19,7 @@ from rollout.reward_loading import isolation_of, reward_name
 from rollout.reward_worker import Group, RewardWorker, Scores
 from shared.config import Config
 from shared.errors import GroupFailed, RewardFailed, one_line
+from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
 
 LATENCIES = 1000
@@ -42,7 +43,9 @@ class RewardPool:
     def __init__(self, config: Config, environment: dict[str, str]) -> None:
         self._settings, self._environment = config.reward, environment
         self._queue: asyncio.Queue[_Item] = asyncio.Queue()
-        self._actors = [self._spawn() for _ in range(config.reward.workers)]
+        self._actors = [self._spawn(f"reward-{i}") for i in range(config.reward.workers)]
+        self.slices: list[TimeSlice] = []
+        """What the workers did, as far as their answers told."""
         self._serving: list[asyncio.Task[None]] = []
         together = config.rollout.group_size * config.reward.groups_per_call
         limits = [
@@ -93,6 +96,12 @@ class RewardPool:
         self._waits.clear()
         self._busy_s, self._since = 0.0, time.monotonic()
         return metrics
+
+    async def close_books(self) -> None:
+        """Ask every worker for what is still missing in ``slices``; one that dies or hangs now has nothing to add."""
+        calls = [asyncio.wait_for(self._ask(actor.times.remote()), GRACE_S) for actor in self._actors]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        self.slices += [answer for answer in answers if isinstance(answer, TimeSlice)]
 
     def close(self) -> None:
         """Kill the workers."""
@@ -148,6 +157,8 @@ class RewardPool:
         for item, score in zip(items, scores, strict=True):
             if not item.result.done():
                 item.result.set_result(score)
+        if scores[0].times is not None:
+            self.slices.append(scores[0].times)
         for name, seconds in scores[0].seconds.items():
             self._latencies[name].append(seconds)
         for line in set(scores[0].warnings) - self._warned:
@@ -183,18 +194,19 @@ class RewardPool:
         except RayTaskError as error:
             raise error.cause from None
 
-    def _spawn(self) -> Any:
+    def _spawn(self, name: str) -> Any:
         import ray
 
         options = {"num_cpus": 0, "max_restarts": 0, "runtime_env": {"env_vars": self._environment}}
-        return ray.remote(RewardWorker).options(**options).remote(self._settings)
+        return ray.remote(RewardWorker).options(**options).remote(self._settings, name=name)
 
     def _replace(self, index: int) -> None:
         import ray
 
         ray.kill(self._actors[index])
         self.counters["worker_restarts"] += 1
-        self._actors[index] = self._spawn()
+        # A process of its own in the time ledger: the killed one's books end with its last answer.
+        self._actors[index] = self._spawn(f"reward-{index}.{self.counters['worker_restarts']}")
 
 
 class _WorkerDied(Exception):

@@ -24,6 +24,7 @@ from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from rollout.sandbox import CHILD_LIMITS, SANDBOX_LIMITS, Child, require_sandbox
 from shared.config import Reward, RewardFunction
 from shared.errors import InputError, RewardFailed
+from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, FloatArray, Prompt
 
 Group = tuple[int, Prompt, tuple[Completion, ...]]
@@ -42,6 +43,8 @@ class Scores:
     seconds: dict[str, float] = field(default_factory=dict)
     """Time inside each function, of the whole call."""
     warnings: list[str] = field(default_factory=list)
+    times: TimeSlice | None = None
+    """What the worker did since its last answer; in the first group of a call."""
 
     def combined(self, functions: Sequence[RewardFunction]) -> FloatArray:
         """``[G] float32``: weighted sum over the functions that applied; NaN where none did."""
@@ -169,8 +172,9 @@ def _made(key: str, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any
 class RewardWorker:
     """The reward functions of a run, called on whole groups."""
 
-    def __init__(self, settings: Reward, isolate: bool = False) -> None:
+    def __init__(self, settings: Reward, isolate: bool = False, name: str = "reward-0") -> None:
         """Import every function; ``isolate`` puts those of the actor into a killable subprocess too."""
+        self._ledger = TimeLedger(name)
         self._scorers = [
             _Scorer(spec, settings, f"reward.functions[{i}]", isolate) for i, spec in enumerate(settings.functions)
         ]
@@ -178,6 +182,7 @@ class RewardWorker:
         # A loop of its own, so that async functions keep their connections from call to call.
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._ledger.enter("wait_for_groups")
 
     def ready(self) -> bool:
         """True once the functions are imported."""
@@ -189,7 +194,14 @@ class RewardWorker:
         ``watch``: report a function that changes its arguments, as the metric ``changed_input``.
         """
         payload = _payload(groups, state) | {"watch": watch}
-        return asyncio.run_coroutine_threadsafe(self._score(groups, payload), self._loop).result()
+        with self._ledger.during("score"):
+            scores = asyncio.run_coroutine_threadsafe(self._score(groups, payload), self._loop).result()
+        scores[0].times = self._ledger.take()
+        return scores
+
+    def times(self) -> TimeSlice:
+        """What this worker did since it was asked last."""
+        return self._ledger.take()
 
     def close(self) -> None:
         """End connections, children and the loop."""

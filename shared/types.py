@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.ledger import TimeSlice
+
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 
@@ -109,6 +111,8 @@ class StepReport:
     metrics: dict[str, float] = field(default_factory=dict)
     advantages: dict[int, list[float]] = field(default_factory=dict)
     """By group id, of the groups that trained."""
+    times: TimeSlice | None = None
+    """What the rank did since its last report."""
 
     def label(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """``groups`` with the advantages that they trained on."""

@@ -16,6 +16,7 @@ import tomli_w
 
 from rollout.reward_pool import Scores
 from shared.config import Config
+from shared.ledger import TimeBook
 from shared.types import Completion, Prompt, RolloutGroup, StepReport, VersionSpan
 from shared.weights import Canary, Publication, TensorMeta
 
@@ -111,7 +112,18 @@ def make_group(group_id: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), versi
 Hook = Callable[[int], Any]
 
 
-class FakeEngines:
+class FakePart:
+    """Actors that keep no ledger."""
+
+    @property
+    def slices(self) -> list:
+        return []
+
+    async def close_books(self) -> None:
+        return None
+
+
+class FakeEngines(FakePart):
     """Samples after ``delay(group_id)`` seconds; half of the tokens under the version at the end."""
 
     def __init__(self, delay: Hook = lambda _: 0.0, fail: Hook = lambda _: None, receive_delay: float = 0.0) -> None:
@@ -159,7 +171,7 @@ class FakeEngines:
         return {"sync/canary_gap": 0.0}
 
 
-class FakeRewards:
+class FakeRewards(FakePart):
     """Rewards 0, 1, 0, 1 ... within a group, all 1 where ``barren``; ``fail(group_id)`` may name an exception."""
 
     def __init__(self, fail: Hook = lambda _: None, barren: Hook = lambda _: False) -> None:
@@ -178,7 +190,7 @@ class FakeRewards:
         return {name: float(n) for name, n in self.counters.items()}
 
 
-class FakeLearners:
+class FakeLearners(FakePart):
     """Takes ``delay`` seconds a step and measures staleness itself; ``refuse(call)`` leaves a step unapplied."""
 
     def __init__(
@@ -235,6 +247,8 @@ class FakeRecorder:
     """Keeps what the controller records."""
 
     def __init__(self) -> None:
+        self.book = TimeBook()
+        self.summaries: list[dict[str, Any]] = []
         self.steps: list[tuple[int, dict[str, float], list[RolloutGroup]]] = []
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.failures: list[Any] = []
@@ -253,6 +267,9 @@ class FakeRecorder:
 
     def best_checkpoint(self, step: int) -> str:
         return f"best-{step}"
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        self.summaries.append(summary)
 
 
 # --- a user's file of reward functions ---

@@ -20,6 +20,7 @@ def options(module, *arguments: str) -> argparse.Namespace:
 
 def step(number: int, seconds: float, length: float, flat: float) -> dict:
     row = {"step": number, "time/step": seconds, "completions/mean_length": length, "frac_reward_zero_std": flat}
+    row |= {"goodput": (1 - flat) * 4 * length / seconds / 2}
     row |= {"staleness/mean": 1.0, "staleness/max": number % 3, "sync/pause_seconds": 0.06, "sync/canary_gap": 1e-6}
     return row | {"time/controller/train": 0.5, "time/controller/wait_for_groups": 0.0}
 
@@ -33,7 +34,7 @@ def test_the_figures_of_a_run_leave_out_its_first_steps():
     assert found["response_tokens_per_s"] == pytest.approx((4 * 10 + 4 * 30) / 4)
     assert found["mean_len"] == pytest.approx(20)
     assert found["step_s_median"] == 2
-    assert found["goodput"] == pytest.approx((4 * 10 * 0.5 + 4 * 30) / 4)
+    assert found["goodput"] == pytest.approx((4 * 10 * 0.5 + 4 * 30) / 4 / 2)
     assert found["staleness_max"] == 2
 
 

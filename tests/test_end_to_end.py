@@ -109,6 +109,27 @@ def test_metrics_carry_the_names_of_the_field(quickstart):
         assert isinstance(row[name], int | float), name
 
 
+def test_every_second_of_every_process_is_in_a_state(quickstart):
+    folder, process = quickstart
+    summary = json.loads((folder / "ledger" / "time.json").read_text())
+    assert set(summary["processes"]) == {"controller", "engine-0", "learner-0", "reward-0"}
+    for name, row in summary["processes"].items():
+        assert sum(row["states"].values()) == pytest.approx(row["wall"], rel=0.005), name
+        assert row["residue"] <= 0.005, name
+    states = {name: set(row["states"]) for name, row in summary["processes"].items()}
+    assert {"generate", "wait_for_prompts", "pause", "receive"} <= states["engine-0"]
+    assert {"plan", "forward", "backward", "optimizer", "canary", "gather", "wait_for_groups"} <= states["learner-0"]
+    assert {"score", "wait_for_groups"} <= states["reward-0"]
+    assert {"wait_for_groups", "train", "publish", "wait_for_delivery"} <= states["controller"]
+    assert summary["verdict"] in process.stdout
+    assert summary["processes"]["controller"]["wall"] == pytest.approx(summary["training_seconds"], rel=0.7)
+    trained = [row for row in rows(folder) if "time/step" in row]
+    assert sum(row["time/step"] for row in trained) == pytest.approx(summary["training_seconds"], rel=0.05)
+    assert all(0 < row["goodput/work"] <= 1 and 0 < row["goodput/time"] <= 1 for row in trained)
+    trace = json.loads((folder / "ledger" / "trace.json").read_text())
+    assert {e["args"]["name"] for e in trace if e["name"] == "thread_name"} == set(summary["processes"])
+
+
 def test_the_run_folder_holds_curve_samples_and_configuration(quickstart):
     import pyarrow.parquet
 

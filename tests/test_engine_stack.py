@@ -92,11 +92,12 @@ def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(stack):
     engine, policy, run = stack
     publication = policy.publish()
     assert run(engine.prove(publication.canary, 0)) > 0.01
-    digests, stages = run(engine.receive(publication))
+    taken = run(engine.receive(publication))
     assert run(engine.prove(publication.canary, 0)) < 1e-3
     assert run(engine.weight_version()) == "0"
-    assert stages["paused"] > 0
-    assert digests == {publication.digest}
+    assert taken.seconds["paused"] > taken.seconds["transfer"] > 0
+    assert taken.digests == {publication.digest}
+    assert {"start", "pause", "receive"} <= {state for state, *_ in taken.times.intervals}
 
 
 def test_a_tied_head_follows_its_embedding(stack):

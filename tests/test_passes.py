@@ -10,6 +10,7 @@ from learner.advantages import ADVANTAGES, grpo, normalize_then_sum
 from learner.choices import Choices
 from learner.losses import AGGREGATIONS
 from learner.passes import Given, Passes, plan_batch
+from shared.ledger import TimeLedger
 from shared.types import Completion, Prompt, RolloutGroup
 from tests.fakes import make_config
 
@@ -74,7 +75,7 @@ def prepare(groups=None, given=None, eta=0.0, numbers=None, dropout=False, **cha
     choices.needs_old_pass |= dropout
     steps, scored = plan_batch(config, groups, 0, 1, CPU)
     reference = numbers if config.needs_reference else None
-    passes = Passes(config, choices, numbers.forward, reference)
+    passes = Passes(config, choices, numbers.forward, reference, TimeLedger("test"))
     return passes.prepare(steps, scored, given or Given(), eta), scored, numbers
 
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from shared.config_loader import load_config, recipes
+from shared.ledger import TimeBook
 from shared.types import RolloutGroup
+from tests.fakes import FakePart
 
 pytestmark = pytest.mark.stack
 QUICKSTART = str(Path(__file__).parent.parent / "launch" / "configs" / "quickstart.toml")
@@ -17,7 +19,7 @@ STEPS = 16
 TRUNCATED = {"rollout.top_p": "0.9", "rollout.top_k": "6", "rollout.min_p": "0.02", "rollout.temperature": "0.8"}
 
 
-class LocalEngine:
+class LocalEngine(FakePart):
     """The engine in this process, as the controller sees a pool."""
 
     def __init__(self, engine):
@@ -35,7 +37,7 @@ class LocalEngine:
         return {"sync/canary_gap": await self.engine.prove(publication.canary, publication.version)}
 
 
-class LocalLearner:
+class LocalLearner(FakePart):
     """A learner in this process, its calls made in a thread."""
 
     def __init__(self, config):
@@ -54,7 +56,7 @@ class LocalLearner:
         return publication.digest
 
 
-class LocalRewards:
+class LocalRewards(FakePart):
     """One reward worker in this process."""
 
     def __init__(self, config):
@@ -73,13 +75,16 @@ class Rows:
     """Keeps what the controller records."""
 
     def __init__(self):
-        self.steps, self.evaluations = [], []
+        self.steps, self.evaluations, self.book = [], [], TimeBook()
 
     def step(self, step, metrics, _):
         self.steps.append({"step": step} | metrics)
 
     def evaluated(self, _, metrics):
         self.evaluations.append(metrics["eval/reward"])
+
+    def summary(self, summary):
+        assert all(process["residue"] < 0.005 for process in summary["processes"].values())
 
     def failed(self, failure, prompt):
         raise AssertionError(f"group {failure.group_id}: {failure.detail}")

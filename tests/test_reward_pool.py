@@ -54,7 +54,7 @@ def make(monkeypatch):
 
     def pool(script: list, **changes):
         actors, calls = [], []
-        fake_ray(monkeypatch, spawn=lambda *_: actors.append(Actor(script, calls)) or actors[-1])
+        fake_ray(monkeypatch, spawn=lambda *_, **__: actors.append(Actor(script, calls)) or actors[-1])
         config = make_config(**{"reward.timeout_s": 0.05} | changes)
         pools.append(RewardPool(config, {}))
         return pools[-1], actors, calls

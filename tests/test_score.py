@@ -31,8 +31,8 @@ def picky(completions, **kwargs):
 class LocalActor:
     """A worker in this process, in the clothes of a Ray actor."""
 
-    def __init__(self, settings) -> None:
-        self.worker = RewardWorker(settings)
+    def __init__(self, settings, name) -> None:
+        self.worker = RewardWorker(settings, name=name)
         self.ready = types.SimpleNamespace(remote=lambda: asyncio.sleep(0, True))
         self.score = types.SimpleNamespace(remote=self._score)
 

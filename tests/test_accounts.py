@@ -1,0 +1,114 @@
+"""Goodput, throughput, the summary at the end, and the sentence that says what bounds a run."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from launch.accounts import Accounts, tokens_of, useful_tokens, verdict
+from shared.ledger import TimeBook, TimeLedger, TimeSlice
+from shared.types import Completion, Prompt, RolloutGroup
+from tests.fakes import make_config
+
+
+def group(lengths, advantages, finish="stop"):
+    completions = tuple(Completion(np.zeros(n, np.int32), np.zeros(n, np.float32), "", finish) for n in lengths)
+    given = None if advantages is None else np.array(advantages, np.float32)
+    return RolloutGroup(0, Prompt(0, np.zeros(3, np.int32), ""), completions, np.zeros(len(lengths)), advantages=given)
+
+
+def test_useful_tokens_are_those_that_moved_the_policy():
+    groups = [group([5, 7], [1.0, 0.0]), group([11, 13], None), group([2, 3], [-1.0, 1.0], "length")]
+    assert useful_tokens(groups, mask_truncated=False) == 5 + 2 + 3
+    assert useful_tokens(groups, mask_truncated=True) == 5
+    assert tokens_of(groups) == 5 + 7 + 11 + 13 + 2 + 3
+
+
+class Part:
+    """Actors whose books are given."""
+
+    def __init__(self, *late):
+        self.slices, self.late = [], list(late)
+
+    async def close_books(self):
+        if self.late:
+            self.slices.append(self.late.pop(0))
+
+
+def piece(process, begin, /, **states):
+    intervals, now = [], begin
+    for state, seconds in states.items():
+        intervals.append((state, now, now := now + seconds))
+    return TimeSlice(process, begin, now, tuple(intervals))
+
+
+def test_a_step_and_the_summary(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr("launch.accounts.time.monotonic", lambda: now[0])
+    engine = Part(piece("engine-0", 0, start=50), piece("engine-0", 54, generate=1))
+    learner = Part(piece("learner-0", 0, start=50), piece("learner-0", 54, wait_for_groups=1))
+    accounts = Accounts(make_config(), TimeBook(), TimeLedger("controller"), (engine, learner))
+    asyncio.run(accounts.begin())
+    engine.slices.append(piece("engine-0", 50, generate=3, wait_for_prompts=1))
+    learner.slices.append(piece("learner-0", 50, forward=2, wait_for_groups=2))
+    now[0] = 54.0
+    row = accounts.step([group([5, 7], [1.0, 0.0]), group([4, 4], [1.0, -1.0])], [group([10, 10], None)], 99.0)
+    assert row["time/step"] == 4
+    assert row["throughput/rollout_tokens_per_second"] == pytest.approx(20 / 4)
+    assert row["throughput/train_tokens_per_second"] == pytest.approx(99 / 4)
+    assert row["throughput/samples_per_second"] == pytest.approx(4 / 4)
+    assert row["num_tokens"] == 20 + 3 * 4
+    assert row["goodput"] == pytest.approx(13 / 4 / 2)  # One engine, one rank.
+    assert row["goodput/work"] == pytest.approx(13 / 40)
+    assert row["goodput/time"] == pytest.approx((3 + 2) / 8)
+    assert (row["time/engine-0/generate"], row["time/learner-0/wait_for_groups"]) == (3, 2)
+    assert "time/engine-0/start" not in row
+    now[0] = 55.0
+    summary = asyncio.run(accounts.finish())
+    assert summary["training_seconds"] == 5
+    assert summary["goodput"]["tokens_per_device_second"] == pytest.approx(13 / 5 / 2)
+    assert summary["goodput"]["work"] == pytest.approx(13 / 40)
+    assert summary["goodput"]["time"] == pytest.approx((4 + 2) / 10)
+    assert summary["processes"]["engine-0"]["wall"] == pytest.approx(55)
+    assert summary["processes"]["engine-0"]["states"]["start"] == 50
+    assert summary["processes"]["engine-0"]["residue"] < 1e-9
+
+
+def test_time_in_no_state_is_said(capsys):
+    lost = Part(piece("engine-0", 0, generate=10), piece("engine-0", 20, generate=10))
+    accounts = Accounts(make_config(), TimeBook(), TimeLedger("controller"), (lost,))
+    asyncio.run(accounts.begin())
+    asyncio.run(accounts.finish())
+    assert "warning[W901] engine-0: 33.3% of its time is in no state" in capsys.readouterr().out
+
+
+def times(generate, wait, update, work, idle, score=0.1, evaluate=0.0):
+    return {
+        "engine-0": {"generate": generate, "wait_for_prompts": wait, "receive": update / 2, "pause": update / 2},
+        "learner-0": {"forward": work / 2, "backward": work / 2, "wait_for_groups": idle},
+        "reward-0": {"score": score, "wait_for_groups": 1 - score},
+        "controller": {"evaluate": evaluate, "train": 1 - evaluate},
+    }
+
+
+@pytest.mark.parametrize(
+    ("spent", "changes", "bound", "setting"),
+    [
+        (times(0.5, 0.4, 0.1, 0.95, 0.05), {}, "learner bounds", "learner.cpu_threads|learner.num_ranks"),
+        (times(0.95, 0.0, 0.05, 0.5, 0.5), {}, "engines bound", "rollout.num_engines"),
+        (times(0.3, 0.6, 0.1, 0.3, 0.7), {}, "Neither", "rollout.max_staleness"),
+        (times(0.5, 0.4, 0.1, 0.5, 0.5), {"rollout.max_staleness": 0}, "wait for each other", "rollout.max_staleness"),
+        (times(0.5, 0.2, 0.3, 0.5, 0.5), {}, "Weight updates", "learner.prompts_per_step"),
+        (times(0.3, 0.6, 0.1, 0.3, 0.7, score=0.95), {}, "reward workers bound", "reward.workers"),
+        (times(0.3, 0.6, 0.1, 0.3, 0.7, evaluate=0.4), {}, "Evaluation", "eval.every_steps"),
+    ],
+)
+def test_one_sentence_names_what_bounds_a_run_and_the_setting(spent, changes, bound, setting):
+    config = make_config(**{"rollout.max_staleness": 2} | changes)
+    said = verdict(spent, config)
+    assert bound in said
+    assert any(name in said for name in setting.split("|"))
+    assert said.endswith(".")
+    assert said.count(". ") == 0
