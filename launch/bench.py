@@ -10,7 +10,13 @@ import sys
 from launch.run import guarded
 from shared.errors import InputError, nearest
 
-WORKLOADS = {"rewards": "launch.bench_rewards", "loop": "launch.bench_loop"}
+WORKLOADS = {
+    "rollout": "launch.bench_rollout",
+    "learner": "launch.bench_learner",
+    "sync": "launch.bench_sync",
+    "rewards": "launch.bench_rewards",
+    "loop": "launch.bench_loop",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,52 +7,31 @@ A real run in a temporary folder, read back from its ``metrics.jsonl``; the firs
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import string
 import tempfile
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from launch import bench_workloads
+from launch.bench_workloads import (
+    MAX_PROMPT_TOKENS,
+    WORKLOADS,
+    configured,
+    make_model,
+    make_prompts,
+    print_table,
+    table_of,
+)
 from shared.config import Config
-from shared.config_loader import load_config
 from shared.errors import InputError
 from shared.metrics import read_metrics
 
 WARM_UP_STEPS = 3
-LETTERS = string.ascii_letters + string.digits + "+-*/=()[]<>"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A random-weight model and the shape of a step."""
-
-    prompts_per_step: int
-    group_size: int
-    max_new_tokens: int
-    vocabulary: int
-    """With random weights every token is about equally likely: the end token comes after this many, on average."""
-    hidden: int
-    layers: int
-    heads: int
-    intermediate: int
-
-
-WORKLOADS = {
-    "short": Workload(8, 8, 32, 512, 128, 3, 4, 384),
-    "tail": Workload(16, 8, 256, 72, 128, 4, 4, 384),
-    "big": Workload(8, 8, 64, 1024, 512, 7, 8, 1408),
-}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this workload."""
-    parser.add_argument(
-        "--shape", choices=list(WORKLOADS), default="short", help="a model and prompts made on the spot"
-    )
+    bench_workloads.add_options(parser)
     parser.add_argument("--model", help="a model of your own, with --prompts")
     parser.add_argument("--prompts", help="JSON lines")
     parser.add_argument("--prompt-column", default="prompt")
@@ -62,13 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts-per-step", type=int)
     parser.add_argument("--group-size", type=int)
     parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--max-prompt-tokens", type=int, default=64)
+    parser.add_argument("--max-prompt-tokens", type=int, default=MAX_PROMPT_TOKENS)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--max-staleness", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings, as on the command line"
-    )
+    parser.add_argument("--ceilings", action="store_true", help="measure rollouts alone and learning alone too")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -86,8 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         config = _config(options, place)
         train(config, place / "bench.toml")
         result = summary(read_metrics(place / "run"), config, options.model or options.shape)
-    print("| " + " | ".join(result) + " |\n|" + "---|" * len(result))
-    print("| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in result.values()) + " |")
+    print_table([result])
     return result
 
 
@@ -125,59 +100,20 @@ def _config(options: argparse.Namespace, folder: Path) -> Config:
     source, colon, attribute = options.reward.rpartition(":")
     reward = f"{Path(source).resolve()}:{attribute}" if colon and source.endswith(".py") else options.reward
     new = options.max_new_tokens or shape.max_new_tokens
-    table = {
-        "run": {"output_dir": str(folder / "run"), "steps": options.steps, "samples_every": 0},
-        "model": {"path": str(model), "dtype": options.dtype},
-        "data": {"train": str(Path(prompts).resolve()), "prompt_column": options.prompt_column},
-        "rollout": {
-            "group_size": options.group_size or shape.group_size,
-            "max_prompt_tokens": options.max_prompt_tokens,
-            "max_new_tokens": new,
-            "max_staleness": options.max_staleness,
-            "vllm": {"enforce_eager": True},
-        },
-        "reward": {"functions": [{"function": reward}]},
-        "algorithm": {"kl": {"coef": options.kl_coef, "estimator": "k3"}},
-        "learner": {
-            "prompts_per_step": options.prompts_per_step or shape.prompts_per_step,
-            "lr": options.lr,
-            "max_tokens_per_microbatch": max(8192, options.max_prompt_tokens + new),
-        },
+    table = table_of(shape, model, Path(prompts).resolve(), folder, options.dtype)
+    table["run"]["steps"] = options.steps
+    table["data"]["prompt_column"] = options.prompt_column
+    table["rollout"] |= {
+        "group_size": options.group_size or shape.group_size,
+        "max_prompt_tokens": options.max_prompt_tokens,
+        "max_new_tokens": new,
+        "max_staleness": options.max_staleness,
     }
-    import tomli_w
-
-    (folder / "bench.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
-    return load_config([str(folder / "bench.toml")], dict(entry.split("=", 1) for entry in options.set))
-
-
-def make_model(shape: Workload, folder: Path) -> Path:
-    """A random Qwen2 and a tokenizer."""
-    import torch
-
-    from launch.builtin import SPECIAL, TASKS, make_tokenizer, random_qwen2
-
-    # Few tokens: a character each. Many: the bytes, and rows beyond them that no text uses.
-    letters = LETTERS[: shape.vocabulary - len(SPECIAL) - 1] if shape.vocabulary < 256 else None
-    tokenizer = make_tokenizer(replace(TASKS["addition"], alphabet=letters))
-    torch.manual_seed(0)
-    model = random_qwen2(
-        tokenizer,
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=max(1, shape.heads // 2),
-        max_position_embeddings=1024,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def make_prompts(path: Path) -> Path:
-    """512 prompts of 8 to 24 letters."""
-    rng = np.random.default_rng(0)
-    rows = [{"prompt": "".join(rng.choice(list(LETTERS[:52]), rng.integers(8, 25)))} for _ in range(512)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    table["reward"] = {"functions": [{"function": reward}]}
+    table["algorithm"]["kl"]["coef"] = options.kl_coef
+    table["learner"] |= {
+        "prompts_per_step": options.prompts_per_step or shape.prompts_per_step,
+        "lr": options.lr,
+        "max_tokens_per_microbatch": max(8192, options.max_prompt_tokens + new),
+    }
+    return configured(table, folder, options.set)

@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import traceback
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,48 +116,31 @@ def train(config: Config, source: Path, dry_run: bool = False) -> None:
     asyncio.run(_train(prepared, source.name, output, started, dry_run))
 
 
-async def _train(prepared: Prepared, origin: str, output: Path, started: float, dry_run: bool) -> None:
-    import ray
-
-    from launch.cluster import check_resources, connect, reserve, worker_environment
+async def _train(prepared: Prepared, origin: str, output: Path, began: float, dry_run: bool) -> None:
+    from launch.cluster import check_resources
     from launch.controller import Controller
+    from launch.parts import ray_session, started
     from launch.run_folder import RunFolder, dump_config
-    from learner.learner_group import LearnerGroup
-    from rollout.engine_pool import EnginePool
     from rollout.prompts import PromptStream
-    from rollout.reward_pool import RewardPool
-    from shared.weights import remove_segments
 
     config = prepared.config
-    run_id = uuid.uuid4().hex[:12]
-    connect(config)
-    try:
+    async with ray_session(config):
         needs = check_resources(config, origin)
         if dry_run:
-            print(
-                dump_config(config) + f"\n# needs {needs}\n# dry run: everything checked, nothing started", flush=True
-            )
+            print(f"{dump_config(config)}\n# needs {needs}\n# dry run: everything checked, nothing started", flush=True)
             return
         folder = RunFolder(config, output)
-        reservation = await reserve(needs)
-        environment = worker_environment()
-        rewards = RewardPool(config, environment)
-        engines = EnginePool(config, reservation.engines, environment)
-        learners = LearnerGroup(config, run_id, reservation.ranks, environment)
-        await asyncio.gather(engines.start(), learners.start(), rewards.start())
-        if needs.on_gpu and not needs.colocated:
-            await learners.connect(engines.connect, config.rollout.num_engines * config.rollout.tensor_parallel_size)
-        print(f"engines, learner and reward workers up after {time.monotonic() - started:.0f} s", flush=True)
-        stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
-        controller = Controller(config, stream, prepared.held_out, engines, rewards, learners, folder)
-        try:
-            await controller.run()
-            await learners.save(str(folder.path / "checkpoints" / f"step-{controller.version:06d}" / "hf"))
-        finally:
-            folder.finish()
-    finally:
-        ray.shutdown()
-        remove_segments(run_id)
+        async with started(config, needs) as parts:
+            print(f"engines, learner and reward workers up after {time.monotonic() - began:.0f} s", flush=True)
+            stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+            controller = Controller(
+                config, stream, prepared.held_out, parts.engines, parts.rewards, parts.learners, folder
+            )
+            try:
+                await controller.run()
+                await parts.learners.save(str(folder.path / "checkpoints" / f"step-{controller.version:06d}" / "hf"))
+            finally:
+                folder.finish()
 
 
 def print_help() -> None:

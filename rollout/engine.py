@@ -23,6 +23,7 @@ from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link,
 
 COLOCATED_SHARE = 0.4
 """Share of a GPU's memory that an engine takes beside a learner rank, unless rollout.vllm says otherwise."""
+MAX_SEQUENCES = 1024
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,64 @@ def engine_environment(config: Config, index: int) -> dict[str, str]:
     }
 
 
+def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, Any]:
+    """vLLM's arguments of engine number ``index``; the user's own table is merged over ours."""
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    on_cpu, colocated = current_platform.is_cpu(), config.rollout.colocate
+    backend = SHM_BACKEND if on_cpu else IPC_BACKEND if colocated else NCCL_BACKEND
+    arguments: dict[str, Any] = {
+        "model": config.model.path,
+        "tokenizer": config.model.tokenizer or config.model.path,
+        "trust_remote_code": config.model.trust_remote_code,
+        "dtype": config.model.dtype,
+        "seed": config.run.seed + index,
+        "load_format": load_format,
+        "max_model_len": config.max_model_len,
+        "tensor_parallel_size": config.rollout.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        # Raw log-probs would be those before the temperature: not the distribution that was sampled.
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": WeightTransferConfig(backend=backend),
+        "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
+        "disable_log_stats": True,
+        # All that the buffer admits may run at once; where the KV memory is full before, vLLM queues the rest.
+        "max_num_seqs": min(MAX_SEQUENCES, max(256, config.sequences_in_flight // config.rollout.num_engines)),
+    }
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
+        if config.rollout.tensor_parallel_size == 1:
+            # One process less, and no message queue between two of them: a quarter faster, and starts sooner.
+            from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+            arguments["distributed_executor_backend"] = UniProcExecutor
+    elif colocated:
+        arguments["gpu_memory_utilization"] = COLOCATED_SHARE
+    return arguments | config.rollout.vllm
+
+
+def sampling_parameters(sampling: Sampling) -> Any:
+    """``sampling`` as vLLM's ``SamplingParams``, with the log-probs of the sampled tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=sampling.n,
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        stop=list(sampling.stop) or None,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
 class Received(NamedTuple):
     """What an engine answers to a publication."""
 
@@ -85,64 +144,23 @@ class Engine:
         ledger = TimeLedger(f"engine-{index}")
         os.environ.update(engine_environment(config, index))
         from vllm import AsyncEngineArgs
-        from vllm.config import WeightTransferConfig
-        from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        on_cpu, colocated = current_platform.is_cpu(), config.rollout.colocate
-        backend = SHM_BACKEND if on_cpu else IPC_BACKEND if colocated else NCCL_BACKEND
-        arguments: dict[str, Any] = {
-            "model": config.model.path,
-            "tokenizer": config.model.tokenizer or config.model.path,
-            "trust_remote_code": config.model.trust_remote_code,
-            "dtype": config.model.dtype,
-            "seed": config.run.seed + index,
-            "load_format": load_format,
-            "max_model_len": config.max_model_len,
-            "tensor_parallel_size": config.rollout.tensor_parallel_size,
-            "enable_prefix_caching": True,
-            # Raw log-probs would be those before the temperature: not the distribution that was sampled.
-            "logprobs_mode": "processed_logprobs",
-            "weight_transfer_config": WeightTransferConfig(backend=backend),
-            "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
-            "disable_log_stats": True,
-        }
-        if on_cpu:
-            arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
-            if config.rollout.tensor_parallel_size == 1:
-                # One process less, and no message queue between two of them: a quarter faster, and starts sooner.
-                from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-                arguments["distributed_executor_backend"] = UniProcExecutor
-        elif colocated:
-            arguments["gpu_memory_utilization"] = COLOCATED_SHARE
         self.index = index
         self._ledger = ledger
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | config.rollout.vllm)))
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**engine_arguments(config, index, load_format)),
+            # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
+            usage_context=UsageContext.LLM_CLASS,
+        )
         self._tokenizer = self._llm.get_tokenizer()
         self._requests = self._running = 0
         self._ledger.enter("wait_for_prompts")
 
     async def generate(self, token_ids: IntArray, sampling: Sampling, version: int) -> tuple[Completion, ...]:
         """Sample ``sampling.n`` completions of one prompt ``[P]``; ``version`` is the newest proved policy version."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        parameters = SamplingParams(
-            n=sampling.n,
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            seed=sampling.seed,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            stop=list(sampling.stop) or None,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=bool(sampling.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        outputs = await self._request(token_ids, parameters, version)
+        outputs = await self._request(token_ids, sampling_parameters(sampling), version)
         texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
         return tuple(
             Completion(

@@ -242,6 +242,12 @@ class Config(Section):
         return self.learner.prompts_per_step * self.learner.steps_per_batch
 
     @property
+    def sequences_in_flight(self) -> int:
+        """Completions that the buffer admits at the same time."""
+        batches = self.rollout.max_staleness // self.updates_per_batch + 1
+        return batches * self.groups_per_batch * self.rollout.group_size
+
+    @property
     def updates_per_batch(self) -> int:
         """Optimizer steps on one generated batch."""
         return self.learner.steps_per_batch * self.learner.epochs_per_batch

@@ -1,0 +1,100 @@
+"""``millrace bench rollout``: tokens per second of a running system's engine, and of raw ``vllm.LLM`` on the same requests.
+
+Ours is measured as it runs: Ray actors, weights published and proved, the learner idle. The raw engine has the same
+arguments and lives in a process of its own; the two take turns, each idle while the other works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from launch import bench_workloads
+from launch.bench_workloads import WORKLOADS, print_table, workload_config
+from rollout.engine import Sampling, engine_arguments, engine_environment, sampling_parameters
+from shared.config import Config
+from shared.types import Prompt
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this workload."""
+    bench_workloads.add_options(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each; the first is left out")
+    parser.add_argument("--groups", type=int, help="groups in a round; by default three steps' worth")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print the table, and return it."""
+    with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
+        config = workload_config(options, Path(folder))
+        groups = options.groups or 3 * WORKLOADS[options.shape].prompts_per_step
+        ours, raw = asyncio.run(_alternate(config, options.rounds, groups))
+    result = {
+        "bench": "rollout",
+        "workload": options.shape,
+        "tokens_per_s": statistics.median(ours),
+        "raw_vllm_tokens_per_s": statistics.median(raw),
+        "of_raw": statistics.median(a / b for a, b in zip(ours, raw, strict=True)),
+        "dtype": config.model.dtype,
+    }
+    print_table([result])
+    return result
+
+
+async def _alternate(config: Config, rounds: int, groups: int) -> tuple[list[float], list[float]]:
+    """Tokens per second of every round but the first: ours and raw."""
+    from launch.cluster import check_resources
+    from launch.parts import ray_session, started
+    from launch.preflight import prepare
+
+    prompts = prepare(config, "bench.toml", Path(config.data.train).parent).train.prompts
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_raw_vllm, args=(config, there))
+    process.start()
+    there.close()  # So that its death ends our waiting.
+    ours, raw = [], []
+    try:
+        async with ray_session(config), started(config, check_resources(config, "bench")) as parts:
+            publication = await parts.learners.publish(prompts[0].token_ids)
+            digest, _ = await asyncio.gather(parts.learners.send(publication), parts.engines.receive(publication))
+            await parts.engines.prove(publication, digest)
+            await asyncio.to_thread(here.recv)  # It is up.
+            for number in range(rounds):
+                asked = [prompts[(number * groups + i) % len(prompts)] for i in range(groups)]
+                ours.append(await _ours(parts.engines, asked, Sampling.training(config.rollout)))
+                here.send([p.token_ids.tolist() for p in asked])
+                raw.append(await asyncio.to_thread(here.recv))
+    finally:
+        here.send(None)
+        process.join(20)
+        process.kill()
+    return ours[1:], raw[1:]
+
+
+async def _ours(engines: Any, prompts: list[Prompt], sampling: Sampling) -> float:
+    started = time.monotonic()
+    groups = await asyncio.gather(*(engines.generate(i, prompt, sampling) for i, prompt in enumerate(prompts)))
+    return sum(len(c.token_ids) for group in groups for c in group) / (time.monotonic() - started)
+
+
+def _raw_vllm(config: Config, pipe: Any) -> None:
+    """A process of its own: answers lists of prompts with tokens per second, until it gets None."""
+    os.environ |= engine_environment(config, 0)
+    from vllm import LLM
+
+    llm = LLM(**(engine_arguments(config, 0, "auto") | {"worker_extension_cls": "", "weight_transfer_config": None}))
+    sampling = sampling_parameters(Sampling.training(config.rollout))
+    pipe.send("up")
+    while (asked := pipe.recv()) is not None:
+        started = time.monotonic()
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked], sampling, use_tqdm=False)
+        tokens = sum(len(o.token_ids) for output in outputs for o in output.outputs)
+        pipe.send(tokens / (time.monotonic() - started))

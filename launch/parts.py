@@ -1,0 +1,58 @@
+"""The three parts of a run, started side by side on what the cluster has: engines, reward workers, learner ranks.
+
+``run.py`` trains with them; ``millrace bench`` measures them. Everything that was started ends with the block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from launch.cluster import Needs, connect, reserve, worker_environment
+from learner.learner_group import LearnerGroup
+from rollout.engine_pool import EnginePool
+from rollout.reward_pool import RewardPool
+from shared.config import Config
+from shared.weights import remove_segments
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The facades of a run; all of their actors answer."""
+
+    engines: EnginePool
+    rewards: RewardPool
+    learners: LearnerGroup
+
+
+@asynccontextmanager
+async def ray_session(config: Config) -> AsyncIterator[None]:
+    """Connected to Ray for the length of the block."""
+    import ray
+
+    connect(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@asynccontextmanager
+async def started(config: Config, needs: Needs) -> AsyncIterator[Parts]:
+    """The parts of a run with ``config``, in a session of Ray that has what it ``needs``."""
+    run_id = uuid.uuid4().hex[:12]
+    try:
+        reservation = await reserve(needs)
+        environment = worker_environment()
+        rewards = RewardPool(config, environment)
+        engines = EnginePool(config, reservation.engines, environment)
+        learners = LearnerGroup(config, run_id, reservation.ranks, environment)
+        await asyncio.gather(engines.start(), learners.start(), rewards.start())
+        if needs.on_gpu and not needs.colocated:
+            await learners.connect(engines.connect, config.rollout.num_engines * config.rollout.tensor_parallel_size)
+        yield Parts(engines, rewards, learners)
+    finally:
+        remove_segments(run_id)
