@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox quickstart test test-fast lint format lock clean
+.PHONY: install sandbox quickstart test test-fast lint format lock bench-check clean
 
 install: $(VENV)/installed sandbox
 
@@ -33,6 +33,10 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -q -m "not stack and not process"
+
+# Ratios to the ceilings against the stored ones; some four minutes on a quiet machine.
+bench-check: install
+	$(BIN)/python -m launch.bench check
 
 lint: install
 	$(BIN)/ruff check .

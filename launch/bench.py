@@ -16,6 +16,7 @@ WORKLOADS = {
     "sync": "launch.bench_sync",
     "rewards": "launch.bench_rewards",
     "loop": "launch.bench_loop",
+    "check": "launch.bench_check",
 }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import bench_workloads
-from launch.bench_workloads import WORKLOADS, make_groups, print_table, workload_config
+from launch.bench_workloads import WORKLOADS, Workload, make_groups, print_table, workload_config
 from learner.distributed import learner_environment
 from shared.config import Config
 from shared.types import RolloutGroup
@@ -33,19 +33,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, and return it."""
+    loops = ["ours", "bare", "padded"] if options.padded else ["ours", "bare"]
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
         config = workload_config(options, Path(folder))
-        # Threads and memory settings must be there before torch is.
-        os.environ |= learner_environment(config)
-        context = multiprocessing.get_context("spawn")
-        here, there = context.Pipe()
-        process = context.Process(target=_measure, args=(config, options, there))
-        process.start()
-        there.close()
-        try:
-            seconds = here.recv()
-        finally:
-            process.join()
+        seconds = alternate(config, WORKLOADS[options.shape], options.rounds, loops)
     samples = config.groups_per_batch * config.rollout.group_size
     ours, bare = seconds["ours"], seconds["bare"]
     result = {
@@ -64,17 +55,33 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _measure(config: Config, options: argparse.Namespace, pipe: Any) -> None:
-    """A process of its own: seconds of each round but the first two, by loop."""
+def alternate(config: Config, shape: Workload, rounds: int, loops: list[str]) -> dict[str, list[float]]:
+    """Seconds of each round but the first two, by loop, measured in a process of its own."""
+    # Threads and memory settings must be there before torch is.
+    os.environ |= learner_environment(config)
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_measure, args=(config, shape, rounds, loops, there))
+    process.start()
+    there.close()
+    try:
+        seconds: dict[str, list[float]] = here.recv()
+        return seconds
+    finally:
+        process.join()
+
+
+def _measure(config: Config, shape: Workload, rounds: int, loops: list[str], pipe: Any) -> None:
     from learner.learner import Learner
 
-    learner = Learner(config)
-    steps: dict[str, Callable[[list[RolloutGroup]], Any]] = {"ours": learner.train_step, "bare": _packed_loop(config)}
-    if options.padded:
-        steps["padded"] = _padded_loop(config)
+    def ours() -> Callable[[list[RolloutGroup]], Any]:
+        return Learner(config).train_step
+
+    makers = {"ours": ours, "bare": lambda: _packed_loop(config), "padded": lambda: _padded_loop(config)}
+    steps = {name: makers[name]() for name in loops}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(options.rounds):
-        groups = make_groups(WORKLOADS[options.shape], number)
+    for number in range(rounds):
+        groups = make_groups(shape, number)
         for name, step in steps.items():
             started = time.monotonic()
             step(groups)

@@ -7,16 +7,19 @@ A real run in a temporary folder, read back from its ``metrics.jsonl``; the firs
 from __future__ import annotations
 
 import argparse
+import asyncio
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch import bench_workloads
+from launch import bench_learner, bench_rollout, bench_workloads
 from launch.bench_workloads import (
     MAX_PROMPT_TOKENS,
     WORKLOADS,
+    Workload,
     configured,
+    make_groups,
     make_model,
     make_prompts,
     print_table,
@@ -57,13 +60,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if bool(options.model) != bool(options.prompts):
         found = "--model" if options.model else "--prompts"
         raise InputError("E108", "options disagree", "command line", f"{found} alone", "both or none", "add the other")
+    if options.model and options.ceilings:
+        expected, fix = "a workload of ours", "--shape, or no --ceilings"
+        raise InputError("E108", "options disagree", "command line", "--ceilings with --model", expected, fix)
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
         place = Path(folder)
         config = _config(options, place)
         train(config, place / "bench.toml")
         result = summary(read_metrics(place / "run"), config, options.model or options.shape)
+        if options.ceilings:
+            result |= ceilings(config, WORKLOADS[options.shape], result["step_s_median"])
     print_table([result])
     return result
+
+
+def ceilings(config: Config, shape: Workload, step_s: float) -> dict[str, float]:
+    """A step of rollouts alone and of learning alone, under the run's own threads; the larger bounds the loop."""
+    groups = 8 * shape.prompts_per_step
+    rates, _ = asyncio.run(bench_rollout.alternate(config, 4, groups, with_raw=False))
+    lengths = [sum(len(c.token_ids) for g in make_groups(shape, i) for c in g.completions) for i in range(20)]
+    rollouts = statistics.fmean(lengths) / statistics.median(rates)
+    learning = statistics.median(bench_learner.alternate(config, shape, 8, ["ours"])["ours"])
+    limit = max(rollouts, learning)
+    return {"rollouts_alone_s": rollouts, "learning_alone_s": learning, "step_over_limit": step_s / limit}
 
 
 def summary(rows: list[dict[str, Any]], config: Config, workload: str) -> dict[str, Any]:
@@ -85,7 +104,7 @@ def summary(rows: list[dict[str, Any]], config: Config, workload: str) -> dict[s
         "staleness_max": max(row["staleness/max"] for row in steps),
         "sync_pause_s_median": statistics.median(row["sync/pause_seconds"] for row in steps),
         "canary_gap_max": max(row["sync/canary_gap"] for row in steps),
-        "train_s_median": statistics.median(row["time/controller/train"] for row in steps),
+        "train_s_mean": statistics.fmean(row.get("time/controller/train", 0.0) for row in steps),
         "wait_for_groups_s_mean": statistics.fmean(row.get("time/controller/wait_for_groups", 0.0) for row in steps),
         "dtype": config.model.dtype,
     }

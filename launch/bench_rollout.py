@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -27,15 +28,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this workload."""
     bench_workloads.add_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each; the first is left out")
-    parser.add_argument("--groups", type=int, help="groups in a round; by default three steps' worth")
+    parser.add_argument("--groups", type=int, help="groups in a round; by default eight steps' worth")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, and return it."""
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
         config = workload_config(options, Path(folder))
-        groups = options.groups or 3 * WORKLOADS[options.shape].prompts_per_step
-        ours, raw = asyncio.run(_alternate(config, options.rounds, groups))
+        groups = options.groups or 8 * WORKLOADS[options.shape].prompts_per_step
+        ours, raw = asyncio.run(alternate(config, options.rounds, groups))
     result = {
         "bench": "rollout",
         "workload": options.shape,
@@ -48,35 +49,51 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-async def _alternate(config: Config, rounds: int, groups: int) -> tuple[list[float], list[float]]:
-    """Tokens per second of every round but the first: ours and raw."""
-    from launch.cluster import check_resources
-    from launch.parts import ray_session, started
+async def alternate(config: Config, rounds: int, groups: int, with_raw: bool = True) -> tuple[list[float], list[float]]:
+    """Tokens per second of every round but the first: ours, and raw vLLM's unless it is not asked for."""
+    from launch.cluster import check_resources, ray_session
+    from launch.parts import started
     from launch.preflight import prepare
 
     prompts = prepare(config, "bench.toml", Path(config.data.train).parent).train.prompts
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_raw_vllm, args=(config, there))
-    process.start()
-    there.close()  # So that its death ends our waiting.
     ours, raw = [], []
-    try:
-        async with ray_session(config), started(config, check_resources(config, "bench")) as parts:
-            publication = await parts.learners.publish(prompts[0].token_ids)
-            digest, _ = await asyncio.gather(parts.learners.send(publication), parts.engines.receive(publication))
-            await parts.engines.prove(publication, digest)
-            await asyncio.to_thread(here.recv)  # It is up.
-            for number in range(rounds):
-                asked = [prompts[(number * groups + i) % len(prompts)] for i in range(groups)]
-                ours.append(await _ours(parts.engines, asked, Sampling.training(config.rollout)))
-                here.send([p.token_ids.tolist() for p in asked])
-                raw.append(await asyncio.to_thread(here.recv))
-    finally:
-        here.send(None)
-        process.join(20)
-        process.kill()
+    async with ray_session(config), started(config, check_resources(config, "bench")) as parts:
+        publication = await parts.learners.publish(prompts[0].token_ids)
+        digest, _ = await asyncio.gather(parts.learners.send(publication), parts.engines.receive(publication))
+        await parts.engines.prove(publication, digest)
+        batches = [[prompts[(r * groups + i) % len(prompts)] for i in range(groups)] for r in range(rounds)]
+        with _RawEngine(config) if with_raw else contextlib.nullcontext() as engine:
+            for batch in batches:
+                ours.append(await _ours(parts.engines, batch, Sampling.training(config.rollout)))
+                raw += [await asyncio.to_thread(engine.measure, batch)] if engine else []
     return ours[1:], raw[1:]
+
+
+class _RawEngine:
+    """Raw vLLM in a process of its own, for the length of the block."""
+
+    def __init__(self, config: Config) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_raw_vllm, args=(config, there))
+        self._process.start()
+        there.close()  # So that its death ends our waiting.
+
+    def __enter__(self) -> _RawEngine:
+        self._pipe.recv()  # It is up.
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send(None)
+        self._process.join(20)
+        self._process.kill()
+
+    def measure(self, prompts: list[Prompt]) -> float:
+        """Tokens per second of these requests."""
+        self._pipe.send([p.token_ids.tolist() for p in prompts])
+        rate: float = self._pipe.recv()
+        return rate
 
 
 async def _ours(engines: Any, prompts: list[Prompt], sampling: Sampling) -> float:
@@ -98,3 +115,4 @@ def _raw_vllm(config: Config, pipe: Any) -> None:
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked], sampling, use_tqdm=False)
         tokens = sum(len(o.token_ids) for output in outputs for o in output.outputs)
         pipe.send(tokens / (time.monotonic() - started))
+    llm.llm_engine.engine_core.shutdown()

@@ -20,7 +20,7 @@ from shared.config import Config
 
 SHAPES = {
     1: Workload(4, 4, 16, 512, 128, 3, 4, 384),
-    25: Workload(4, 4, 16, 4096, 320, 4, 5, 864),
+    25: Workload(4, 4, 16, 4096, 320, 4, 4, 864),
     500: Workload(4, 4, 16, 32000, 768, 13, 12, 2304),
 }
 """Megabytes in float32, roughly -> a model of that size."""
@@ -50,8 +50,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 async def _publish(config: Config, rounds: int) -> dict[str, Any]:
     """Medians over the rounds of one model."""
-    from launch.cluster import check_resources
-    from launch.parts import ray_session, started
+    from launch.cluster import check_resources, ray_session
+    from launch.parts import started
 
     found: list[dict[str, float]] = []
     async with ray_session(config), started(config, check_resources(config, "bench")) as parts:
@@ -80,7 +80,7 @@ async def _publish(config: Config, rounds: int) -> dict[str, Any]:
 
 def _copy(size: int) -> float:
     """Seconds of one copy of ``size`` bytes between two buffers that are already mapped."""
-    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    source, target = np.full(size, 1, np.uint8), np.full(size, 2, np.uint8)
     started = time.monotonic()
     np.copyto(target, source)
     return time.monotonic() - started

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,18 @@ def connect(config: Config) -> None:
             "a live cluster",
             "start it, or unset RAY_ADDRESS",
         ) from None
+
+
+@asynccontextmanager
+async def ray_session(config: Config) -> AsyncIterator[None]:
+    """Connected to Ray for the length of the block."""
+    import ray
+
+    connect(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def check_resources(config: Config, origin: str) -> Needs:

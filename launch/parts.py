@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from launch.cluster import Needs, connect, reserve, worker_environment
+from launch.cluster import Needs, reserve, worker_environment
 from learner.learner_group import LearnerGroup
 from rollout.engine_pool import EnginePool
 from rollout.reward_pool import RewardPool
@@ -26,18 +26,6 @@ class Parts:
     engines: EnginePool
     rewards: RewardPool
     learners: LearnerGroup
-
-
-@asynccontextmanager
-async def ray_session(config: Config) -> AsyncIterator[None]:
-    """Connected to Ray for the length of the block."""
-    import ray
-
-    connect(config)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @asynccontextmanager

@@ -117,9 +117,9 @@ def train(config: Config, source: Path, dry_run: bool = False) -> None:
 
 
 async def _train(prepared: Prepared, origin: str, output: Path, began: float, dry_run: bool) -> None:
-    from launch.cluster import check_resources
+    from launch.cluster import check_resources, ray_session
     from launch.controller import Controller
-    from launch.parts import ray_session, started
+    from launch.parts import started
     from launch.run_folder import RunFolder, dump_config
     from rollout.prompts import PromptStream
 

@@ -24,7 +24,13 @@ MAY_IMPORT = {
     "launch": {"shared", "rollout", "learner", "launch"},
 }
 HEAVY = {
-    "vllm": {"rollout/engine.py", "rollout/weight_receiver.py", "learner/weight_sender.py"},
+    # The bench runs raw vLLM beside ours.
+    "vllm": {
+        "rollout/engine.py",
+        "rollout/weight_receiver.py",
+        "learner/weight_sender.py",
+        "launch/bench_rollout.py",
+    },
     "deepspeed": {
         "learner/distributed.py",
         "learner/learner.py",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 
 import numpy as np
 import pytest
 
-from launch import bench, bench_loop, bench_rewards
+from launch import bench, bench_check, bench_learner, bench_loop, bench_rewards, bench_sync, bench_workloads
 from tests.fakes import make_config
 
 
@@ -68,7 +69,11 @@ def test_a_model_and_prompts_of_ones_own_are_used(tmp_path):
         (["loop", "--model", "m"], "E108"),
         (["loop", "--set", "rollout.group_sise=2"], "E106"),
         (["loop", "--max-staleness", "-1"], "E102"),
+        (["loop", "--model", "m", "--prompts", "p.jsonl", "--ceilings"], "E108"),
         (["rewards", "--workers", "none"], "E106"),
+        (["sync", "--megabytes", "7"], "E106"),
+        (["rollout", "--set", "rollout.max_staleness=-1"], "E106"),
+        (["learner", "--set", "learner.max_tokens_per_microbatch=8"], "E108"),
     ],
 )
 def test_wrong_options_are_one_line(arguments, code, capsys):
@@ -96,3 +101,55 @@ def test_a_row_is_held_against_its_limit():
     row = bench_rewards._row(2, "subprocess", "some", 4.0, chosen, 3.0, 7)
     assert (row["completions_per_s"], row["ms_per_completion"], row["of_limit"]) == (250, 8, 0.75)
     assert (row["limit_per_s"], row["dropped"], row["groups"]) == (pytest.approx(1000 / 3), 7, 125)
+
+
+def test_a_steps_groups_have_the_lengths_of_a_random_model():
+    shape = bench_workloads.WORKLOADS["tail"]
+    groups = [g for seed in range(20) for g in bench_workloads.make_groups(shape, seed)]
+    lengths = [len(c.token_ids) for g in groups for c in g.completions]
+    assert len(groups) == 20 * 16
+    assert np.mean(lengths) == pytest.approx(71, rel=0.1)  # Geometric with mean 72, cut at 256.
+    assert max(lengths) == 256
+    assert all(g.has_signal() for g in groups)
+
+
+@pytest.mark.parametrize("size", list(bench_sync.SHAPES))
+def test_the_models_of_the_sync_bench_have_their_size(size):
+    shape = bench_sync.SHAPES[size]
+    head_dim, kv = shape.hidden // shape.heads, shape.heads // 2
+    assert shape.hidden % shape.heads == shape.heads % kv == 0
+    assert head_dim in (32, 64, 80, 96, 112, 128)  # What vLLM's CPU attention knows.
+    attention = shape.hidden * shape.hidden * 2 + shape.hidden * kv * head_dim * 2
+    parameters = shape.vocabulary * shape.hidden + shape.layers * (attention + 3 * shape.hidden * shape.intermediate)
+    assert 0.9 * size <= 4 * parameters / 1e6 <= 2.7 * size
+
+
+def test_dtype_auto_is_one_that_the_machine_has():
+    assert bench_workloads.dtype_of("float32") == "float32"
+    assert bench_workloads.dtype_of("auto") in ("float32", "bfloat16")
+
+
+def test_a_ratio_that_fell_is_named():
+    stored = {"a": 1.0, "b": 2.0}
+    assert bench_check.fell({"a": 0.86, "b": 1.71}, stored, 0.15) == []
+    assert bench_check.fell({"a": 0.84, "b": 3.0}, stored, 0.15) == ["a: 0.840, was 1.000"]
+    assert set(json.loads(bench_check.STORED.read_text())) == set(bench_check.MEASURES)
+
+
+@pytest.mark.stack
+def test_the_loops_of_the_learner_bench_train_on_the_same_tokens(tmp_path):
+    chosen = options(bench_learner, "--shape", "short", "--dtype", "float32")
+    config = bench_workloads.workload_config(chosen, tmp_path)
+    seconds = bench_learner.alternate(config, bench_workloads.WORKLOADS["short"], 4, ["ours", "bare", "padded"])
+    assert {name: len(values) for name, values in seconds.items()} == {"ours": 2, "bare": 2, "padded": 2}
+    assert min(min(values) for values in seconds.values()) > 0
+
+
+@pytest.mark.stack
+def test_rollouts_are_measured_beside_raw_vllm(tmp_path):
+    from launch import bench_rollout
+
+    config = bench_workloads.workload_config(options(bench_rollout, "--shape", "short"), tmp_path)
+    ours, raw = asyncio.run(bench_rollout.alternate(config, 3, 16))
+    assert len(ours) == len(raw) == 2
+    assert min(ours) > 0.3 * max(raw), "the running system is far from raw vLLM"
