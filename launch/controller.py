@@ -51,7 +51,9 @@ class Rewards(Part, Protocol):
 class Learners(Part, Protocol):
     """What the controller needs of ``LearnerGroup``."""
 
-    async def train_step(self, groups: list[RolloutGroup]) -> StepReport: ...
+    async def train_step(
+        self, groups: list[RolloutGroup], canary: IntArray
+    ) -> tuple[StepReport, Publication | None]: ...
     async def publish(self, canary: IntArray) -> Publication: ...
     async def send(self, publication: Publication) -> str: ...
     async def save(self, directory: str) -> str: ...
@@ -179,14 +181,12 @@ class Controller:
         metrics = group_metrics(groups, self.version, replaced)
         assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
         self._time.enter("train")
-        report = await self._learners.train_step(groups)
-        if not report.applied:
+        report, publication = await self._learners.train_step(groups, self._canary)
+        if publication is None:
             self._count_skipped(report, groups)
             await self.buffer.release(self._batches_left(self.version))
             return
         self._skipped, self.version = 0, report.policy_version
-        self._time.enter("publish")
-        publication = await self._learners.publish(self._canary)
         metrics |= report.metrics | {
             "policy_version": float(self.version),
             "buffer/ready": float(self.buffer.ready),

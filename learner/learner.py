@@ -82,6 +82,13 @@ class Learner:
             report = self._train(groups, given or Given())
         return replace(report, times=self._ledger.take())
 
+    def train_and_publish(
+        self, groups: list[RolloutGroup], canary: np.ndarray
+    ) -> tuple[StepReport, Publication | None]:
+        """``train_step``, then ``publish`` if the weights changed: one call, so that nobody waits in between."""
+        report = self.train_step(groups)
+        return report, self.publish(canary) if report.applied else None
+
     def _train(self, groups: list[RolloutGroup], given: Given) -> StepReport:
         steps, scored = plan_batch(self.config, groups, self.rank, self.world_size, self.device)
         if not any(step.batches for step in steps):

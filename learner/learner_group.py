@@ -53,24 +53,29 @@ class LearnerGroup:
             self._ranks.append(actor.options(**options).remote(self._config, rank, count, master))
         await self._call("open_sender", self._run_id, timeout_s=START_TIMEOUT_S)
 
-    async def train_step(self, groups: list[RolloutGroup]) -> StepReport:
-        """One optimizer step on ``groups``."""
+    async def train_step(self, groups: list[RolloutGroup], canary: np.ndarray) -> tuple[StepReport, Publication | None]:
+        """All updates on ``groups``, and the publication of the new weights unless none was applied."""
         import ray
 
         # One copy in the object store serves all ranks; a plain argument would be stored once per rank.
         shared = ray.put(groups) if len(self._ranks) > 1 else groups
-        reports: list[StepReport] = await self._call("train_step", shared)
-        self.slices += [report.times for report in reports if report.times is not None]
-        return reports[0]
+        answers = await self._call("train_and_publish", shared, canary)
+        self.slices += [report.times for report, _ in answers if report.times is not None]
+        report: StepReport = answers[0][0]
+        return report, self._merged([publication for _, publication in answers]) if report.applied else None
 
     async def publish(self, canary: np.ndarray) -> Publication:
         """Snapshot the weights for the engines, with the log-probs of the ``canary`` tokens ``[T]``."""
-        first, *others = await self._call("publish", canary)
+        return self._merged(await self._call("publish", canary))
+
+    def _merged(self, publications: list[Publication | None]) -> Publication:
+        """The first rank's publication, with the handles of all."""
+        first, *others = publications
+        assert first is not None
         if any(other is not None and other.digest != first.digest for other in others):
             raise LearnerFailed(f"learner ranks hold different weights of version {first.version}")
-        return replace(
-            first, handles={gpu: h for p in [first, *others] if p is not None for gpu, h in p.handles.items()}
-        )
+        handles = {gpu: h for p in publications if p is not None for gpu, h in p.handles.items()}
+        return replace(first, handles=handles)
 
     async def connect(self, engines_connect: Callable[[Link], Awaitable[None]], workers: int) -> None:
         """Open a link with ``workers`` engine workers, which join it through ``engines_connect`` at the same time."""

@@ -215,7 +215,11 @@ class FakeLearners(FakePart):
         """Group ids in the order of training."""
         return [group_id for step in self.trained for group_id in step]
 
-    async def train_step(self, groups: list[RolloutGroup]) -> StepReport:
+    async def train_step(self, groups: list[RolloutGroup], canary: np.ndarray) -> tuple[StepReport, Publication | None]:
+        report = await self._train(groups)
+        return report, await self.publish(canary) if report.applied else None
+
+    async def _train(self, groups: list[RolloutGroup]) -> StepReport:
         call, self.calls = self.calls, self.calls + 1
         before = self.during()
         await asyncio.sleep(self.delay)

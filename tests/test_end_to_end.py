@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ def rows(folder: Path) -> list[dict]:
 def our_processes() -> list[str]:
     """Command lines of processes that hold our private temp folder in their environment."""
     found = []
+    # multiprocessing keeps one for the test process itself, once a test has spawned anything.
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+        if entry.name.isdigit() and int(entry.name) not in (os.getpid(), tracker):
             try:
                 environment = (entry / "environ").read_bytes().decode(errors="replace")
                 if os.environ["RAY_TMPDIR"] in environment:
@@ -120,7 +123,7 @@ def test_every_second_of_every_process_is_in_a_state(quickstart):
     assert {"generate", "wait_for_prompts", "pause", "receive"} <= states["engine-0"]
     assert {"plan", "forward", "backward", "optimizer", "canary", "gather", "wait_for_groups"} <= states["learner-0"]
     assert {"score", "wait_for_groups"} <= states["reward-0"]
-    assert {"wait_for_groups", "train", "publish", "wait_for_delivery"} <= states["controller"]
+    assert {"wait_for_groups", "train", "wait_for_delivery"} <= states["controller"]
     assert summary["verdict"] in process.stdout
     assert summary["processes"]["controller"]["wall"] == pytest.approx(summary["training_seconds"], rel=0.7)
     trained = [row for row in rows(folder) if "time/step" in row]

@@ -46,8 +46,8 @@ class LocalLearner(FakePart):
         self.learner = Learner(config)
         self.learner.open_sender(f"recipe-{config.algorithm.recipe}")
 
-    async def train_step(self, groups):
-        return await asyncio.to_thread(self.learner.train_step, groups)
+    async def train_step(self, groups, canary):
+        return await asyncio.to_thread(self.learner.train_and_publish, groups, canary)
 
     async def publish(self, canary):
         return self.learner.publish(canary)
@@ -166,7 +166,7 @@ def test_the_learner_applies_the_engines_filter(stack):
         sampled = [run(engines.generate(i, prompt, sampling)) for i, prompt in enumerate(prompts)]
         rewards = np.arange(8, dtype=np.float32)
         groups = [RolloutGroup(i, p, c, rewards) for i, (p, c) in enumerate(zip(prompts, sampled, strict=True))]
-        report = run(learner.train_step(groups))
+        report, _ = run(learner.train_step(groups, np.array([1, 2, 3], np.int32)))
         gaps.append((report.metrics["sync/logprob_gap_max"], report.metrics.get("truncated_sampling/outside")))
     assert gaps[0][0] < 1e-3
     assert gaps[0][1] == 0
