@@ -181,10 +181,9 @@ def verdict(times: dict[str, dict[str, float]], config: Config) -> str:
             f"raise rollout.max_staleness (now {staleness})."
         )
     if learner >= engines:
-        more = "learner.num_ranks" if config.learner.num_ranks >= config.rollout.num_engines else "learner.cpu_threads"
         return (
             f"The learner bounds this run, busy {learner:.0%} of the time while the engines wait {unfed:.0%} "
-            f"for prompts: raise {more}."
+            f"for prompts: raise learner.num_ranks (now {config.learner.num_ranks})."
         )
     waiting = _share(times, "learner", "wait_for_groups")
     return (

@@ -1,8 +1,8 @@
 """``millrace bench learner``: seconds of a training step, and of a bare PyTorch loop on the same packed tokens.
 
-The bare loop has the same model, attention, micro-batches, reference pass and loss, with plain AdamW and the plain
-``[tokens, vocabulary]`` log-softmax: no DeepSpeed, no Ray, no metrics. A third loop pads its rows as transformers
-does by default. All three take turns in one process.
+The bare loop has the same model, attention, micro-batches (planned off the clock), reference pass and loss, with plain
+AdamW and the plain ``[tokens, vocabulary]`` log-softmax: no DeepSpeed, no Ray, no metrics. A third loop pads its rows
+as transformers does by default. All three take turns in one process.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+Prepare = Callable[[list[RolloutGroup]], Any]
+"""Groups to what a step takes; off the clock."""
+Step = Callable[[Any], Any]
+
+
 def alternate(config: Config, shape: Workload, rounds: int, loops: list[str]) -> dict[str, list[float]]:
     """Seconds of each round but the first two, by loop, measured in a process of its own."""
     # Threads and memory settings must be there before torch is.
@@ -74,17 +79,18 @@ def alternate(config: Config, shape: Workload, rounds: int, loops: list[str]) ->
 def _measure(config: Config, shape: Workload, rounds: int, loops: list[str], pipe: Any) -> None:
     from learner.learner import Learner
 
-    def ours() -> Callable[[list[RolloutGroup]], Any]:
-        return Learner(config).train_step
+    def ours() -> tuple[Prepare, Step]:
+        return lambda groups: groups, Learner(config).train_step
 
     makers = {"ours": ours, "bare": lambda: _packed_loop(config), "padded": lambda: _padded_loop(config)}
-    steps = {name: makers[name]() for name in loops}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    made = {name: makers[name]() for name in loops}
+    seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(rounds):
         groups = make_groups(shape, number)
-        for name, step in steps.items():
+        for name, (prepare, step) in made.items():
+            batch = prepare(groups)
             started = time.monotonic()
-            step(groups)
+            step(batch)
             if number >= 2:
                 seconds[name].append(time.monotonic() - started)
     pipe.send(seconds)
@@ -120,39 +126,37 @@ def _finish(policy: Any, optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def _packed_loop(config: Config) -> Callable[[list[RolloutGroup]], None]:
-    """The bare step on our own packed micro-batches; planning them is left out of its account, as it is ours."""
+def _packed_loop(config: Config) -> tuple[Prepare, Step]:
+    """The bare step on our own packed micro-batches."""
     import torch
 
-    from learner.logprobs import ATTENTION_NAME
+    from learner.attention import ATTENTION_NAME
+    from learner.logprobs import PolicyModel, Sampled
     from learner.passes import plan_batch
 
     policy, reference, optimizer = _models(config, ATTENTION_NAME)
+    hidden = {model: PolicyModel(model, Sampled()) for model in (policy, reference)}
+
+    def prepare(groups: list[RolloutGroup]) -> Any:
+        (plan,), _ = plan_batch(config, groups, 0, 1, torch.device("cpu"))
+        return plan.batches
 
     def logprobs(model: Any, tokens: Any) -> Any:
-        hidden = model.base_model(
-            input_ids=tokens.token_ids[None],
-            position_ids=tokens.position_ids[None],
-            attention_mask=None,
-            use_cache=False,
-            layout=tokens.layout,
-        ).last_hidden_state[0]
-        logits = model.get_output_embeddings()(hidden[tokens.predictors]).float()
+        logits = model.get_output_embeddings()(hidden[model](tokens, hidden_only=True)[0]).float()
         return logits.log_softmax(-1).gather(1, tokens.token_ids[tokens.targets, None])[:, 0]
 
-    def step(groups: list[RolloutGroup]) -> None:
-        (plan,), _ = plan_batch(config, groups, 0, 1, torch.device("cpu"))
-        for batch in plan.batches:
+    def step(batches: Any) -> None:
+        for batch in batches:
             with torch.no_grad():
                 old = logprobs(reference, batch.tokens)
             new = logprobs(policy, batch.tokens)
             _loss(new, old, torch.ones_like(new), torch.full_like(new, 1e-3), config.algorithm.kl.coef).backward()
         _finish(policy, optimizer)
 
-    return step
+    return prepare, step
 
 
-def _padded_loop(config: Config) -> Callable[[list[RolloutGroup]], None]:
+def _padded_loop(config: Config) -> tuple[Prepare, Step]:
     """Rows of prompt and completion, in arrival order, padded to the longest of a micro-batch of the same budget."""
     import numpy as np
     import torch
@@ -164,11 +168,12 @@ def _padded_loop(config: Config) -> Callable[[list[RolloutGroup]], None]:
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
-    def step(groups: list[RolloutGroup]) -> None:
+    def prepare(groups: list[RolloutGroup]) -> Any:
         rows = [np.concatenate([g.prompt.token_ids, c.token_ids]) for g in groups for c in g.completions]
         prompts = [len(g.prompt.token_ids) for g in groups for _ in g.completions]
         longest = max(map(len, rows))
         size = max(1, budget // longest)
+        batches = []
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             ids = torch.zeros(len(part), longest, dtype=torch.int64)
@@ -176,10 +181,15 @@ def _padded_loop(config: Config) -> Callable[[list[RolloutGroup]], None]:
             for i, row in enumerate(part):
                 ids[i, : len(row)], mask[i, : len(row)] = torch.from_numpy(row.astype(np.int64)), 1
                 trained[i, prompts[start + i] - 1 : len(row) - 1] = 1e-3
+            batches.append((ids, mask, trained))
+        return batches
+
+    def step(batches: Any) -> None:
+        for ids, mask, trained in batches:
             with torch.no_grad():
                 old = logprobs(reference, ids, mask)
             new = logprobs(policy, ids, mask)
             _loss(new, old, torch.ones_like(new), trained, config.algorithm.kl.coef).backward()
         _finish(policy, optimizer)
 
-    return step
+    return prepare, step

@@ -128,7 +128,7 @@ def _config(options: argparse.Namespace, folder: Path) -> Config:
         "max_new_tokens": new,
         "max_staleness": options.max_staleness,
     }
-    table["reward"] = {"functions": [{"function": reward}]}
+    table["reward"]["functions"] = [{"function": reward}]
     table["algorithm"]["kl"]["coef"] = options.kl_coef
     table["learner"] |= {
         "prompts_per_step": options.prompts_per_step or shape.prompts_per_step,

@@ -106,6 +106,10 @@ def _raw_vllm(config: Config, pipe: Any) -> None:
     """A process of its own: answers lists of prompts with tokens per second, until it gets None."""
     os.environ |= engine_environment(config, 0)
     from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():  # Inside this process, as ours: vLLM's default, with a second one, is slower there.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
     llm = LLM(**(engine_arguments(config, 0, "auto") | {"worker_extension_cls": "", "weight_transfer_config": None}))
     sampling = sampling_parameters(Sampling.training(config.rollout))

@@ -85,7 +85,7 @@ def table_of(shape: Workload, model: Path, prompts: Path, folder: Path, dtype: s
             "max_staleness": 2,
             "vllm": {"enforce_eager": True},
         },
-        "reward": {"functions": [{"function": "length"}]},
+        "reward": {"functions": [{"function": "length"}], "groups_per_call": 8},
         "algorithm": {"kl": {"coef": 0.001, "estimator": "k3"}},
         "learner": {
             "prompts_per_step": shape.prompts_per_step,

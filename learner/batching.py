@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.logprobs import Layout, PackedTokens
+from learner.attention import Layout
+from learner.logprobs import PackedTokens
 from shared.types import Completion, IntArray, Prompt, RolloutGroup
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.attention import ATTENTION_NAME, register_attention
 from learner.batching import MicroBatch, Row, Step, collate
 from learner.choices import Choices
 from learner.distributed import deepspeed_config, join_group
-from learner.logprobs import ATTENTION_NAME, PolicyModel, Sampled, register_attention
+from learner.logprobs import PolicyModel, Sampled
 from learner.losses import LossInputs, LossSettings, grpo_loss
 from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference

@@ -1,8 +1,7 @@
 """From packed tokens to per-token log-probs and entropy, in float32: the only place with the shift by one.
 
-Sequences lie end to end in one row without padding, and a prompt lies there once for all its completions. Attention
-is separate by construction: tokens are laid out as right-padded rows inside the attention alone, where causality
-already hides the padding, so no mask exists that could leak. The output head runs in chunks over completion tokens; no ``[tokens, vocabulary]`` matrix is kept.
+Sequences lie end to end in one row without padding (see ``attention.py``). The output head runs in chunks over
+completion tokens; no ``[tokens, vocabulary]`` matrix is kept.
 """
 
 from __future__ import annotations
@@ -11,118 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-ATTENTION_NAME = "millrace_packed"
+from learner.attention import Layout
+
 CHUNK_BYTES = 64 << 20
-FILL = 0.75
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where each of ``T`` packed tokens goes in right-padded rows, one row per completion.
-
-    Rows of similar length lie in one block, padded to its longest: with long-tailed lengths most padding is gone.
-    Completions of one prompt share its tokens: they are packed once and occur in every such row. Keys and values are
-    read by all rows; the output of a shared token, which cannot depend on what follows, is taken from one of them.
-    """
-
-    gather: Tensor
-    """``[cells] int64``: packed index of each cell of all blocks, one block after the other; T for padding."""
-    scatter: Tensor
-    """``[T] int64``: cell that gives each packed token its output."""
-    blocks: tuple[tuple[int, int], ...]
-    """``(rows, length)`` of each block."""
-
-    @classmethod
-    def of(cls, rows: list[list[range]]) -> Layout:
-        """The layout of ``rows``, each a list of ranges of packed indices (its prompt, its completion)."""
-        count = max(part.stop for row in rows for part in row)
-        parts: list[np.ndarray] = []
-        blocks: list[tuple[int, int]] = []
-        for block in _blocks(rows):
-            longest = sum(map(len, block[0]))
-            cells = np.full((len(block), longest), count, dtype=np.int64)
-            for line, row in zip(cells, block, strict=True):
-                tokens = np.concatenate([np.arange(part.start, part.stop) for part in row])
-                line[: len(tokens)] = tokens
-            parts.append(cells.ravel())
-            blocks.append((len(block), longest))
-        gather = np.concatenate(parts)
-        packed, first_cell = np.unique(gather, return_index=True)
-        return cls(torch.from_numpy(gather), torch.from_numpy(first_cell[packed < count]), tuple(blocks))
-
-    def to(self, device: torch.device) -> Layout:
-        """The layout on another device."""
-        return Layout(self.gather.to(device), self.scatter.to(device), self.blocks)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return max(length for _, length in self.blocks)
-
-
-def _blocks(rows: list[list[range]]) -> list[list[list[range]]]:
-    """``rows``, longest first, in blocks whose shortest row has at least ``FILL`` of the tokens of its longest."""
-    blocks: list[list[list[range]]] = []
-    longest = 0
-    for row in sorted(rows, key=lambda row: -sum(map(len, row))):
-        length = sum(map(len, row))
-        if not blocks or length < FILL * longest:
-            blocks.append([])
-            longest = length
-        blocks[-1].append(row)
-    return blocks
-
-
-def _pad(packed: Tensor, layout: Layout) -> list[Tensor]:
-    """``[T, H, D]`` to ``[B, H, L, D]`` for each block, zeros in the padding."""
-    padded = torch.cat([packed, packed.new_zeros((1, *packed.shape[1:]))]).index_select(0, layout.gather)
-    parts = padded.split([rows * length for rows, length in layout.blocks])
-    return [
-        part.view(rows, length, *packed.shape[1:]).transpose(1, 2)
-        for part, (rows, length) in zip(parts, layout.blocks, strict=True)
-    ]
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    layout: Layout,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence; query ``[1, H, T, D]``, key and value ``[1, H_kv, T, D]``."""
-    if sliding_window is not None and sliding_window < layout.longest:
-        raise ValueError(f"sequences of {layout.longest} tokens exceed the sliding window of {sliding_window}")
-    grouped = query.shape[1] != key.shape[1]
-    # On CPUs the backward kernel in bfloat16 is up to seven times slower than in float32.
-    inner = torch.float32 if query.device.type == "cpu" and query.dtype == torch.bfloat16 else query.dtype
-    blocks = zip(*(_pad(x[0].transpose(0, 1).to(inner), layout) for x in (query, key, value)), strict=True)
-    outputs = [
-        nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-        .transpose(1, 2)
-        .flatten(0, 1)
-        for q, k, v in blocks
-    ]
-    return torch.cat(outputs).index_select(0, layout.scatter).to(query.dtype)[None], None
-
-
-def register_attention() -> None:
-    """Make ``packed_attention`` known to transformers under ``ATTENTION_NAME``."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The worker's half of a weight transfer, loaded by vLLM through ``worker_extension_cls``.
 
 Importing this module registers our backends with vLLM's weight-transfer factory before the model loads. The rounds
-are vLLM's own: start, update, finish; what is added is proof. Invariant: nothing is loaded from a publication whose
-bytes do not match its digest, and a tied output head follows its embedding.
+are vLLM's own: start, update, finish; what is added is proof. Invariant: every byte that is loaded was hashed on this
+side (shared memory before the update, by ``Engine.receive``; device links while loading), and a tied output head
+follows its embedding.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def times(generate, wait, update, work, idle, score=0.1, evaluate=0.0):
 @pytest.mark.parametrize(
     ("spent", "changes", "bound", "setting"),
     [
-        (times(0.5, 0.4, 0.1, 0.95, 0.05), {}, "learner bounds", "learner.cpu_threads|learner.num_ranks"),
+        (times(0.5, 0.4, 0.1, 0.95, 0.05), {}, "learner bounds", "learner.num_ranks"),
         (times(0.95, 0.0, 0.05, 0.5, 0.5), {}, "engines bound", "rollout.num_engines"),
         (times(0.3, 0.6, 0.1, 0.3, 0.7), {}, "Neither", "rollout.max_staleness"),
         (times(0.5, 0.4, 0.1, 0.5, 0.5), {"rollout.max_staleness": 0}, "wait for each other", "rollout.max_staleness"),
@@ -109,6 +109,6 @@ def test_one_sentence_names_what_bounds_a_run_and_the_setting(spent, changes, bo
     config = make_config(**{"rollout.max_staleness": 2} | changes)
     said = verdict(spent, config)
     assert bound in said
-    assert any(name in said for name in setting.split("|"))
+    assert setting in said
     assert said.endswith(".")
     assert said.count(". ") == 0

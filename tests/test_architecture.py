@@ -27,6 +27,7 @@ HEAVY = {
     # The bench runs raw vLLM beside ours.
     "vllm": {
         "rollout/engine.py",
+        "rollout/in_process.py",
         "rollout/weight_receiver.py",
         "learner/weight_sender.py",
         "launch/bench_rollout.py",

@@ -8,8 +8,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from learner import logprobs as under_test
+from learner.attention import ATTENTION_NAME, register_attention
 from learner.batching import Row, collate
-from learner.logprobs import ATTENTION_NAME, Layout, PolicyModel, Sampled, register_attention
+from learner.logprobs import PolicyModel, Sampled
 from shared.types import Completion, Prompt
 
 VOCABULARY = 61
@@ -227,23 +228,6 @@ def test_bfloat16_weights_give_float32_logprobs_and_bfloat16_gradients():
     for gradient in gradients(policy.model, results).values():
         assert gradient.dtype == torch.bfloat16
         assert gradient.isfinite().all()
-
-
-def test_layout_repeats_a_shared_prompt():
-    layout = Layout.of([[range(2), range(4, 5)], [range(2), range(2, 4)], [range(5, 6), range(6, 7)]])
-    assert layout.blocks == ((2, 4), (1, 2))
-    assert layout.gather.tolist() == [0, 1, 2, 3, 0, 1, 4, 7, 5, 6]
-    assert layout.scatter.tolist() == [0, 1, 2, 3, 6, 8, 9]
-
-
-def test_rows_of_similar_length_share_a_block():
-    lengths = [100, 20, 76, 19, 75, 74, 1]
-    ends = np.cumsum(lengths)
-    layout = Layout.of([[range(end - n, end)] for n, end in zip(lengths, ends, strict=True)])
-    assert layout.blocks == ((3, 100), (1, 74), (2, 20), (1, 1))
-    assert layout.longest == 100
-    found = layout.gather[layout.scatter]
-    assert torch.equal(found, torch.arange(ends[-1]))
 
 
 @pytest.mark.parametrize("window", [13, 14])

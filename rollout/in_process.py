@@ -1,0 +1,160 @@
+"""vLLM inside this process, stepped by one thread: what an ``Engine`` runs on CPUs.
+
+``AsyncLLM`` keeps vLLM's core in a process of its own and every sampled token crosses between the two as a message. A GPU
+hides that cost; on CPUs it takes a fifth of the throughput. Invariant: vLLM is touched by its thread alone, which
+does what others ask for between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from shared.errors import EngineFailed, one_line
+
+
+def build(arguments: dict[str, Any]) -> Any:
+    """vLLM's ``LLMEngine`` without a process of its own."""
+    from vllm import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+    return LLMEngine(config, Executor.get_class(config), log_stats=False, usage_context=UsageContext.LLM_CLASS)
+
+
+class InProcessLLM:
+    """The part of ``AsyncLLM``'s interface that ``Engine`` needs."""
+
+    def __init__(self, arguments: dict[str, Any], name: str) -> None:
+        """``arguments`` are vLLM's own; ``name`` is what errors call this engine."""
+        self._name = name
+        self._asked: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        self._answers: dict[str, Future[Any]] = {}
+        started: Future[None] = Future()
+        # vLLM sets the threads of torch for the thread that builds it: it has to be the one that steps it.
+        self._thread = threading.Thread(target=self._live, args=(arguments, started), name="vllm", daemon=True)
+        self._thread.start()
+        started.result()
+
+    # --- what Engine calls ---
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._llm.get_tokenizer()
+
+    async def generate(self, prompt: Any, parameters: Any, request_id: str) -> AsyncIterator[Any]:
+        """The finished ``RequestOutput``; a caller that goes away aborts its request."""
+        answer: Future[Any] = Future()
+
+        def add() -> None:
+            self._llm.add_request(request_id, prompt, parameters)
+            self._answers[request_id] = answer
+
+        try:
+            await self._do(add)
+            yield await asyncio.shield(asyncio.wrap_future(answer))
+        finally:
+            if not answer.done():
+                self._ask(lambda: self._answers.pop(request_id, None) and self._llm.abort_request([request_id]))
+
+    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+        """Stop before the next step; with ``mode`` keep, running requests freeze in place."""
+        await self._do(lambda: self._core.pause_scheduler(mode, clear_cache))
+
+    async def resume_generation(self) -> None:
+        """Let them go on."""
+        await self._do(self._core.resume_scheduler)
+
+    async def is_paused(self) -> bool:
+        """Whether requests are frozen."""
+        return bool(await self._do(self._core.is_scheduler_paused))
+
+    async def start_weight_update(self) -> None:
+        """First stage of a round."""
+        await self.collective_rpc("start_weight_update")
+
+    async def update_weights(self, request: Any) -> None:
+        """Second stage."""
+        await self.collective_rpc("update_weights", {"update_info": request.update_info})
+
+    async def finish_weight_update(self, version: str) -> None:
+        """Third stage; ``version`` labels what is sampled from now on."""
+        await self.collective_rpc("finish_weight_update")
+        await self._do(lambda: self._core.set_weight_version(version))
+
+    async def get_weight_version(self) -> str:
+        """The label of the weights in use."""
+        return str(await self._do(self._core.get_weight_version))
+
+    async def collective_rpc(self, method: str, keywords: dict[str, Any] | None = None) -> list[Any]:
+        """Call a method of every worker."""
+        answers: list[Any] = await self._do(lambda: self._core.collective_rpc(method, None, (), keywords))
+        return answers
+
+    async def check_health(self) -> None:
+        """Answer when the thread comes by. Raises ``EngineFailed`` if it has ended."""
+        await self._do(lambda: None)
+
+    def shutdown(self) -> None:
+        """End the thread and vLLM."""
+        self._asked.put(None)
+        self._thread.join()
+
+    # --- the thread ---
+
+    def _live(self, arguments: dict[str, Any], started: Future[None]) -> None:
+        try:
+            self._llm = build(arguments)
+            self._core = self._llm.engine_core.engine_core
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        try:
+            while self._do_what_was_asked():
+                for output in self._llm.step():
+                    if output.finished and output.request_id in self._answers:
+                        self._answers.pop(output.request_id).set_result(output)
+        except Exception as error:
+            self._fail(EngineFailed(f"{self._name}: vLLM failed in a step: {type(error).__name__}: {one_line(error, 400)}"))
+        self._llm.engine_core.shutdown()
+
+    def _do_what_was_asked(self) -> bool:
+        """Also waits while there is nothing to step; False at the end."""
+        while True:
+            idle = self._core.is_scheduler_paused() or not self._llm.has_unfinished_requests()
+            try:
+                asked = self._asked.get(block=idle)
+            except Empty:
+                return True
+            if asked is None:
+                return False
+            call, done = asked
+            try:
+                done.set_result(call())
+            except Exception as error:
+                done.set_exception(error)
+
+    def _fail(self, failure: EngineFailed) -> None:
+        """vLLM does not survive a failed step: everybody who waits is told, and who asks from now on."""
+        for answer in self._answers.values():
+            answer.set_exception(failure)
+        while (asked := self._asked.get()) is not None:
+            asked[1].set_exception(failure)
+
+    # --- from other threads ---
+
+    def _ask(self, call: Callable[[], Any]) -> Future[Any]:
+        done: Future[Any] = Future()
+        self._asked.put((call, done))
+        return done
+
+    async def _do(self, call: Callable[[], Any]) -> Any:
+        # Shielded: what was asked is done even if the caller goes away.
+        return await asyncio.shield(asyncio.wrap_future(self._ask(call)))
