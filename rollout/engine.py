@@ -133,7 +133,7 @@ class Received(NamedTuple):
     digests: set[str]
     """Of the bytes that its workers took."""
     seconds: dict[str, float]
-    """``paused``: without generation; ``transfer``: of that, loading the weights."""
+    """``prepare``: hashing and packing while generation goes on; ``paused``: without it; ``transfer``: of that, loading."""
     times: TimeSlice
 
 
@@ -160,6 +160,8 @@ class Engine:
         self.index = index
         self._ledger = ledger
         self._llm = _start_vllm(engine_arguments(config, index, load_format), f"engine-{index}")
+        self._has_worker = config.rollout.tensor_parallel_size == 1
+        """On CPUs: its only worker lives in this process."""
         self._tokenizer = self._llm.get_tokenizer()
         self._requests = self._running = 0
         self._ledger.enter("wait_for_prompts")
@@ -208,11 +210,15 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        digests = {await asyncio.to_thread(publication.hash_segment)} if publication.segment else set[str]()
-        if digests - {publication.digest}:
-            raise WeightProofFailed(
-                f"segment {publication.segment}: hashed {digests}, the learner sent {publication.digest}"
-            )
+        digests, begun = set[str](), time.monotonic()
+        if publication.segment:
+            digests.add(await asyncio.to_thread(publication.hash_segment))
+            if digests != {publication.digest}:
+                raise WeightProofFailed(
+                    f"segment {publication.segment}: hashed {digests}, the learner sent {publication.digest}"
+                )
+            if self._has_worker:
+                await self._llm.beside("millrace_prepare", {"update_info": publication.update_info()})
         started = time.monotonic()
         self._ledger.enter("pause")
         await self._llm.pause_generation(mode="keep", clear_cache=False)
@@ -224,7 +230,7 @@ class Engine:
         await self._llm.finish_weight_update(str(publication.version))
         await self._llm.resume_generation()
         self._ledger.enter(self._working())
-        seconds = {"paused": time.monotonic() - started, "transfer": transferred - paused}
+        seconds = {"prepare": started - begun, "paused": time.monotonic() - started, "transfer": transferred - paused}
         digests = digests or set(await self._llm.collective_rpc("millrace_received"))
         return Received(digests, seconds, self._ledger.take())
 

@@ -119,6 +119,7 @@ class EnginePool:
         seconds = time.monotonic() - started
         return {
             "sync/seconds": seconds,
+            "sync/prepare_seconds": taken.seconds["prepare"],
             "sync/pause_seconds": taken.seconds["paused"],
             "sync/transfer_seconds": taken.seconds["transfer"],
         }

@@ -97,6 +97,10 @@ class InProcessLLM:
         answers: list[Any] = await self._do(lambda: self._core.collective_rpc(method, None, (), keywords))
         return answers
 
+    async def beside(self, method: str, keywords: dict[str, Any]) -> None:
+        """Call a method of the only worker, which lives here, while steps go on: it must not touch what they use."""
+        await asyncio.to_thread(self._core.collective_rpc, method, None, (), keywords)
+
     async def check_health(self) -> None:
         """Answer when the thread comes by. Raises ``EngineFailed`` if it has ended."""
         await self._do(lambda: None)
@@ -118,12 +122,17 @@ class InProcessLLM:
         started.set_result(None)
         try:
             while self._do_what_was_asked():
-                for output in self._llm.step():
-                    if output.finished and output.request_id in self._answers:
-                        self._answers.pop(output.request_id).set_result(output)
+                self._step()
         except Exception as error:
-            self._fail(EngineFailed(f"{self._name}: vLLM failed in a step: {type(error).__name__}: {one_line(error, 400)}"))
+            self._fail(
+                EngineFailed(f"{self._name}: vLLM failed in a step: {type(error).__name__}: {one_line(error, 400)}")
+            )
         self._llm.engine_core.shutdown()
+
+    def _step(self) -> None:
+        for output in self._llm.step():
+            if output.finished and output.request_id in self._answers:
+                self._answers.pop(output.request_id).set_result(output)
 
     def _do_what_was_asked(self) -> bool:
         """Also waits while there is nothing to step; False at the end."""

@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine,
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from rollout.cpu_weights import Replacement, make_ready, plan, put_in_place
 from shared.errors import WeightProofFailed
 from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, unpack_handle
 
@@ -59,20 +60,35 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """Nothing to connect."""
 
+    _ready: list[Replacement] | None = None
+    _loading = False
+    """Layers are in loadable form; after a failed round they stay so, and only another load gets them out of it."""
+
+    def prepare(self, update_info: ShmUpdateInfo) -> None:
+        """Pack the next weights beside the live ones, while generation goes on; where that cannot be, do nothing."""
+        where = None if self._loading else plan(self.model, update_info.names)
+        self._ready = None if where is None else make_ready(self.model, where, dict(_tensors(update_info)))
+
     def start_weight_update(self) -> None:
-        """Put the layers back into loadable form; CPU linears are packed and cannot be written in place."""
-        initialize_layerwise_reload(self.model)
+        """Unless all is ready, put the layers into loadable form: packed ones cannot be written in place."""
+        if self._ready is None:
+            self._loading = True
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        """Load every tensor."""
-        flat = torch.from_numpy(Segment(update_info.segment).bytes)
-        named = [(m.name, _tensor(flat, m)) for m in update_info.tensors()]
+        """Put what is ready in place, or load every tensor."""
+        if self._ready is not None:
+            put_in_place(self._ready)
+            return
+        named = _tensors(update_info)
         self.model.load_weights(named)
         load_tied_head(self.model, named)
 
     def finish_weight_update(self) -> None:
         """Finalise the layers."""
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self._ready is None:
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._ready, self._loading = None, False
 
     def shutdown(self) -> None:
         """Nothing to release: a segment belongs to the learner."""
@@ -139,9 +155,13 @@ def _hashed_load(model: torch.nn.Module, expected: str = "") -> Iterator[Any]:
         del model.load_weights
 
 
-def _tensor(flat: torch.Tensor, meta: TensorMeta) -> torch.Tensor:
-    dtype = getattr(torch, meta.dtype)
-    return flat[meta.offset : meta.offset + meta.nbytes].view(dtype).view(meta.shape)
+def _tensors(info: ShmUpdateInfo) -> list[tuple[str, torch.Tensor]]:
+    """The publication's tensors by name, as views of its shared memory."""
+    flat = torch.from_numpy(Segment(info.segment).bytes)
+    return [
+        (m.name, flat[m.offset : m.offset + m.nbytes].view(getattr(torch, m.dtype)).view(m.shape))
+        for m in info.tensors()
+    ]
 
 
 def load_tied_head(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -160,6 +180,11 @@ def load_tied_head(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tens
 
 class MillraceWorker:
     """Mixed into vLLM's worker class; the names must not occur there."""
+
+    def millrace_prepare(self, update_info: dict[str, Any]) -> None:
+        """Pack the next weights on the caller's thread, beside the steps of another."""
+        engine = self.weight_transfer_engine  # type: ignore[attr-defined]
+        engine.prepare(engine.parse_update_info(update_info))
 
     def millrace_received(self) -> str:
         """Digest of the publication that this worker took last."""

@@ -148,7 +148,8 @@ class Segment:
         return np.frombuffer(self._map, dtype=np.uint8)
 
     def unlink(self) -> None:
-        """Remove the file; existing mappings stay valid."""
+        """Remove the file and give up its lock; existing mappings stay valid."""
+        self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
 

@@ -29,6 +29,7 @@ HEAVY = {
         "rollout/engine.py",
         "rollout/in_process.py",
         "rollout/weight_receiver.py",
+        "rollout/cpu_weights.py",
         "learner/weight_sender.py",
         "launch/bench_rollout.py",
     },

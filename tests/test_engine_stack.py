@@ -100,8 +100,16 @@ def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(stack):
     assert {"start", "pause", "receive"} <= {state for state, *_ in taken.times.intervals}
 
 
-def test_a_tied_head_follows_its_embedding(stack):
-    """The packed head of a tied model keeps its old values unless ``load_tied_head`` reloads it."""
+@pytest.fixture(params=["made ready", "reloaded"])
+def way(request, monkeypatch):
+    """How weights get in: packed beside the live ones, or by vLLM's own reload."""
+    if request.param == "reloaded":
+        monkeypatch.setattr("rollout.weight_receiver.plan", lambda model, names: None)
+    return request.param
+
+
+def test_a_tied_head_follows_its_embedding(stack, way):
+    """The packed head of a tied model keeps its old values unless it is treated apart."""
     engine, policy, run = stack
     with policy.torch.no_grad():
         policy.model.get_input_embeddings().weight *= 1.5
@@ -110,12 +118,13 @@ def test_a_tied_head_follows_its_embedding(stack):
     assert run(engine.prove(publication.canary, publication.version)) < 1e-3
 
 
-def test_every_publication_is_taken_whole(stack):
+def test_every_publication_is_taken_whole(stack, way):
     engine, policy, run = stack
     for _ in range(3):
         policy.change(0.05)
         publication = policy.publish()
         run(engine.receive(publication))
+        policy.segments[-1].bytes[:] = 255  # The learner will write the next one there.
         assert run(engine.prove(publication.canary, publication.version)) < 1e-3
         assert run(engine.weight_version()) == str(publication.version)
 
@@ -156,6 +165,24 @@ def test_a_damaged_publication_is_refused_before_the_engine_is_touched(stack):
         run(engine.receive(dataclasses.replace(publication, digest="0" * 64)))
     assert not run(engine._llm.is_paused())
     assert run(engine.weight_version()) == before
+
+
+def test_a_publication_of_another_shape_is_refused_before_the_engine_is_touched(stack):
+    engine, policy, run = stack
+    publication = policy.publish()
+    first = publication.tensors[0]
+    flat = dataclasses.replace(first, shape=(first.shape[0] // 2, first.shape[1] * 2))
+    with pytest.raises(ValueError, match=r"embed_tokens.weight: torch.float32 \(.*\), the engine has"):
+        run(engine.receive(dataclasses.replace(publication, tensors=(flat, *publication.tensors[1:]))))
+    assert not run(engine._llm.is_paused())
+    run(engine.receive(publication))
+
+
+def test_generation_stands_still_only_while_ready_weights_are_put_in_place(stack):
+    engine, policy, run = stack
+    publications = [policy.publish() for _ in range(4)]
+    taken = [run(engine.receive(p)).seconds for p in publications]
+    assert min(t["paused"] for t in taken) < min(t["prepare"] for t in taken)
 
 
 def test_a_round_that_fails_half_way_stays_paused_and_a_repeated_one_recovers(stack):

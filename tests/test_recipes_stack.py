@@ -108,12 +108,15 @@ def prepared(recipe, **changes):
 
 @pytest.fixture(scope="module")
 def stack():
+    from learner.distributed import join_group
     from rollout.engine import Engine
 
-    loop = asyncio.new_event_loop()
+    loop, config = asyncio.new_event_loop(), prepared("grpo").config
+    # Engine and learners share this process, and so its one process group: DeepSpeed has to make it.
+    join_group(config, 0, 1, ("127.0.0.1", 0))
 
     async def build():
-        return Engine(prepared("grpo").config)
+        return Engine(config)
 
     engine = loop.run_until_complete(build())
     yield LocalEngine(engine), loop.run_until_complete
