@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from learner.attention import Layout
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+"""Of float32 logits at a time: little beside the model's own memory; enough rows for an efficient product."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,19 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.sampled, ctx.reference = sampled, reference
         logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy, kl = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
-        for rows in _chunks(len(hidden), len(weight)):
+
+        def fill(rows: slice) -> None:  # A function, so that no chunk outlives its turn.
             log_p = sampled.log_softmax(hidden[rows], weight)
             logprobs[rows] = log_p.gather(1, labels[rows, None])[:, 0]
             if not with_entropy and reference is None:
-                continue
+                return
             p = log_p.exp()
             entropy[rows] = -_expect(p, log_p)[:, 0]
             if reference is not None:
                 kl[rows] = _expect(p, log_p - sampled.log_softmax(reference[0][rows], reference[1]))[:, 0]
+
+        for rows in _chunks(len(hidden), len(weight), hidden.device):
+            fill(rows)
         return logprobs, entropy, kl
 
     @staticmethod
@@ -84,10 +89,11 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=grad_logprobs.dtype)
         with_entropy, with_kl = bool(grad_entropy.any()), ctx.reference is not None and bool(grad_kl.any())
-        for rows in _chunks(len(hidden), len(weight)):
+
+        def grad_logits(rows: slice) -> Tensor:
             log_p = ctx.sampled.log_softmax(hidden[rows], weight)
-            p = log_p.exp()
-            grad = p * -grad_logprobs[rows, None]
+            p = log_p.exp() if with_entropy or with_kl else log_p.exp_()
+            grad = p * -grad_logprobs[rows, None] if with_entropy or with_kl else p.mul_(-grad_logprobs[rows, None])
             grad.scatter_add_(1, labels[rows, None], grad_logprobs[rows, None])
             if with_entropy:
                 centred = torch.where(p > 0, log_p - _expect(p, log_p), 0.0)
@@ -97,10 +103,15 @@ class _TokenLogProbs(torch.autograd.Function):
                 gap = torch.where(p > 0, log_p - log_q, 0.0)
                 grad += grad_kl[rows, None] * p * (gap - _expect(p, gap))
             if ctx.sampled.temperature != 1.0:
-                grad = grad / ctx.sampled.temperature
-            grad = grad.to(weight.dtype)
+                grad /= ctx.sampled.temperature
+            return grad.to(weight.dtype)
+
+        for rows in _chunks(len(hidden), len(weight), hidden.device):
+            grad = grad_logits(rows)
             grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
+            for words in _chunks(*weight.shape, hidden.device):  # Not the whole ``[V, D]`` once more.
+                grad_weight[words] += grad[:, words].T @ hidden[rows]
+            del grad
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -112,8 +123,9 @@ def _expect(p: Tensor, values: Tensor) -> Tensor:
     return sums
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+def _chunks(rows: int, width: int, device: torch.device) -> list[slice]:
+    """Parts of a ``[rows, width]`` float32 matrix of at most ``CHUNK_BYTES``."""
+    size = max(1, CHUNK_BYTES[device.type] // (4 * width))
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

@@ -157,8 +157,8 @@ def test_chunks_change_nothing(monkeypatch, chunk_rows):
     policy, rows = packed(qwen2(), 0.6), rows_of()
     whole = run(policy, rows)
     whole_gradients = gradients(policy.model, whole)
-    monkeypatch.setattr(under_test, "CHUNK_BYTES", 4 * VOCABULARY * chunk_rows)
-    assert len(under_test._chunks(23, VOCABULARY)) == -(-23 // chunk_rows)
+    monkeypatch.setitem(under_test.CHUNK_BYTES, "cpu", 4 * VOCABULARY * chunk_rows)
+    assert len(under_test._chunks(23, VOCABULARY, CPU)) == -(-23 // chunk_rows)
     parts = run(policy, rows)
     for found, expected in zip(parts, whole, strict=True):
         close(found, expected, atol=2e-6)

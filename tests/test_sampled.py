@@ -162,7 +162,7 @@ CASES = [(f, n) for f in FILTERS for n in OUTPUTS if set(f) <= {"temperature"} o
 @pytest.mark.parametrize(("filters", "output"), CASES)
 def test_values_and_gradients_are_those_of_the_formulas(monkeypatch, output, filters, chunk_rows):
     hidden, weight, reference = head_inputs()
-    monkeypatch.setattr(under_test, "CHUNK_BYTES", 4 * len(weight) * chunk_rows)
+    monkeypatch.setitem(under_test.CHUNK_BYTES, "cpu", 4 * len(weight) * chunk_rows)
     reference = reference if 2 in OUTPUTS[output] else None
     labels = kept_labels(hidden, weight, filters)
     expected = naive_head(hidden, weight, labels, filters, reference)
