@@ -109,7 +109,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for rows in _chunks(len(hidden), len(weight), hidden.device):
             grad = grad_logits(rows)
             grad_hidden[rows] = grad @ weight
-            for words in _chunks(*weight.shape, hidden.device):  # Not the whole ``[V, D]`` once more.
+            for words in _chunks(len(weight), weight.shape[1], hidden.device):  # Not the whole ``[V, D]`` once more.
                 grad_weight[words] += grad[:, words].T @ hidden[rows]
             del grad
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
