@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--max-prompt-tokens", type=int, default=MAX_PROMPT_TOKENS)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--max-staleness", type=int, default=2)
+    parser.add_argument("--max-staleness", type=int, default=4)
     parser.add_argument("--ceilings", action="store_true", help="measure rollouts alone and learning alone too")
 
 
@@ -119,7 +119,7 @@ def _config(options: argparse.Namespace, folder: Path) -> Config:
     source, colon, attribute = options.reward.rpartition(":")
     reward = f"{Path(source).resolve()}:{attribute}" if colon and source.endswith(".py") else options.reward
     new = options.max_new_tokens or shape.max_new_tokens
-    table = table_of(shape, model, Path(prompts).resolve(), folder, options.dtype)
+    table = table_of(shape, Path(model), Path(prompts).resolve(), folder, options.dtype)
     table["run"]["steps"] = options.steps
     table["data"]["prompt_column"] = options.prompt_column
     table["rollout"] |= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import string
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from shared.types import Completion, Prompt, RolloutGroup, VersionSpan
 
 LETTERS = string.ascii_letters + string.digits + "+-*/=()[]<>"
 MAX_PROMPT_TOKENS = 64
+WIDE = 256
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def table_of(shape: Workload, model: Path, prompts: Path, folder: Path, dtype: s
             "group_size": shape.group_size,
             "max_prompt_tokens": MAX_PROMPT_TOKENS,
             "max_new_tokens": shape.max_new_tokens,
-            "max_staleness": 2,
+            "max_staleness": 4,
             "vllm": {"enforce_eager": True},
         },
         "reward": {"functions": [{"function": "length"}], "groups_per_call": 8},
@@ -90,9 +92,20 @@ def table_of(shape: Workload, model: Path, prompts: Path, folder: Path, dtype: s
         "learner": {
             "prompts_per_step": shape.prompts_per_step,
             "lr": 1e-6,
+            "cpu_threads": learner_threads(model),
             "max_tokens_per_microbatch": max(8192, MAX_PROMPT_TOKENS + shape.max_new_tokens),
         },
     }
+
+
+def learner_threads(model: Path) -> int:
+    """Every core for matrices wide enough to be worth it: the engine leaves its own idle now and then; else one."""
+    file = model / "config.json"  # What is wrong with a missing or broken one is said by the checks of a run.
+    try:
+        wide = json.loads(file.read_text(encoding="utf-8"))["hidden_size"] >= WIDE
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+    return os.cpu_count() or 1 if wide else 1
 
 
 def workload_config(options: argparse.Namespace, folder: Path) -> Config:
