@@ -176,17 +176,20 @@ def _kl(x: LossInputs, settings: LossSettings, log_ratio: Tensor, mask: Tensor) 
 
 
 def _ratio_metrics(x: LossInputs, settings: LossSettings, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Clip shares of current/old, and the gap between learner and engine log-probs."""
+    """Clip shares of current/old, and how far the tokens are from the learner's own: log-prob gap, sums for the ESS."""
     ratio = _row_ratio(log_ratio, mask) if settings.sequence_level else bounded_exp(log_ratio)
     low = (ratio < 1 - settings.clip_low) & (x.advantages < 0) & mask
     high = (ratio > 1 + settings.clip_high) & (x.advantages > 0) & mask
     gap = masked(x.old_logprobs.detach() - x.rollout_logprobs, mask)
     gap = masked(gap, torch.isfinite(gap))
+    weight = masked(bounded_exp(gap), mask)  # What the tokens would weigh if they were corrected.
     return {
         "clip_ratio/low_mean_sum": low.sum().float(),
         "clip_ratio/high_mean_sum": high.sum().float(),
         "clip_ratio/region_mean_sum": (low | high).sum().float(),
         "clip_ratio/saturated": (log_ratio.abs() > LOG_RATIO_LIMIT).sum().float(),
+        "off_policy/mean_sum": weight.sum(),
+        "off_policy/square_sum": weight.square().sum(),
         "sync/logprob_gap_sum": gap.abs().sum(),
         "sync/logprob_gap_max": gap.abs().max() if gap.numel() else gap.sum(),
         "rollout_logprobs_not_finite": (~torch.isfinite(masked(x.rollout_logprobs, mask))).sum().float(),

@@ -28,9 +28,10 @@ def token_means(sums: dict[str, float]) -> dict[str, float]:
     """``x_sum`` over tokens becomes the token mean ``x``; the rest stays."""
     tokens = max(sums.pop("tokens"), 1.0)
     metrics = {n.removesuffix("_sum"): v / tokens if n.endswith("_sum") else v for n, v in sums.items()}
-    square = metrics.pop("importance_sampling/square", None)
-    if square:
-        metrics["importance_sampling/ess"] = metrics["importance_sampling/mean"] ** 2 / square
+    for kind in ("importance_sampling", "off_policy"):
+        # Kong's effective sample size over the number of tokens: how much of a batch stale weights leave.
+        if square := metrics.pop(f"{kind}/square", 0.0):
+            metrics[f"{kind}/ess"] = metrics[f"{kind}/mean"] ** 2 / square
     return metrics
 
 

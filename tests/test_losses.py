@@ -366,6 +366,9 @@ def test_metrics_count_what_clipping_stops_and_how_far_the_engine_is():
     assert metrics["clip_ratio/region_mean_sum"] == 3
     close(metrics["sync/logprob_gap_sum"], 0.4 + 9.4)
     close(metrics["sync/logprob_gap_max"], 9)
+    weights = [math.exp(gap) for gap in (0.1, -0.3, 0, 0.1, -0.3, 0, 9)]
+    close(metrics["off_policy/mean_sum"], sum(weights))
+    close(metrics["off_policy/square_sum"], sum(weight**2 for weight in weights))
 
 
 @pytest.mark.parametrize(("rho", "advantage", "clipped"), [(1.21, 1.0, 1), (0.81, -1.0, 0)])

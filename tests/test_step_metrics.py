@@ -22,14 +22,15 @@ def test_without_tokens_nothing_is_divided_by_zero():
     assert token_means({"tokens": 0.0, "kl_sum": 0.0, "loss": 0.0}) == {"kl": 0.0, "loss": 0.0}
 
 
+@pytest.mark.parametrize("kind", ["importance_sampling", "off_policy"])
 @pytest.mark.parametrize(("weights", "share"), [([1, 1, 1, 1], 1), ([2, 2], 1), ([1, 0, 0, 0], 0.25), ([3, 1], 0.8)])
-def test_the_effective_sample_size_is_a_share_of_the_tokens(weights, share):
+def test_the_effective_sample_size_is_a_share_of_the_tokens(kind, weights, share):
     r = np.array(weights, float)
-    sums = {"tokens": float(len(r)), "importance_sampling/mean_sum": r.sum()}
-    metrics = token_means(sums | {"importance_sampling/square_sum": (r**2).sum()})
-    assert metrics["importance_sampling/ess"] == pytest.approx(r.sum() ** 2 / (r**2).sum() / len(r)) == share
-    assert metrics["importance_sampling/mean"] == pytest.approx(r.mean())
-    assert "importance_sampling/square" not in metrics
+    sums = {"tokens": float(len(r)), f"{kind}/mean_sum": r.sum()}
+    metrics = token_means(sums | {f"{kind}/square_sum": (r**2).sum()})
+    assert metrics[f"{kind}/ess"] == pytest.approx(r.sum() ** 2 / (r**2).sum() / len(r)) == share
+    assert metrics[f"{kind}/mean"] == pytest.approx(r.mean())
+    assert f"{kind}/square" not in metrics
 
 
 def test_updates_are_averaged_and_extremes_are_extremes():
