@@ -24,7 +24,6 @@ from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link,
 
 COLOCATED_SHARE = 0.4
 """Share of a GPU's memory that an engine takes beside a learner rank, unless rollout.vllm says otherwise."""
-MAX_SEQUENCES = 1024
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, 
         "weight_transfer_config": WeightTransferConfig(backend=backend),
         "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
         "disable_log_stats": True,
-        # All that the buffer admits may run at once; where the KV memory is full before, vLLM queues the rest.
-        "max_num_seqs": min(MAX_SEQUENCES, max(256, config.sequences_in_flight // config.rollout.num_engines)),
+        "max_num_seqs": config.max_num_seqs,
     }
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30

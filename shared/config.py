@@ -12,6 +12,8 @@ from pydantic import Field
 
 from shared.config_algorithm import Algorithm, Choice, NonNegative, Positive, Section, Share
 
+MAX_SEQUENCES = 1024
+
 
 class Run(Section):
     """The run as a whole."""
@@ -246,6 +248,16 @@ class Config(Section):
         """Completions that the buffer admits at the same time."""
         batches = self.rollout.max_staleness // self.updates_per_batch + 1
         return batches * self.groups_per_batch * self.rollout.group_size
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Completions that an engine samples at the same time: all that is in flight, within reason.
+
+        Where the KV memory is full before, vLLM queues the rest.
+        """
+        ours = min(MAX_SEQUENCES, max(256, self.sequences_in_flight // self.rollout.num_engines))
+        given = self.rollout.vllm.get("max_num_seqs", ours)
+        return given if isinstance(given, int) else ours
 
     @property
     def updates_per_batch(self) -> int:

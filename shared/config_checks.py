@@ -48,6 +48,12 @@ def warnings(config: Config, origin: str) -> list[str]:
             f"warning[W112] {origin}:rollout.max_staleness: {config.rollout.max_staleness} is below the {updates} updates "
             "per batch, so generation waits for training; set a multiple of them to overlap"
         )
+    flight, admitted = config.sequences_in_flight // config.rollout.num_engines, config.max_num_seqs
+    if flight > admitted:
+        lines.append(
+            f"warning[W113] {origin}:rollout.vllm.max_num_seqs: up to {flight} completions are in flight for an engine that "
+            f"admits {admitted}, the rest wait in its queue; raise it, or lower rollout.max_staleness or learner.prompts_per_step"
+        )
     return lines
 
 
