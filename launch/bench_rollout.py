@@ -108,8 +108,8 @@ def _raw_vllm(config: Config, pipe: Any) -> None:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():  # Inside this process, as ours: vLLM's default, with a second one, is slower there.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if current_platform.is_cpu():  # In this process, as ours: vLLM's default, with a second one (1), is slower there.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
     llm = LLM(**(engine_arguments(config, 0, "auto") | {"worker_extension_cls": "", "weight_transfer_config": None}))
     sampling = sampling_parameters(Sampling.training(config.rollout))

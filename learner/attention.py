@@ -17,7 +17,9 @@ from torch import Tensor, nn
 ATTENTION_NAME = "millrace_packed"
 FILL = 0.75
 SHORT = 512
-"""Longest rows for which a bfloat16 CPU works on whole score matrices instead of torch's flash kernel."""
+"""Longest rows for which a bfloat16 CPU works on whole score matrices instead of torch's flash kernel, ..."""
+SCORES = 32 << 20
+"""... and the most scores of one block: they are kept for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class _ShortAttention(torch.autograd.Function):
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, dropout: float) -> Tensor:
     """Causal attention of one block of rows: query ``[B, H, L, D]``, key and value ``[B, H_kv, L, D]``."""
     half_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if half_on_cpu and query.shape[2] <= SHORT and not dropout:
+    rows, heads, length, _ = query.shape
+    if half_on_cpu and length <= SHORT and rows * heads * length**2 <= SCORES and not dropout:
         output: Tensor = _ShortAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5)
         return output
     inner = torch.float32 if half_on_cpu else query.dtype

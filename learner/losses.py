@@ -181,8 +181,9 @@ def _ratio_metrics(x: LossInputs, settings: LossSettings, log_ratio: Tensor, mas
     low = (ratio < 1 - settings.clip_low) & (x.advantages < 0) & mask
     high = (ratio > 1 + settings.clip_high) & (x.advantages > 0) & mask
     gap = masked(x.old_logprobs.detach() - x.rollout_logprobs, mask)
-    gap = masked(gap, torch.isfinite(gap))
-    weight = masked(bounded_exp(gap), mask)  # What the tokens would weigh if they were corrected.
+    known = mask & torch.isfinite(gap)
+    gap = masked(gap, known)
+    weight = masked(bounded_exp(gap), known)  # What the tokens would weigh if they were corrected.
     return {
         "clip_ratio/low_mean_sum": low.sum().float(),
         "clip_ratio/high_mean_sum": high.sum().float(),

@@ -66,7 +66,7 @@ def plan(model: nn.Module, names: Iterable[str]) -> Plan | None:
 def make_ready(model: nn.Module, where: Plan, tensors: dict[str, Tensor]) -> list[Replacement]:
     """Copies of ``tensors``, joined, padded and packed as each layer of ``model`` needs them.
 
-    Raises ``ValueError`` for one of another shape or type than the layer's.
+    Raises ``ValueError`` for one of another shape than the layer's; another type is converted, as vLLM's loaders do.
     """
     ready, copied = [], set[int]()
     for layer, parameters in where.items():
@@ -74,9 +74,10 @@ def make_ready(model: nn.Module, where: Plan, tensors: dict[str, Tensor]) -> lis
             attribute: torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]]
             for attribute, parts in parameters.items()
         }
-        if "weight" in new and (rows := getattr(layer, "num_embeddings_padded", 0)) > len(new["weight"]):
-            new["weight"] = nn.functional.pad(new["weight"], (0, 0, 0, rows - len(new["weight"])))
         _check(layer, new, parameters)
+        if rows := getattr(layer, "num_embeddings_padded", 0):
+            new["weight"] = nn.functional.pad(new["weight"], (0, 0, 0, rows - len(new["weight"])))
+        new = {name: tensor.to(_dtype(layer, name)) for name, tensor in new.items()}
         replacement = _packed(layer, new) if _multiplies(model, layer) else Replacement(layer, new)
         # What was packed away is empty now; what is left must not depend on the tensors that were given.
         own = {name: id(getattr(layer, name)) for name in new}
@@ -92,10 +93,18 @@ def _check(layer: nn.Module, new: dict[str, Tensor], parts: dict[str, list[str]]
     for attribute, tensor in new.items():
         live = getattr(layer, attribute)
         shape = tuple(live.shape) if live.numel() else (layer.output_size, layer.input_size)  # Packed away.
-        same_type = tensor.dtype == live.dtype or attribute == "bias"  # Some kernels keep biases in float32.
-        if tuple(tensor.shape) != shape or not same_type:
+        if attribute == "weight":
+            shape = (getattr(layer, "org_vocab_size", shape[0]), *shape[1:])  # The rest is padding.
+        if tuple(tensor.shape) != shape:
             names = ", ".join(parts[attribute])
-            raise ValueError(f"{names}: {tensor.dtype} {tuple(tensor.shape)}, the engine has {live.dtype} {shape}")
+            raise ValueError(f"{names}: shape {tuple(tensor.shape)}, the engine's is {shape}")
+
+
+def _dtype(layer: nn.Module, attribute: str) -> torch.dtype:
+    """What the parameter has to be when it is packed: some kernels keep a bias in float32 afterwards."""
+    weight = getattr(layer, "weight", None)
+    live: Tensor = getattr(layer, attribute)
+    return weight.dtype if attribute == "bias" and weight is not None else live.dtype
 
 
 def put_in_place(ready: list[Replacement]) -> None:
@@ -126,7 +135,9 @@ def _replaceable(layer: nn.Module) -> bool:
     """Whether its parameters are what the checkpoint has, joined and padded: no quantisation, no experts."""
     method = getattr(layer, "quant_method", None)
     plain = method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-    return plain and not getattr(layer, "_cpu_skip_gemm_dispatch", False)
+    packed_otherwise = hasattr(layer, "_cpu_skip_gemm_dispatch") or hasattr(layer, "_cpu_unpacked_conv_weight")
+    flat = method is None or all(p.dim() <= 2 for p in layer.parameters(recurse=False))
+    return plain and flat and not packed_otherwise
 
 
 def _tied(model: nn.Module) -> bool:

@@ -55,18 +55,32 @@ class Sampling:
 
 def engine_environment(config: Config, index: int) -> dict[str, str]:
     """Environment variables of engine number ``index``; they must be set before vLLM is imported."""
-    cores = config.rollout.cpu_cores
-    binding = cores.split("|")[index] if "|" in cores else cores
     eager = bool(config.rollout.vllm.get("enforce_eager"))
     return {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": binding,
+        "VLLM_CPU_OMP_THREADS_BIND": _binding(config, index),  # Of worker processes, where there are any.
         "OMP_NUM_THREADS": str(config.rollout.cpu_threads),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # Pages of 2 MB.
         # Without a compiled model vLLM would still compile its log-prob ranking: ten seconds in the first request.
         **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),
     }
+
+
+def _binding(config: Config, index: int) -> str:
+    lists = config.rollout.cpu_cores.split("|")
+    return lists[index] if len(lists) > 1 else lists[0]
+
+
+def _cores(config: Config, index: int) -> set[int] | None:
+    """Cores of engine number ``index``, for example of ``0-3,6``; None: wherever the system puts it."""
+    found: set[int] = set()
+    for part in _binding(config, index).split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit():
+            return None
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
 
 
 def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, Any]:
@@ -136,15 +150,16 @@ class Received(NamedTuple):
     times: TimeSlice
 
 
-def _start_vllm(arguments: dict[str, Any], name: str) -> Any:
+def _start_vllm(config: Config, index: int, load_format: str) -> Any:
     """vLLM behind ``AsyncLLM``'s interface."""
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    arguments = engine_arguments(config, index, load_format)
     if current_platform.is_cpu():
-        return InProcessLLM(arguments, name)
+        return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, _cores(config, index))
     # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
 
@@ -158,9 +173,7 @@ class Engine:
         os.environ.update(engine_environment(config, index))
         self.index = index
         self._ledger = ledger
-        self._llm = _start_vllm(engine_arguments(config, index, load_format), f"engine-{index}")
-        self._has_worker = config.rollout.tensor_parallel_size == 1
-        """On CPUs: its only worker lives in this process."""
+        self._llm = _start_vllm(config, index, load_format)
         self._tokenizer = self._llm.get_tokenizer()
         self._requests = self._running = 0
         self._ledger.enter("wait_for_prompts")
@@ -216,8 +229,7 @@ class Engine:
                 raise WeightProofFailed(
                     f"segment {publication.segment}: hashed {digests}, the learner sent {publication.digest}"
                 )
-            if self._has_worker:
-                await self._llm.beside("millrace_prepare", {"update_info": publication.update_info()})
+            await self._llm.beside("millrace_prepare", {"update_info": publication.update_info()})
         started = time.monotonic()
         self._ledger.enter("pause")
         await self._llm.pause_generation(mode="keep", clear_cache=False)

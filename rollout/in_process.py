@@ -8,6 +8,8 @@ does what others ask for between two steps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -31,13 +33,14 @@ def build(arguments: dict[str, Any]) -> Any:
 class InProcessLLM:
     """The part of ``AsyncLLM``'s interface that ``Engine`` needs."""
 
-    def __init__(self, arguments: dict[str, Any], name: str) -> None:
-        """``arguments`` are vLLM's own; ``name`` is what errors call this engine."""
-        self._name = name
+    def __init__(self, arguments: dict[str, Any], name: str, threads: int = 1, cores: set[int] | None = None) -> None:
+        """``arguments`` are vLLM's own; ``name`` is what errors call this engine; ``cores`` binds its threads."""
+        self._name, self._threads, self._cores = name, threads, cores
         self._asked: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
         self._answers: dict[str, Future[Any]] = {}
+        self._ended: EngineFailed | None = None
         started: Future[None] = Future()
-        # vLLM sets the threads of torch for the thread that builds it: it has to be the one that steps it.
+        # Threads of torch and their cores are set for one thread: it builds vLLM and steps it.
         self._thread = threading.Thread(target=self._live, args=(arguments, started), name="vllm", daemon=True)
         self._thread.start()
         started.result()
@@ -98,8 +101,12 @@ class InProcessLLM:
         return answers
 
     async def beside(self, method: str, keywords: dict[str, Any]) -> None:
-        """Call a method of the only worker, which lives here, while steps go on: it must not touch what they use."""
-        await asyncio.to_thread(self._core.collective_rpc, method, None, (), keywords)
+        """Call a method of the only worker, which lives here, while steps go on: it must not touch what they use.
+
+        With workers in processes of their own nothing is called.
+        """
+        if type(self._core.model_executor).__name__ == "UniProcExecutor":
+            await asyncio.to_thread(self._core.collective_rpc, method, None, (), keywords)
 
     async def check_health(self) -> None:
         """Answer when the thread comes by. Raises ``EngineFailed`` if it has ended."""
@@ -114,19 +121,29 @@ class InProcessLLM:
 
     def _live(self, arguments: dict[str, Any], started: Future[None]) -> None:
         try:
+            import torch
+
+            if self._cores:
+                os.sched_setaffinity(0, self._cores)
+            torch.set_num_threads(self._threads)  # The environment is too late where torch was there before.
             self._llm = build(arguments)
             self._core = self._llm.engine_core.engine_core
         except BaseException as error:
             started.set_exception(error)
             return
         started.set_result(None)
+        failure = EngineFailed(f"{self._name}: closed")
         try:
             while self._do_what_was_asked():
                 self._step()
-        except Exception as error:
-            self._fail(
-                EngineFailed(f"{self._name}: vLLM failed in a step: {type(error).__name__}: {one_line(error, 400)}")
-            )
+        except BaseException as error:
+            text = f"{type(error).__name__}: {one_line(error, 400)}"
+            failure = EngineFailed(f"{self._name}: vLLM failed in a step: {text}")
+        # vLLM does not survive a failed step: everybody who waits is told, and who asks from now on.
+        self._ended = failure
+        for answer in self._answers.values():
+            answer.set_exception(failure)
+        self._refuse()
         self._llm.engine_core.shutdown()
 
     def _step(self) -> None:
@@ -147,22 +164,23 @@ class InProcessLLM:
             call, done = asked
             try:
                 done.set_result(call())
-            except Exception as error:
+            except BaseException as error:
                 done.set_exception(error)
-
-    def _fail(self, failure: EngineFailed) -> None:
-        """vLLM does not survive a failed step: everybody who waits is told, and who asks from now on."""
-        for answer in self._answers.values():
-            answer.set_exception(failure)
-        while (asked := self._asked.get()) is not None:
-            asked[1].set_exception(failure)
 
     # --- from other threads ---
 
     def _ask(self, call: Callable[[], Any]) -> Future[Any]:
         done: Future[Any] = Future()
         self._asked.put((call, done))
+        if self._ended is not None:  # Set before the thread looks for the last time: one of the two sees it.
+            self._refuse()
         return done
+
+    def _refuse(self) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                if (asked := self._asked.get_nowait()) is not None:
+                    asked[1].set_exception(self._ended)
 
     async def _do(self, call: Callable[[], Any]) -> Any:
         # Shielded: what was asked is done even if the caller goes away.

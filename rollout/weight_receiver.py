@@ -61,13 +61,17 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Nothing to connect."""
 
     _ready: list[Replacement] | None = None
+    _ready_from: ShmUpdateInfo | None = None
     _loading = False
     """Layers are in loadable form; after a failed round they stay so, and only another load gets them out of it."""
 
     def prepare(self, update_info: ShmUpdateInfo) -> None:
         """Pack the next weights beside the live ones, while generation goes on; where that cannot be, do nothing."""
+        self._ready = None
         where = None if self._loading else plan(self.model, update_info.names)
-        self._ready = None if where is None else make_ready(self.model, where, dict(_tensors(update_info)))
+        if where is not None:
+            self._ready = make_ready(self.model, where, dict(_tensors(update_info)))
+            self._ready_from = update_info
 
     def start_weight_update(self) -> None:
         """Unless all is ready, put the layers into loadable form: packed ones cannot be written in place."""
@@ -78,6 +82,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         """Put what is ready in place, or load every tensor."""
         if self._ready is not None:
+            assert self._ready_from == update_info, "another publication is ready"
             put_in_place(self._ready)
             return
         named = _tensors(update_info)

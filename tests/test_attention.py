@@ -84,4 +84,9 @@ def test_the_scale_and_the_kernel_are_chosen(monkeypatch):
     attention._causal(*inputs, None, 0.5)  # Dropout.
     attention._causal(*(x.float() for x in inputs), None, 0.0)
     attention._causal(*block(attention.SHORT + 1), None, 0.0)
+    monkeypatch.setattr(attention, "SCORES", 3 * 4 * 9 * 9 - 1)
+    attention._causal(*inputs, None, 0.0)
     assert len(calls) == 1
+    monkeypatch.setattr(attention, "SCORES", 3 * 4 * 9 * 9)
+    attention._causal(*inputs, None, 0.0)
+    assert len(calls) == 2

@@ -79,10 +79,32 @@ def test_layers_with_a_format_of_their_own_are_declined():
     assert plan(model, NAMES) is None
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("norm.weight", torch.ones(4)), ("norm.weight", torch.ones(3).double())])
-def test_another_shape_or_type_is_refused_by_name(name, tensor):
-    model = Model()
+def values(**changed):
     tensors = {n: torch.randn(2, 3) if n.endswith("weight") else torch.randn(2) for n in NAMES}
-    tensors |= {"block.out.weight": torch.randn(3, 2), name: tensor}
-    with pytest.raises(ValueError, match=r"norm.weight: torch.float\d\d \(\d,\), the engine has torch.float32 \(3,\)"):
-        make_ready(model, plan(model, NAMES), tensors)
+    return tensors | {"block.out.weight": torch.randn(3, 2), "norm.weight": torch.randn(3)} | changed
+
+
+def test_another_shape_is_refused_by_name():
+    model = Model()
+    with pytest.raises(ValueError, match=r"^norm.weight: shape \(4,\), the engine's is \(3,\)"):
+        make_ready(model, plan(model, NAMES), values(**{"norm.weight": torch.ones(4)}))
+
+
+def test_another_type_is_converted():
+    model = Model()
+    given = {name: tensor.double() for name, tensor in values().items()}
+    put_in_place(make_ready(model, plan(model, NAMES), given))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert torch.equal(model.norm.weight, given["norm.weight"].float())
+
+
+def test_a_vocabulary_is_padded_but_a_shorter_one_is_refused():
+    model = Model()
+    model.embed = nn.Embedding(8, 2)
+    model.embed.num_embeddings_padded, model.embed.org_vocab_size = 8, 6
+    table = torch.randn(6, 2)
+    where = plan(model, [*NAMES, "embed.weight"])
+    put_in_place(make_ready(model, where, values(**{"embed.weight": table})))
+    assert torch.equal(model.embed.weight, torch.cat([table, torch.zeros(2, 2)]))
+    with pytest.raises(ValueError, match=r"embed.weight: shape \(5, 2\), the engine's is \(6, 2\)"):
+        make_ready(model, where, values(**{"embed.weight": table[:5]}))

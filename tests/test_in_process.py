@@ -21,6 +21,7 @@ class FakeLLM:
         self.stepped = threading.Event()
         self.error = None
         self.core = SimpleNamespace(
+            model_executor=None,
             pause_scheduler=lambda mode, clear: self.note(paused=(mode, clear) == ("keep", False)),
             resume_scheduler=lambda: self.note(paused=False),
             is_scheduler_paused=lambda: self.paused,
@@ -159,6 +160,21 @@ def test_a_failed_step_is_told_to_all_who_wait_and_all_who_come(vllm):
     asyncio.run(after())
 
 
+def test_closing_tells_those_who_wait_and_those_who_come(monkeypatch):
+    fake = FakeLLM()
+    monkeypatch.setattr(in_process, "build", lambda arguments: fake)
+    llm = InProcessLLM({}, "engine-3")
+
+    async def run():
+        waiting = asyncio.create_task(finished(llm, "long", 10**9))
+        await asyncio.to_thread(fake.stepped.wait)
+        await asyncio.to_thread(llm.shutdown)
+        return await asyncio.gather(waiting, llm.check_health(), return_exceptions=True)
+
+    failures = asyncio.run(run())
+    assert [str(failure) for failure in failures] == ["engine-3: closed"] * 2
+
+
 def test_a_vllm_that_does_not_start_says_why(monkeypatch):
     def broken(arguments):
         raise RuntimeError("no such model")
@@ -166,3 +182,32 @@ def test_a_vllm_that_does_not_start_says_why(monkeypatch):
     monkeypatch.setattr(in_process, "build", broken)
     with pytest.raises(RuntimeError, match="no such model"):
         InProcessLLM({}, "engine-3")
+
+
+@pytest.mark.parametrize(
+    ("lists", "index", "cores"),
+    [
+        ("nobind", 0, None),
+        ("3", 0, {3}),
+        ("0-2,5", 0, {0, 1, 2, 5}),
+        ("0-1|2-3", 1, {2, 3}),
+        ("nobind|4", 0, None),
+    ],
+)
+def test_cores_of_an_engine(lists, index, cores):
+    from rollout.engine import _cores
+    from tests.fakes import make_config
+
+    engines = lists.count("|") + 1
+    assert _cores(make_config(**{"rollout.cpu_cores": lists, "rollout.num_engines": engines}), index) == cores
+
+
+def test_the_thread_runs_on_its_cores(monkeypatch):
+    import os
+
+    fake, seen = FakeLLM(), []
+    core = min(os.sched_getaffinity(0))
+    monkeypatch.setattr(in_process, "build", lambda arguments: seen.append(os.sched_getaffinity(0)) or fake)
+    InProcessLLM({}, "engine-0", 1, {core}).shutdown()
+    assert seen == [{core}]
+    assert len(os.sched_getaffinity(0)) == os.cpu_count()
