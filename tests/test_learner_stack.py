@@ -307,3 +307,24 @@ def test_the_saved_policy_loads_in_transformers(train, tmp_path):
     state = model.state_dict()
     assert all(np.array_equal(state[name].numpy(), value) for name, value in weights.items())
     assert len(AutoTokenizer.from_pretrained(tmp_path / "hf")("12+34=")["input_ids"]) == 6
+
+
+def test_weights_are_published_only_after_a_step_that_changed_them(model_dir):
+    from learner.learner import Learner
+    from tests.fakes import make_config
+
+    learner = Learner(make_config(**{"model.path": str(model_dir), "algorithm.zero_variance": "drop"}))
+    learner.open_sender("publish-test")
+    canary = np.array([5, 6, 7], np.int32)
+    try:
+        groups = make_groups(3)
+        for group in groups:
+            group.rewards[:] = 1.0
+        report, publication = learner.train_and_publish(groups, canary)
+        assert (report.policy_version, report.applied, publication) == (0, False, None)
+        report, publication = learner.train_and_publish(make_groups(3), canary)
+        assert (report.policy_version, report.applied, publication.version) == (1, True, 1)
+        assert publication.digest == publication.hash_segment()
+        assert publication.canary.logprobs == pytest.approx(learner.sequence_logprobs(canary))
+    finally:
+        learner._sender.close()

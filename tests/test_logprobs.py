@@ -242,3 +242,14 @@ def test_a_sliding_window_shorter_than_a_sequence_is_refused(window):
     for layer in policy.model.model.layers:
         layer.self_attn.sliding_window = 15
     policy(tokens)
+
+
+def test_without_entropies_the_rest_is_the_same():
+    policy, tokens = packed(qwen2()), collate(rows_of(), CPU).tokens
+    parameters = list(policy.parameters())
+    with_them, without = (policy(tokens, with_entropy=wanted) for wanted in (True, False))
+    assert torch.equal(with_them[0], without[0])
+    assert with_them[1].any()
+    assert not without[1].any()
+    for one, other in zip(*(torch.autograd.grad(x[0].sum(), parameters) for x in (with_them, without)), strict=True):
+        assert torch.equal(one, other)
