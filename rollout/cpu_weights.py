@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 Plan = dict[nn.Module, dict[str, list[str]]]
 """Layer -> its parameter -> the checkpoint's tensors that make it up, in order."""
@@ -137,7 +138,13 @@ def _replaceable(layer: nn.Module) -> bool:
     plain = method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     packed_otherwise = hasattr(layer, "_cpu_skip_gemm_dispatch") or hasattr(layer, "_cpu_unpacked_conv_weight")
     flat = method is None or all(p.dim() <= 2 for p in layer.parameters(recurse=False))
-    return plain and flat and not packed_otherwise
+    return plain and flat and not packed_otherwise and all(map(_plainly_loaded, layer.parameters(recurse=False)))
+
+
+def _plainly_loaded(parameter: nn.Parameter) -> bool:
+    """Whether its values are the checkpoint's: a loader of the model's own may shift or permute them."""
+    loader = getattr(parameter, "weight_loader", default_weight_loader)
+    return loader is default_weight_loader or isinstance(getattr(loader, "__self__", None), nn.Module)
 
 
 def _tied(model: nn.Module) -> bool:

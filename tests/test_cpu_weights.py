@@ -79,6 +79,12 @@ def test_layers_with_a_format_of_their_own_are_declined():
     assert plan(model, NAMES) is None
 
 
+def test_values_that_the_model_changes_while_loading_are_declined():
+    model = Model()
+    model.norm.weight.weight_loader = lambda parameter, loaded: parameter.data.copy_(loaded + 1)
+    assert plan(model, NAMES) is None
+
+
 def values(**changed):
     tensors = {n: torch.randn(2, 3) if n.endswith("weight") else torch.randn(2) for n in NAMES}
     return tensors | {"block.out.weight": torch.randn(3, 2), "norm.weight": torch.randn(3)} | changed
