@@ -47,7 +47,7 @@ def plan(model: nn.Module, names: Iterable[str]) -> Plan | None:
         parent, _, last = path.rpartition(".")
         whole, place = places.get(last, (last, -1 if last in joined else 0))
         found[f"{parent}.{whole}".removeprefix("."), attribute][place] = name
-    if _tied(model):
+    if has_tied_head(model):
         found["lm_head", "weight"] = found["model.embed_tokens", "weight"]
     layers = dict(model.named_modules())
     expected = {
@@ -147,8 +147,7 @@ def _plainly_loaded(parameter: nn.Parameter) -> bool:
     return loader is default_weight_loader or isinstance(getattr(loader, "__self__", None), nn.Module)
 
 
-def _tied(model: nn.Module) -> bool:
+def has_tied_head(model: nn.Module) -> bool:
     """Whether the output head is a layer of its own with the embedding's weights."""
-    head = getattr(model, "lm_head", None)
     tied = getattr(model.config, "tie_word_embeddings", False)
-    return tied and isinstance(head, ParallelLMHead)
+    return bool(tied) and isinstance(getattr(model, "lm_head", None), ParallelLMHead)

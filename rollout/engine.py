@@ -232,7 +232,8 @@ class Engine:
             await self._llm.beside("millrace_prepare", {"update_info": publication.update_info()})
         started = time.monotonic()
         self._ledger.enter("pause")
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        # Not ``pause_generation``: it adds 20 ms of sleep, for an order of results that nobody here needs.
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
         self._ledger.enter("receive")
         paused = time.monotonic()
         await self._llm.start_weight_update()

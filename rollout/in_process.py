@@ -2,7 +2,7 @@
 
 ``AsyncLLM`` keeps vLLM's core in a process of its own and every sampled token crosses between the two as a message. A GPU
 hides that cost; on CPUs it takes a fifth of the throughput. Invariant: vLLM is touched by its thread alone, which
-does what others ask for between two steps.
+does what others ask for between two steps; ``beside`` is the one exception, for work that no step looks at.
 """
 
 from __future__ import annotations
@@ -66,7 +66,12 @@ class InProcessLLM:
             if not answer.done():
                 self._ask(lambda: self._answers.pop(request_id, None) and self._llm.abort_request([request_id]))
 
-    async def pause_generation(self, mode: str, clear_cache: bool) -> None:
+    @property
+    def engine_core(self) -> InProcessLLM:
+        """Where ``AsyncLLM`` has some of its calls; here there is no second object."""
+        return self
+
+    async def pause_scheduler_async(self, mode: str, clear_cache: bool) -> None:
         """Stop before the next step; with ``mode`` keep, running requests freeze in place."""
         await self._do(lambda: self._core.pause_scheduler(mode, clear_cache))
 

@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine,
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rollout.cpu_weights import Replacement, make_ready, plan, put_in_place
+from rollout.cpu_weights import Replacement, has_tied_head, make_ready, plan, put_in_place
 from shared.errors import WeightProofFailed
 from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, unpack_handle
 
@@ -56,14 +56,13 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
-
-    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
-        """Nothing to connect."""
-
     _ready: list[Replacement] | None = None
     _ready_from: ShmUpdateInfo | None = None
     _loading = False
     """Layers are in loadable form; after a failed round they stay so, and only another load gets them out of it."""
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        """Nothing to connect."""
 
     def prepare(self, update_info: ShmUpdateInfo) -> None:
         """Pack the next weights beside the live ones, while generation goes on; where that cannot be, do nothing."""
@@ -175,12 +174,9 @@ def load_tied_head(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tens
     A checkpoint of a tied model has no ``lm_head.weight``, so a reload leaves the head as it was. On a CPU the head
     is a packed copy, not a view of the embedding, and would go on producing the old policy's logits.
     """
-    head = getattr(model, "lm_head", None)
-    if head is None or not getattr(model.config, "tie_word_embeddings", False) or not hasattr(head, "weight"):
-        return
-    for name, tensor in named:
+    for name, tensor in named if has_tied_head(model) else ():
         if name.endswith("embed_tokens.weight"):
-            head.weight.weight_loader(head.weight, tensor)
+            model.lm_head.weight.weight_loader(model.lm_head.weight, tensor)
 
 
 class MillraceWorker:

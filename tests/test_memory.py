@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from launch.builtin import TASKS, make_tokenizer, random_qwen2
 from learner import logprobs
 from learner.learner import Learner
 from learner.passes import plan_batch
@@ -55,7 +55,8 @@ def groups(tokens):
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    settings = Qwen2Config(
+    model = random_qwen2(
+        make_tokenizer(TASKS["addition"]),
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=192,
@@ -63,9 +64,8 @@ def learner(tmp_path_factory):
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
     )
-    Qwen2ForCausalLM(settings).save_pretrained(folder)
+    model.save_pretrained(folder)
     changes = {"model.path": str(folder), "learner.max_tokens_per_microbatch": TOKENS, "learner.cpu_threads": 2}
     learner = Learner(make_config(**changes, **{"algorithm.kl": {"coef": 0.0}}))
     learner.train_step(groups(256))  # The optimizer's state comes with the first step.
