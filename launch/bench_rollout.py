@@ -19,7 +19,8 @@ from typing import Any
 
 from launch import bench_workloads
 from launch.bench_workloads import WORKLOADS, print_table, workload_config
-from rollout.engine import Sampling, engine_arguments, engine_environment, sampling_parameters
+from rollout.engine import Sampling, sampling_parameters
+from rollout.vllm_setup import engine_arguments, engine_environment
 from shared.config import Config
 from shared.types import Prompt
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rollout.in_process import InProcessLLM
+from rollout.stale_kv import StaleKV
+from rollout.vllm_setup import engine_environment, start_vllm
 from shared.config import Config, Rollout
 from shared.errors import WeightProofFailed
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, IntArray, VersionSpan
-from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication
-
-COLOCATED_SHARE = 0.4
-"""Share of a GPU's memory that an engine takes beside a learner rank, unless rollout.vllm says otherwise."""
+from shared.weights import Canary, Link, Publication
 
 
 @dataclass(frozen=True)
@@ -51,72 +50,6 @@ class Sampling:
             top_k=rollout.top_k,
             min_p=rollout.min_p,
         )
-
-
-def engine_environment(config: Config, index: int) -> dict[str, str]:
-    """Environment variables of engine number ``index``; they must be set before vLLM is imported."""
-    eager = bool(config.rollout.vllm.get("enforce_eager"))
-    return {
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": _binding(config, index),  # Of worker processes, where there are any.
-        "OMP_NUM_THREADS": str(config.rollout.cpu_threads),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # Pages of 2 MB.
-        # Without a compiled model vLLM would still compile its log-prob ranking: ten seconds in the first request.
-        **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),
-    }
-
-
-def _binding(config: Config, index: int) -> str:
-    lists = config.rollout.cpu_cores.split("|")
-    return lists[index] if len(lists) > 1 else lists[0]
-
-
-def _cores(config: Config, index: int) -> set[int] | None:
-    """Cores of engine number ``index``, for example of ``0-3,6``; None: wherever the system puts it."""
-    found: set[int] = set()
-    for part in _binding(config, index).split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit():
-            return None
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
-
-
-def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, Any]:
-    """vLLM's arguments of engine number ``index``; the user's own table is merged over ours."""
-    from vllm.config import WeightTransferConfig
-    from vllm.platforms import current_platform
-
-    on_cpu, colocated = current_platform.is_cpu(), config.rollout.colocate
-    backend = SHM_BACKEND if on_cpu else IPC_BACKEND if colocated else NCCL_BACKEND
-    arguments: dict[str, Any] = {
-        "model": config.model.path,
-        "tokenizer": config.model.tokenizer or config.model.path,
-        "trust_remote_code": config.model.trust_remote_code,
-        "dtype": config.model.dtype,
-        "seed": config.run.seed + index,
-        "load_format": load_format,
-        "max_model_len": config.max_model_len,
-        "tensor_parallel_size": config.rollout.tensor_parallel_size,
-        "enable_prefix_caching": True,
-        # Raw log-probs would be those before the temperature: not the distribution that was sampled.
-        "logprobs_mode": "processed_logprobs",
-        "weight_transfer_config": WeightTransferConfig(backend=backend),
-        "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
-        "disable_log_stats": True,
-        "max_num_seqs": config.max_num_seqs,
-    }
-    if on_cpu:
-        arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
-        if config.rollout.tensor_parallel_size == 1:
-            # No worker process, and no message queue to it: a quarter faster, and starts sooner.
-            from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-            arguments["distributed_executor_backend"] = UniProcExecutor
-    elif colocated:
-        arguments["gpu_memory_utilization"] = COLOCATED_SHARE
-    return arguments | config.rollout.vllm
 
 
 def sampling_parameters(sampling: Sampling) -> Any:
@@ -147,21 +80,11 @@ class Received(NamedTuple):
     """Of the bytes that its workers took."""
     seconds: dict[str, float]
     """``prepare``: hashing and packing while generation goes on; ``paused``: without it; ``transfer``: of that, loading."""
+    stale_kv_gap: float
+    """What old keys and values did to the log-probs sampled since the publication before, in nats."""
+    recomputed: bool
+    """Whether running requests go on over keys and values computed afresh."""
     times: TimeSlice
-
-
-def _start_vllm(config: Config, index: int, load_format: str) -> Any:
-    """vLLM behind ``AsyncLLM``'s interface."""
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = engine_arguments(config, index, load_format)
-    if current_platform.is_cpu():
-        return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, _cores(config, index))
-    # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
 
 
 class Engine:
@@ -173,16 +96,17 @@ class Engine:
         os.environ.update(engine_environment(config, index))
         self.index = index
         self._ledger = ledger
-        self._llm = _start_vllm(config, index, load_format)
+        self._llm = start_vllm(config, index, load_format)
         self._tokenizer = self._llm.get_tokenizer()
         self._requests = self._running = 0
+        self._stale_kv = StaleKV(config.rollout.max_stale_kv_gap)
         self._ledger.enter("wait_for_prompts")
 
     async def generate(self, token_ids: IntArray, sampling: Sampling, version: int) -> tuple[Completion, ...]:
         """Sample ``sampling.n`` completions of one prompt ``[P]``; ``version`` is the newest proved policy version."""
         outputs = await self._request(token_ids, sampling_parameters(sampling), version)
         texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
-        return tuple(
+        completions = tuple(
             Completion(
                 token_ids=np.asarray(output.token_ids, dtype=np.int32),
                 logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),  # Of the sampled tokens alone.
@@ -194,13 +118,16 @@ class Engine:
             )
             for output, text in zip(outputs, texts, strict=True)
         )
+        if sampling.temperature > 0:
+            await self._stale_kv.measure(completions, partial(self._rescore, token_ids, sampling))
+        return completions
 
     async def prompt_logprobs(self, token_ids: IntArray, version: int) -> np.ndarray:
         """Log-probs ``[T - 1] float32`` of ``token_ids[1:]`` under the engine's weights, at temperature 1."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        result = await self._run(token_ids, parameters, version)
+        result = await self._run(token_ids, parameters, str(version))
         entries = result.prompt_logprobs[1:]
         values = [entry[int(token)].logprob for token, entry in zip(token_ids[1:], entries, strict=True)]
         return np.asarray(values, dtype=np.float32)
@@ -216,7 +143,8 @@ class Engine:
     async def receive(self, publication: Publication) -> Received:
         """Take ``publication``.
 
-        Running requests freeze in place and go on under the new weights. Raises ``WeightProofFailed`` before anything
+        Running requests freeze in place and go on under the new weights, over their keys and values so far unless those
+        were measured to matter (``StaleKV``). Raises ``WeightProofFailed`` before anything
         is touched if a snapshot's bytes are damaged. A round that fails later leaves the engine paused: vLLM recovers
         exactly from a repeated round, and dies if it resumes on half-loaded weights.
         """
@@ -231,9 +159,10 @@ class Engine:
                 )
             await self._llm.beside("millrace_prepare", {"update_info": publication.update_info()})
         started = time.monotonic()
+        gap, recompute = self._stale_kv.take()
         self._ledger.enter("pause")
         # Not ``pause_generation``: it adds 20 ms of sleep, for an order of results that nobody here needs.
-        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=recompute)
         self._ledger.enter("receive")
         paused = time.monotonic()
         await self._llm.start_weight_update()
@@ -244,7 +173,7 @@ class Engine:
         self._ledger.enter(self._working())
         seconds = {"prepare": started - begun, "paused": time.monotonic() - started, "transfer": transferred - paused}
         digests = digests or set(await self._llm.collective_rpc("millrace_received"))
-        return Received(digests, seconds, self._ledger.take())
+        return Received(digests, seconds, gap, recompute, self._ledger.take())
 
     async def prove(self, canary: Canary, version: int) -> float:
         """Largest absolute difference between the engine's and the learner's log-probs of the canary, in nats."""
@@ -268,14 +197,25 @@ class Engine:
         """Stop vLLM's processes."""
         self._llm.shutdown()
 
+    async def _rescore(
+        self, token_ids: IntArray, sampling: Sampling, completion: Completion, position: int
+    ) -> tuple[int, float]:
+        """What ``StaleKV`` compares with; the request's salt is its own, so that it finds nothing in the cache."""
+        token = int(completion.token_ids[position])
+        parameters = sampling_parameters(replace(sampling, n=1, max_new_tokens=1, stop=()))
+        parameters.logprobs, parameters.flat_logprobs, parameters.logprob_token_ids = None, False, [token]
+        prefix = np.concatenate([token_ids, completion.token_ids[:position]])
+        output = (await self._run(prefix, parameters, f"afresh-{self._requests}")).outputs[0]
+        return _version(output.weight_versions[0].version), output.logprobs[0][token].logprob
+
     async def _request(self, token_ids: IntArray, parameters: Any, version: int) -> list[Any]:
-        result = await self._run(token_ids, parameters, version)
+        result = await self._run(token_ids, parameters, str(version))
         return sorted(result.outputs, key=lambda output: output.index)
 
-    async def _run(self, token_ids: IntArray, parameters: Any, version: int) -> Any:
+    async def _run(self, token_ids: IntArray, parameters: Any, salt: str) -> Any:
         self._requests += 1
-        # The salt keeps a new request from reusing prefix-cache blocks computed under older weights.
-        prompt = {"prompt_token_ids": [int(t) for t in token_ids], "cache_salt": str(version)}
+        # The salt (the policy version) keeps a new request from reusing cache blocks computed under older weights.
+        prompt = {"prompt_token_ids": [int(t) for t in token_ids], "cache_salt": salt}
         self._change(+1)
         try:
             async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):

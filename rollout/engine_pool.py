@@ -12,7 +12,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout.engine import Engine, Received, Sampling, engine_environment
+from rollout.engine import Engine, Received, Sampling
+from rollout.vllm_setup import engine_environment
 from shared.config import Config
 from shared.errors import EngineFailed, GroupFailed, MillraceError, WeightProofFailed, one_line
 from shared.ledger import TimeSlice
@@ -122,6 +123,8 @@ class EnginePool:
             "sync/prepare_seconds": taken.seconds["prepare"],
             "sync/pause_seconds": taken.seconds["paused"],
             "sync/transfer_seconds": taken.seconds["transfer"],
+            "sync/stale_kv_gap": taken.stale_kv_gap,
+            "sync/recomputed": float(taken.recomputed),
         }
 
     async def _prove(self, replica: _Replica, publication: Publication, digest: str) -> dict[str, float]:

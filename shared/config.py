@@ -101,6 +101,8 @@ class Rollout(Section):
     """Strings that end a completion."""
     max_staleness: NonNegative = 1
     """Most optimizer steps between the oldest token of a group and its first use; 0 is the synchronous mode."""
+    max_stale_kv_gap: Annotated[float, Field(ge=0)] = 0.05
+    """Mean log-prob change by a KV cache of older weights, in nats, above which it is dropped; 0 drops it each time."""
     kv_cache_gib: int | float = 1
     """KV cache per engine on CPU, whole GiB (on GPUs use rollout.vllm.gpu_memory_utilization)."""
     cpu_cores: str = "nobind"

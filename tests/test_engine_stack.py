@@ -227,6 +227,40 @@ def test_generation_goes_on_across_a_publication_and_every_token_names_its_weigh
     assert run(engine.prove(publication.canary, publication.version)) < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("limit", "dropped"), [(0.0, [True, True]), (0.01, [False, True]), (float("inf"), [False, False])]
+)
+def test_a_stale_kv_cache_is_measured_and_dropped_when_it_matters(stack, limit, dropped):
+    from rollout.stale_kv import StaleKV
+
+    engine, policy, run = stack
+    run(engine.receive(policy.publish()))
+    before, engine._stale_kv = policy.version, StaleKV(limit)
+    weights = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    publications = []
+    for _ in range(2):
+        policy.change(0.1)
+        publications.append(policy.publish())
+
+    async def across(publication, version):
+        """Completions that began before ``publication`` and ended after it; the gap measured on one of them."""
+        running = [asyncio.create_task(engine.generate(PROMPT, sampling(8, 40), version)) for _ in range(64)]
+        await asyncio.sleep(0.05)
+        taken = await engine.receive(publication)
+        completions = [c for group in await asyncio.gather(*running) for c in group]
+        assert any(len(c.version_spans) == 2 for c in completions)
+        return taken
+
+    taken = [run(across(publications[0], before)), run(across(publications[1], before + 1))]
+    last = run(engine.receive(policy.publish()))
+    assert [t.recomputed for t in taken] == dropped
+    assert taken[0].stale_kv_gap == 0.0  # Nothing had crossed a publication yet.
+    for gap, fresh in zip([taken[1].stale_kv_gap, last.stale_kv_gap], dropped, strict=True):
+        assert gap < 1e-4 if fresh else gap > 0.01
+    policy.model.load_state_dict(weights)  # Small again for the tests to come.
+    run(engine.receive(policy.publish()))
+
+
 def test_a_broadcast_is_hashed_the_same_on_both_ends(monkeypatch):
     """The NCCL halves without a GPU: what the source yields is what the receiver hashes as it loads it."""
     import torch

@@ -195,11 +195,11 @@ def test_a_vllm_that_does_not_start_says_why(monkeypatch):
     ],
 )
 def test_cores_of_an_engine(lists, index, cores):
-    from rollout.engine import _cores
+    from rollout.vllm_setup import engine_cores
     from tests.fakes import make_config
 
     engines = lists.count("|") + 1
-    assert _cores(make_config(**{"rollout.cpu_cores": lists, "rollout.num_engines": engines}), index) == cores
+    assert engine_cores(make_config(**{"rollout.cpu_cores": lists, "rollout.num_engines": engines}), index) == cores
 
 
 def test_the_thread_runs_on_its_cores(monkeypatch):

@@ -1,0 +1,97 @@
+"""How vLLM is started: the environment, cores and arguments of an engine; what each is for stands beside it.
+
+Called where an engine is spawned (``EnginePool``), where it lives (``Engine``) and by the benchmark's ceiling, so that all
+three run the same vLLM.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rollout.in_process import InProcessLLM
+from shared.config import Config
+from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND
+
+COLOCATED_SHARE = 0.4
+"""Share of a GPU's memory that an engine takes beside a learner rank, unless rollout.vllm says otherwise."""
+
+
+def engine_environment(config: Config, index: int) -> dict[str, str]:
+    """Environment variables of engine number ``index``; they must be set before vLLM is imported."""
+    eager = bool(config.rollout.vllm.get("enforce_eager"))
+    return {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": _binding(config, index),  # Of worker processes, where there are any.
+        "OMP_NUM_THREADS": str(config.rollout.cpu_threads),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # Pages of 2 MB.
+        # Without a compiled model vLLM would still compile its log-prob ranking: ten seconds in the first request.
+        **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),
+    }
+
+
+def _binding(config: Config, index: int) -> str:
+    lists = config.rollout.cpu_cores.split("|")
+    return lists[index] if len(lists) > 1 else lists[0]
+
+
+def engine_cores(config: Config, index: int) -> set[int] | None:
+    """Cores of engine number ``index``, for example of ``0-3,6``; None: wherever the system puts it."""
+    found: set[int] = set()
+    for part in _binding(config, index).split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit():
+            return None
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, Any]:
+    """vLLM's arguments of engine number ``index``; the user's own table is merged over ours."""
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    on_cpu, colocated = current_platform.is_cpu(), config.rollout.colocate
+    backend = SHM_BACKEND if on_cpu else IPC_BACKEND if colocated else NCCL_BACKEND
+    arguments: dict[str, Any] = {
+        "model": config.model.path,
+        "tokenizer": config.model.tokenizer or config.model.path,
+        "trust_remote_code": config.model.trust_remote_code,
+        "dtype": config.model.dtype,
+        "seed": config.run.seed + index,
+        "load_format": load_format,
+        "max_model_len": config.max_model_len,
+        "tensor_parallel_size": config.rollout.tensor_parallel_size,
+        "enable_prefix_caching": True,
+        # Raw log-probs would be those before the temperature: not the distribution that was sampled.
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": WeightTransferConfig(backend=backend),
+        "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
+        "disable_log_stats": True,
+        "max_num_seqs": config.max_num_seqs,
+    }
+    if on_cpu:
+        arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
+        if config.rollout.tensor_parallel_size == 1:
+            # No worker process, and no message queue to it: a quarter faster, and starts sooner.
+            from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+            arguments["distributed_executor_backend"] = UniProcExecutor
+    elif colocated:
+        arguments["gpu_memory_utilization"] = COLOCATED_SHARE
+    return arguments | config.rollout.vllm
+
+
+def start_vllm(config: Config, index: int, load_format: str) -> Any:
+    """vLLM behind ``AsyncLLM``'s interface."""
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = engine_arguments(config, index, load_format)
+    if current_platform.is_cpu():
+        return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, engine_cores(config, index))
+    # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
