@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         place = Path(folder)
         config = _config(options, place)
         train(config, place / "bench.toml")
-        result = summary(read_metrics(place / "run"), config, options.model or options.shape)
+        result = summary(read_metrics(Path(config.run.output_dir)), config, options.model or options.shape)
         if options.ceilings:
             result |= ceilings(config, WORKLOADS[options.shape], result["step_s_median"])
     print_table([result])

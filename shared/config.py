@@ -20,12 +20,19 @@ class Run(Section):
 
     output_dir: str = "runs/run"
     """Run folder. A relative path is taken from the working directory (under a Ray job: from ~/millrace)."""
-    overwrite: bool = False
-    """Empty an output_dir that holds an earlier run instead of refusing it."""
+    resume: Literal["auto", "never", "overwrite"] | NonNegative = "auto"
+    """An output_dir that holds an earlier run: go on from its newest good checkpoint (auto) or from the given step, refuse
+    it (never), or empty it (overwrite)."""
     seed: NonNegative = 0
     """Seeds data order, sampling and learner."""
     steps: Positive = 100
     """Optimizer steps to train: a multiple of the updates per generated batch."""
+    checkpoint_every: NonNegative = 50
+    """Write a checkpoint every so many steps, beside the one at the end; 0: at the end alone."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept; the best by eval.early_stopping stays beside them."""
+    max_restarts: NonNegative = 5
+    """Times that each engine, and the learner, is started again after it died or hung, before the run ends."""
     samples_every: NonNegative = 10
     """Write the step's completions to samples/ every so many steps; 0 writes none."""
     tensorboard: bool = False

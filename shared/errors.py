@@ -59,8 +59,16 @@ class EngineFailed(MillraceError):
     """A rollout engine died, hung or could not be started."""
 
 
+class FleetExhausted(MillraceError):
+    """No engine is left: each was lost more often than ``run.max_restarts`` allows."""
+
+
 class LearnerFailed(MillraceError):
-    """A learner rank died, hung or could not be started."""
+    """The learner cannot go on: too many steps in a row were refused, or its ranks disagree."""
+
+
+class LearnerLost(LearnerFailed):
+    """A learner rank died, hung or could not be started; the ranks can be built again from a checkpoint."""
 
 
 class WeightProofFailed(MillraceError):
