@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 
 from launch.cluster import Needs, reserve, worker_environment
@@ -36,11 +36,13 @@ async def started(config: Config, needs: Needs) -> AsyncIterator[Parts]:
         reservation = await reserve(needs)
         environment = worker_environment()
         rewards = RewardPool(config, environment)
-        engines = EnginePool(config, reservation.engines, environment)
         learners = LearnerGroup(config, run_id, reservation.ranks, environment)
-        await asyncio.gather(engines.start(), learners.start(), rewards.start())
-        if needs.on_gpu and not needs.colocated:
-            await learners.connect(engines.connect, config.rollout.num_engines * config.rollout.tensor_parallel_size)
-        yield Parts(engines, rewards, learners)
+        # Closed, because it would start engines again for as long as it lives.
+        with closing(EnginePool(config, reservation.engines, environment)) as engines:
+            await asyncio.gather(engines.start(), learners.start(), rewards.start())
+            if needs.on_gpu and not needs.colocated:
+                workers = config.rollout.num_engines * config.rollout.tensor_parallel_size
+                await learners.connect(engines.connect, workers)
+            yield Parts(engines, rewards, learners)
     finally:
         remove_segments(run_id)

@@ -1,7 +1,7 @@
 """Coefficients that a run steers by what it measures: of the KL term and of the entropy bonus.
 
-The learner reads ``value`` before a step and calls ``observe`` after it, with the same numbers on every rank. Their
-fields are all the state there is; a checkpoint holds them.
+The learner reads ``value`` before a step and calls ``observe`` after it, with the same numbers on every rank. The fields
+named in ``MOVING`` are all the state there is; a checkpoint holds them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 class FixedKl:
     """The coefficient stays what the configuration and its schedule make it."""
 
+    MOVING = ()
     skipped = 0
 
     def __init__(self, value: float) -> None:
@@ -29,6 +30,8 @@ class AdaptiveKl:
 
     ``horizon`` is in sequences; ``unit`` says whether the target is nats per sequence or per token.
     """
+
+    MOVING = ("value", "skipped")
 
     def __init__(self, value: float, *, target: float, horizon: float = 10000.0, unit: str = "sequence") -> None:
         self.value, self._target, self._horizon, self._unit = value, target, horizon, unit
@@ -52,6 +55,7 @@ KL_CONTROLS: dict[str, Callable[..., Any]] = {"fixed": FixedKl, "adaptive": Adap
 class NoBonus:
     """No entropy term in the loss."""
 
+    MOVING: ClassVar[tuple[str, ...]] = ()
     value: float = field(default=0.0, init=False)
 
     def observe(self, entropy: float) -> None:
@@ -62,6 +66,7 @@ class NoBonus:
 class Bonus:
     """A fixed weight of the mean entropy, taken off the loss."""
 
+    MOVING: ClassVar[tuple[str, ...]] = ()
     coef: float
 
     @property
@@ -77,6 +82,7 @@ class Bonus:
 class AdaptiveBonus:
     """Holds the entropy near ``target`` nats: the coefficient moves by ``delta`` a step, and acts below the target alone."""
 
+    MOVING: ClassVar[tuple[str, ...]] = ("coef", "last_entropy")
     target: float = 0.2
     delta: float = 0.005
     lowest: float = 0.0

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.attention import ATTENTION_NAME, register_attention
 from learner.batching import MicroBatch, Row, Step, collate
 from learner.choices import Choices
 from learner.distributed import deepspeed_config, join_group
+from learner.learner_state import load_state, save_state
 from learner.logprobs import PolicyModel, Sampled
 from learner.losses import LossInputs, LossSettings, grpo_loss
 from learner.passes import Given, Passes, plan_batch
@@ -47,9 +47,10 @@ class Learner:
         algorithm, settings = config.algorithm, config.learner
         self._kl_control = self._choices.kl_control(algorithm.kl.reward_coef or algorithm.kl.coef)
         self._entropy_bonus = self._choices.entropy_bonus()
+        self.coefficients = {"kl": self._kl_control, "entropy": self._entropy_bonus}
         torch.manual_seed(config.run.seed)
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        policy = self._load()
+        policy = PolicyModel.load(config)
         self._choices.needs_old_pass |= policy.has_dropout
         if settings.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
@@ -68,7 +69,9 @@ class Learner:
         self.engine.clip_fp32_gradients = self._clip_float32
         self.engine.train()
         full = self._choices.full_in_loss or self._choices.full_in_reward
-        self.reference = Reference(config, self._load(), self.device, full) if config.needs_reference else None
+        self.reference = (
+            Reference(config, PolicyModel.load(config), self.device, full) if config.needs_reference else None
+        )
         self._passes = Passes(config, self._choices, self._without_gradient, self.reference, self._ledger)
         self._ledger.enter("wait_for_groups")
 
@@ -234,21 +237,6 @@ class Learner:
             for parameter in parameters:
                 parameter.grad = None
 
-    def _load(self) -> PolicyModel:
-        from transformers import AutoModelForCausalLM
-
-        register_attention()
-        config = self.config
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model.path,
-            dtype=getattr(torch, config.model.dtype),
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        rollout = config.rollout
-        return PolicyModel(model, Sampled(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p))
-
     # --- weights on their way out ---
 
     def open_sender(self, run_id: str) -> None:
@@ -287,8 +275,18 @@ class Learner:
         """What this rank did since it was asked last."""
         return self._ledger.take()
 
-    def save(self, directory: str) -> str:
-        """Write the policy in Hugging Face form (safetensors, config, tokenizer) and return the directory."""
+    # --- a run that goes on later ---
+
+    def save(self, directory: str, whole: bool = False) -> str:
+        """Write the policy in Hugging Face form to ``directory``/hf; ``whole``: also all that ``load`` needs."""
         with self._ledger.during("save"):
-            save_pretrained(self.engine, self.config, directory, self.rank == 0)
+            save_pretrained(self.engine, self.config, f"{directory}/hf", self.rank == 0)
+            if whole:
+                save_state(self, f"{directory}/learner")
         return directory
+
+    def load(self, directory: str) -> int:
+        """Go on from what a whole ``save`` wrote, by any number of ranks; the policy version."""
+        with self._ledger.during("load"):
+            load_state(self, f"{directory}/learner")
+        return self.policy_version

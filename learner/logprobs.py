@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learner.attention import Layout
+from learner.attention import ATTENTION_NAME, Layout, register_attention
+from shared.config import Config
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Of float32 logits at a time: little beside the model's own memory; enough rows for an efficient product."""
@@ -155,6 +156,22 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.model = model
         self.sampled = sampled
+
+    @classmethod
+    def load(cls, config: Config) -> PolicyModel:
+        """The configured model from disk, in its own type, with packed attention."""
+        from transformers import AutoModelForCausalLM
+
+        register_attention()
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.path,
+            dtype=getattr(torch, config.model.dtype),
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        rollout = config.rollout
+        return cls(model, Sampled(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p))
 
     @property
     def head(self) -> Tensor:

@@ -5,7 +5,7 @@ It is partitioned over the ranks like the policy where that is. Invariant: it ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,6 +59,19 @@ class Reference:
         for (_, tensor), parameter in zip(full_tensors(policy), self._writable(), strict=True):
             mixed = parameter.float().lerp(tensor.to(parameter.device).float(), alpha)
             parameter.copy_(mixed)
+        self._head = self._whole_head()
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and whole parameters; under ZeRO-3 a collective that all ranks must iterate."""
+        names = [name for name, _ in self._model.named_parameters()]
+        yield from zip(names, self._writable(), strict=True)
+
+    @torch.no_grad()
+    def load(self, stored: Callable[[str], Tensor]) -> None:
+        """Become what ``tensors`` gave once; ``stored`` finds a tensor by name."""
+        for name, parameter in self.tensors():
+            parameter.copy_(stored(name))
         self._head = self._whole_head()
 
     def _writable(self) -> Iterator[Tensor]:

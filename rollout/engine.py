@@ -18,6 +18,7 @@ import numpy as np
 
 from rollout.stale_kv import StaleKV
 from rollout.vllm_setup import engine_environment, start_vllm
+from shared import faults
 from shared.config import Config, Rollout
 from shared.errors import WeightProofFailed
 from shared.ledger import TimeLedger, TimeSlice
@@ -88,7 +89,7 @@ class Received(NamedTuple):
 
 
 class Engine:
-    """A vLLM engine with the six calls that a rollout needs."""
+    """A vLLM engine with the calls that a rollout needs."""
 
     def __init__(self, config: Config, index: int = 0, load_format: str = "dummy") -> None:
         """Start vLLM. With ``load_format`` dummy the weights are random until the first publication arrives."""
@@ -99,11 +100,16 @@ class Engine:
         self._llm = start_vllm(config, index, load_format)
         self._tokenizer = self._llm.get_tokenizer()
         self._requests = self._running = 0
+        self._calls: set[asyncio.Task[Any]] = set()
+        """Whose requests vLLM is running."""
+        self._round = asyncio.Lock()
+        """Held during a round and its proof: a caller that went away does not end them."""
         self._stale_kv = StaleKV(config.rollout.max_stale_kv_gap)
         self._ledger.enter("wait_for_prompts")
 
     async def generate(self, token_ids: IntArray, sampling: Sampling, version: int) -> tuple[Completion, ...]:
         """Sample ``sampling.n`` completions of one prompt ``[P]``; ``version`` is the newest proved policy version."""
+        faults.point("engine.before_generate")
         outputs = await self._request(token_ids, sampling_parameters(sampling), version)
         texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
         completions = tuple(
@@ -120,6 +126,7 @@ class Engine:
         )
         if sampling.temperature > 0:
             await self._stale_kv.measure(completions, partial(self._rescore, token_ids, sampling))
+        faults.point("engine.after_generate")
         return completions
 
     async def prompt_logprobs(self, token_ids: IntArray, version: int) -> np.ndarray:
@@ -148,11 +155,17 @@ class Engine:
         is touched if a snapshot's bytes are damaged. A round that fails later leaves the engine paused: vLLM recovers
         exactly from a repeated round, and dies if it resumes on half-loaded weights.
         """
+        async with self._round:
+            return await self._receive(publication)
+
+    async def _receive(self, publication: Publication) -> Received:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         digests, begun = set[str](), time.monotonic()
         if publication.segment:
-            digests.add(await asyncio.to_thread(publication.hash_segment))
+            hashed = bytearray.fromhex(await asyncio.to_thread(publication.hash_segment))
+            faults.point("sync.after_hash", hashed)
+            digests.add(hashed.hex())
             if digests != {publication.digest}:
                 raise WeightProofFailed(
                     f"segment {publication.segment}: hashed {digests}, the learner sent {publication.digest}"
@@ -163,11 +176,13 @@ class Engine:
         self._ledger.enter("pause")
         # Not ``pause_generation``: it adds 20 ms of sleep, for an order of results that nobody here needs.
         await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=recompute)
+        faults.point("sync.after_pause")
         self._ledger.enter("receive")
         paused = time.monotonic()
         await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=publication.update_info()))
         transferred = time.monotonic()
+        faults.point("sync.before_version")
         await self._llm.finish_weight_update(str(publication.version))
         await self._llm.resume_generation()
         self._ledger.enter(self._working())
@@ -177,15 +192,27 @@ class Engine:
 
     async def prove(self, canary: Canary, version: int) -> float:
         """Largest absolute difference between the engine's and the learner's log-probs of the canary, in nats."""
-        ours = await self.prompt_logprobs(canary.token_ids, version)
+        async with self._round:
+            ours = await self.prompt_logprobs(canary.token_ids, version)
         return float(np.max(np.abs(ours - canary.logprobs)))
 
     async def weight_version(self) -> str:
         """The label of the weights in use."""
         return await self._llm.get_weight_version()
 
+    async def reset(self) -> None:
+        """Abort every request and forget all keys and values: version numbers may name other weights from now on."""
+        async with self._round:
+            running = set(self._calls)
+            for call in running:
+                call.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            self._stale_kv.take()
+            while not await self._llm.reset_prefix_cache():
+                pass  # An aborted request still holds its blocks.
+
     async def health(self) -> int:
-        """The process id, if the engine answers."""
+        """The process id, unless vLLM has failed; answers also during a long step, which has deadlines of its own."""
         await self._llm.check_health()
         return os.getpid()
 
@@ -216,13 +243,17 @@ class Engine:
         self._requests += 1
         # The salt (the policy version) keeps a new request from reusing cache blocks computed under older weights.
         prompt = {"prompt_token_ids": [int(t) for t in token_ids], "cache_salt": salt}
+        call = asyncio.current_task()
+        assert call is not None
         self._change(+1)
+        self._calls.add(call)
         try:
             async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
                 final = result
             return final
         finally:
             self._change(-1)
+            self._calls.discard(call)
 
     def _change(self, running: int) -> None:
         """``running`` requests more or less; an update under way keeps its state."""

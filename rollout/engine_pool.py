@@ -1,189 +1,241 @@
-"""The engines as one object: routes groups, and takes every engine through a publication of weights.
+"""The engines as one object: routes groups, takes every engine through publications, and replaces those that are lost.
 
-Invariant: no completion leaves the pool before the weights that sampled it were proved on their engine, by the
-digest of the received bytes and by the canary's log-probs. Generation goes on while a proof is under way; its
-results are held back until the proof is in. Engines are updated independently and in parallel.
+Invariants: no completion leaves the pool before the weights that sampled it were proved on their engine, by the digest of
+the received bytes and by the canary's log-probs; a group has one answer, of the attempt made last. An engine that dies,
+hangs or holds wrong weights is given another life (``Fleet``) while the others go on. Engines are updated
+independently; one that comes back takes the newest publication by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from rollout.engine import Engine, Received, Sampling
-from rollout.vllm_setup import engine_environment
+from rollout.engine import Sampling
+from rollout.fleet import Fleet
+from rollout.replica import Replica, Unanswered, Unreachable
 from shared.config import Config
-from shared.errors import EngineFailed, GroupFailed, MillraceError, WeightProofFailed, one_line
+from shared.errors import EngineFailed, GroupFailed, WeightProofFailed
 from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
 from shared.weights import Link, Publication
 
-ROUND_TRIES = 3
-
-
-def _stage_limit(publication: Publication) -> float:
-    """Seconds that a stage of a weight update may take: 30 plus the bytes at 100 MB/s."""
-    return 30 + publication.nbytes / 100e6
+RESET_LIMIT_S = 30.0
+CATCH_UP_TRIES = 20
+"""Publications that may overtake an engine on its way back."""
 
 
 def _worst(reports: list[dict[str, float]]) -> dict[str, float]:
-    return {name: max(report[name] for report in reports) for name in reports[0]}
-
-
-@dataclass
-class _Replica:
-    """One engine actor, as the pool sees it."""
-
-    index: int
-    actor: Any
-    version: int = -1
-    """Policy version of the weights loaded here."""
-    digests: set[str] = field(default_factory=set)
-    """Of the bytes that its workers took last."""
-    outstanding: int = 0
-    proved: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while the weights loaded here are proved."""
+    names = {name for report in reports for name in report}
+    return {name: max(report[name] for report in reports if name in report) for name in names}
 
 
 class EnginePool:
     """``config.rollout.num_engines`` engines; ``slots`` holds the place of each in the cluster."""
 
     def __init__(self, config: Config, slots: list[Any], environment: dict[str, str]) -> None:
-        self._config, self._slots, self._environment = config, slots, environment
-        self._replicas: list[_Replica] = []
+        self._config = config
+        self._fleet = Fleet(config, slots, environment, self._catch_up)
+        self._newest: Publication | None = None
+        self._refused: set[int] = set()
+        """Engines that do not take ``_newest``."""
+        self._sampling: set[asyncio.Future[tuple[Completion, ...]]] = set()
+        self._redispatched = 0
+        self._told: dict[str, float] = {}
+        """Where the slices of each engine end."""
         self.slices: list[TimeSlice] = []
-        """What the engines did, as far as their answers told."""
+        """What the engines did, as far as their answers told; ``lost`` between two lives."""
 
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
-        self._replicas = [_Replica(i, self._spawn(i)) for i in range(self._config.rollout.num_engines)]
-        limit = self._config.rollout.start_timeout_s
-        await asyncio.gather(*(self._ask(r, "health", timeout_s=limit) for r in self._replicas))
+        await self._fleet.start()
 
     async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
-        """Sample one prompt on the least busy engine. Raises ``GroupFailed`` if the request exceeds its deadline."""
-        replica = min(self._replicas, key=lambda r: r.outstanding)
-        limit = self._config.rollout.request_timeout_s
-        replica.outstanding += 1
+        """Sample one prompt on the least busy engine, and again on another if that one is lost.
+
+        Raises ``GroupFailed`` if two requests exceed their deadline, if no engine is healthy for as long, or at a
+        ``reset``; ``FleetExhausted`` when no engine is left. Who goes away aborts the request.
+        """
+        work = asyncio.ensure_future(self._sample(group_id, prompt, sampling))
+        self._sampling.add(work)
         try:
-            completions = await self._ask(
-                replica, "generate", prompt.token_ids, sampling, replica.version, timeout_s=limit
-            )
-        except TimeoutError:
-            raise GroupFailed(group_id, "generation_timeout", f"> {limit:g} s on engine-{replica.index}") from None
+            await asyncio.wait((work,))
+            if work not in self._sampling:
+                raise GroupFailed(group_id, "reset", "dispatched before the engines were reset")
+            return work.result()
         finally:
-            replica.outstanding -= 1
-        await replica.proved.wait()
-        return completions
+            self._sampling.discard(work)
+            work.cancel()
 
     async def connect(self, link: Link) -> None:
         """Join the learner's link; every engine's workers get ranks of their own in it."""
+        self._fleet.replaceable = False
         per_engine = self._config.rollout.tensor_parallel_size
         limit = self._config.rollout.start_timeout_s
         await asyncio.gather(
-            *(self._ask(r, "connect", link, 1 + r.index * per_engine, timeout_s=limit) for r in self._replicas)
+            *(r.ask("connect", link, 1 + r.index * per_engine, timeout_s=limit) for r in self._fleet.running())
         )
 
     async def receive(self, publication: Publication) -> dict[str, float]:
-        """Bring every engine to ``publication``; on return all of them sample with it. Returns the slowest's figures."""
-        return _worst(await asyncio.gather(*(self._update(replica, publication) for replica in self._replicas)))
+        """Bring the engines to ``publication``; on return all that are left sample with it. Returns the slowest's figures.
+
+        Raises ``WeightProofFailed`` if every engine refuses it.
+        """
+        self._newest, self._refused = publication, set()
+        await self._each([r for r in self._fleet.running() if not r.catching_up], lambda r: self._take(r, publication))
+        # Where none is left, the first that comes back will do: it takes the publication by itself.
+        holding = await self._fleet.until(lambda: [r for r in self._fleet.running() if r.publication is publication])
+        return _worst([replica.taken for replica in holding])
 
     async def prove(self, publication: Publication, digest: str) -> dict[str, float]:
-        """Compare every engine's digest and canary log-probs with the learner's; then results flow.
+        """Compare the engines' digests and canary log-probs with the learner's; then results flow.
 
-        Raises ``WeightProofFailed``.
+        Raises ``WeightProofFailed`` if every engine fails.
         """
-        return _worst(await asyncio.gather(*(self._prove(replica, publication, digest) for replica in self._replicas)))
+        there = [r for r in self._fleet.running() if r.publication is publication and not (r.proved or r.catching_up)]
+        await self._each(there, lambda r: self._prove(r, publication, digest))
+        proved = await self._fleet.until(
+            lambda: [r for r in self._fleet.running() if r.publication is publication and r.proved]
+        )
+        return _worst([replica.proof for replica in proved])
+
+    async def reset(self) -> None:
+        """Forget all weights, requests, keys and values: version numbers may name other weights from now on.
+
+        Groups that wait for completions fail; engines serve again after the next publication.
+        """
+        self._newest, self._refused = None, set()
+        dropped, self._sampling = self._sampling, set()
+        for work in dropped:
+            work.cancel()
+        for replica in self._fleet.running():
+            replica.proved = False
+            self._fleet.tell(replica, "outdated")
+        await self._each(self._fleet.running(), lambda r: r.ask("reset", timeout_s=RESET_LIMIT_S))
+
+    def metrics(self) -> dict[str, float]:
+        """Engines that serve now, and what losses have cost since the start."""
+        return {
+            "engines/healthy": float(sum(map(self._fleet.is_healthy, self._fleet.running()))),
+            "engines/restarts": float(sum(health.restarts for health in self._fleet.health)),
+            "engines/redispatched": float(self._redispatched),
+            "engines/recovery_seconds": self._fleet.recovery_s,
+        }
 
     async def close_books(self) -> None:
-        """Ask every engine for what is still missing in ``slices``."""
+        """Ask the engines for what is still missing in ``slices``; one that is lost now has nothing to add."""
         limit = self._config.rollout.request_timeout_s
-        self.slices += await asyncio.gather(*(self._ask(r, "times", timeout_s=limit) for r in self._replicas))
+        calls = [replica.ask("times", timeout_s=limit) for replica in self._fleet.running()]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(answer, TimeSlice):
+                self._note(answer)
+        now = time.time()
+        for index, health in enumerate(self._fleet.health):
+            if health.state == "retired":
+                self._note(TimeSlice(f"engine-{index}", now, now, ()))
 
     def close(self) -> None:
         """Kill the engines."""
-        import ray
+        self._fleet.close()
 
-        for replica in self._replicas:
-            ray.kill(replica.actor)
+    # --- groups ---
 
-    async def _update(self, replica: _Replica, publication: Publication) -> dict[str, float]:
-        """One engine: pause, receive, resume."""
-        started = time.monotonic()
-        replica.proved.clear()
-        taken = await self._receive_round(replica, publication)
-        replica.digests = taken.digests
-        self.slices.append(taken.times)
-        replica.version = publication.version
-        seconds = time.monotonic() - started
-        return {
-            "sync/seconds": seconds,
-            "sync/prepare_seconds": taken.seconds["prepare"],
-            "sync/pause_seconds": taken.seconds["paused"],
-            "sync/transfer_seconds": taken.seconds["transfer"],
-            "sync/stale_kv_gap": taken.stale_kv_gap,
-            "sync/recomputed": float(taken.recomputed),
-        }
-
-    async def _prove(self, replica: _Replica, publication: Publication, digest: str) -> dict[str, float]:
-        started, limit = time.monotonic(), _stage_limit(publication)
-        if replica.digests != {digest}:
-            found = sorted(replica.digests)
-            raise WeightProofFailed(
-                f"engine-{replica.index}, version {publication.version}: received {found}, sent {digest}"
-            )
-        gap = await self._ask(replica, "prove", publication.canary, publication.version, timeout_s=limit)
-        if not gap <= self._config.canary_tolerance:
-            raise WeightProofFailed(
-                f"engine-{replica.index}, version {publication.version}: canary log-probs differ from the learner's "
-                f"by {gap:.3g} nats, allowed {self._config.canary_tolerance:g}"
-            )
-        replica.proved.set()
-        return {"sync/proof_seconds": time.monotonic() - started, "sync/canary_gap": gap}
-
-    async def _receive_round(self, replica: _Replica, publication: Publication) -> Received:
-        """A failed round leaves the engine paused and is repeated as a whole; resuming it would kill it."""
-        # A broadcast that failed has no sender any more: only a snapshot can be taken again.
-        tries = 1 if publication.collective else ROUND_TRIES
-        for attempt in range(1, tries + 1):
+    async def _sample(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
+        limit, overdue = self._config.rollout.request_timeout_s, 0
+        while True:
+            replica = await self._idlest(group_id, limit)
+            dispatched = time.monotonic()
             try:
-                taken: Received = await self._ask(replica, "receive", publication, timeout_s=_stage_limit(publication))
-                return taken
-            except (EngineFailed, TimeoutError):
-                raise
-            except Exception as error:
-                if attempt == tries:
-                    raise WeightProofFailed(
-                        f"engine-{replica.index} refused version {publication.version} {attempt} times: {one_line(error, 400)}"
-                    ) from error
-        raise AssertionError("unreachable")
+                completions = await replica.generate(prompt, sampling, limit)
+                self._fleet.tell(replica, "progressed")
+                await self._fleet.until(replica.settled)
+                if not replica.ended:
+                    return completions
+            except EngineFailed as error:
+                self._fleet.lose(replica, error)
+            except Unreachable:
+                if self._fleet.is_healthy(replica):
+                    self._fleet.tell(replica, "probe_missed")
+            except Unanswered:
+                self._fleet.tell(replica, "overdue" if replica.finished_at > dispatched else "stuck")
+                overdue += 1
+                if overdue == 2:
+                    detail = f"> {limit:g} s on {replica.name}, the second time"
+                    raise GroupFailed(group_id, "generation_timeout", detail) from None
+            self._redispatched += 1
 
-    async def _ask(self, replica: _Replica, method: str, *arguments: Any, timeout_s: float) -> Any:
-        from ray.exceptions import RayActorError, RayTaskError
-
+    async def _idlest(self, group_id: int, limit_s: float) -> Replica:
+        """The healthy engine with the fewest requests, as soon as there is one."""
         try:
-            return await asyncio.wait_for(getattr(replica.actor, method).remote(*arguments), timeout_s)
-        except RayActorError as error:
-            raise EngineFailed(f"engine-{replica.index} died in {method}: {one_line(error, 400)}") from error
+            async with asyncio.timeout(limit_s):
+                return await self._fleet.until(self._fleet.idlest)
         except TimeoutError:
-            if method == "generate":
-                raise
-            raise EngineFailed(f"engine-{replica.index} did not answer {method} within {timeout_s:g} s") from None
-        except RayTaskError as error:
-            if isinstance(error.cause, MillraceError):
-                raise error.cause from error
-            if type(error.cause).__name__ == "EngineDeadError":
-                raise EngineFailed(f"engine-{replica.index}: vLLM's engine process died in {method}") from error
-            raise
+            raise GroupFailed(group_id, "generation_timeout", f"no engine was healthy for {limit_s:g} s") from None
 
-    def _spawn(self, index: int) -> Any:
-        import ray
+    # --- weights ---
 
-        options = self._slots[index].options() | {
-            "max_restarts": 0,
-            "max_concurrency": 4096,
-            "runtime_env": {"env_vars": self._environment | engine_environment(self._config, index)},
-        }
-        return ray.remote(Engine).options(**options).remote(self._config, index)
+    async def _each(self, replicas: list[Replica], step: Callable[[Replica], Awaitable[None]]) -> None:
+        """One step of every engine; those that fail are lost, unless all refuse the same publication."""
+        outcomes = await asyncio.gather(*(step(replica) for replica in replicas), return_exceptions=True)
+        failed: list[tuple[Replica, EngineFailed | WeightProofFailed]] = []
+        for replica, outcome in zip(replicas, outcomes, strict=True):
+            if isinstance(outcome, EngineFailed | WeightProofFailed) and self._fleet.replaceable:
+                failed.append((replica, outcome))
+            elif outcome is not None:  # Also a broadcast's failure: it takes the link with it, for all.
+                raise outcome
+        for replica, error in failed:
+            if isinstance(error, WeightProofFailed):
+                self._refuse(replica, error)
+        for replica, error in failed:
+            self._fleet.lose(replica, error)
+
+    def _refuse(self, replica: Replica, error: WeightProofFailed) -> None:
+        """An engine does not take the newest publication. Raises ``error`` if none does: then it is the weights."""
+        self._refused.add(replica.index)
+        if self._fleet.all_left_in(self._refused):
+            self._fleet.fail(error)
+            raise error
+
+    async def _take(self, replica: Replica, publication: Publication) -> None:
+        self._note(await replica.take(publication))
+        self._fleet.notify()
+
+    async def _prove(self, replica: Replica, publication: Publication, digest: str) -> None:
+        await replica.prove(publication, digest)
+        if publication is not self._newest:
+            return
+        self._refused.discard(replica.index)
+        self._fleet.tell(replica, "synced")
+        self._fleet.notify()
+
+    async def _catch_up(self, replica: Replica) -> None:
+        """Bring a new life to the newest publication while the others go on; without one, the next will include it."""
+        replica.catching_up = True
+        try:
+            for _ in range(CATCH_UP_TRIES):
+                newest = self._newest
+                if newest is None:
+                    return
+                try:
+                    await self._take(replica, newest)
+                    await self._prove(replica, newest, newest.digest)
+                    if newest is self._newest:
+                        return
+                except WeightProofFailed as error:
+                    # The memory of a publication that has been overtaken may hold another by now.
+                    if newest is self._newest:
+                        self._refuse(replica, error)
+                        raise
+            raise EngineFailed(f"{replica.name} was overtaken by {CATCH_UP_TRIES} publications")
+        finally:
+            replica.catching_up = False
+
+    def _note(self, times: TimeSlice) -> None:
+        """Keep a slice; what an engine did between its last answer and its next life is in no other."""
+        end = self._told.get(times.process, times.start)
+        if times.start > end:
+            self.slices.append(TimeSlice(times.process, end, times.start, (("lost", end, times.start),)))
+        self.slices.append(times)
+        self._told[times.process] = times.end

@@ -100,6 +100,10 @@ class InProcessLLM:
         """The label of the weights in use."""
         return str(await self._do(self._core.get_weight_version))
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all keys and values; False while a request holds some."""
+        return bool(await self._do(self._core.reset_prefix_cache))
+
     async def collective_rpc(self, method: str, keywords: dict[str, Any] | None = None) -> list[Any]:
         """Call a method of every worker."""
         answers: list[Any] = await self._do(lambda: self._core.collective_rpc(method, None, (), keywords))
@@ -114,8 +118,9 @@ class InProcessLLM:
             await asyncio.to_thread(self._core.collective_rpc, method, None, (), keywords)
 
     async def check_health(self) -> None:
-        """Answer when the thread comes by. Raises ``EngineFailed`` if it has ended."""
-        await self._do(lambda: None)
+        """Answer at once, however long a step takes. Raises ``EngineFailed`` if the thread has ended."""
+        if self._ended is not None:
+            raise self._ended
 
     def shutdown(self) -> None:
         """End the thread and vLLM."""

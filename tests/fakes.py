@@ -331,6 +331,10 @@ class RayActorError(Exception):
     """As ``ray.exceptions.RayActorError``."""
 
 
+class ActorUnavailableError(RayActorError):
+    """As ``ray.exceptions.ActorUnavailableError``: the actor may be back later."""
+
+
 class RayTaskError(Exception):
     """As ``ray.exceptions.RayTaskError``: what an actor's method raised lies in ``cause``."""
 
@@ -355,11 +359,14 @@ def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, spawn: Callable
         calls["killed"] += 1
         actor.killed = True
 
-    exceptions = types.SimpleNamespace(RayActorError=RayActorError, RayTaskError=RayTaskError)
+    errors = (RayActorError, ActorUnavailableError, RayTaskError)
+    exceptions = types.SimpleNamespace(**{error.__name__: error for error in errors})
     module = types.SimpleNamespace(
         init=init,
         remote=remote,
         kill=kill,
+        cancel=lambda reference: reference.cancel(),
+        get_runtime_context=lambda: types.SimpleNamespace(get_node_id=lambda: "this node"),
         exceptions=exceptions,
         calls=calls,
         shutdown=lambda: calls.update(["shutdown"]),

@@ -1,9 +1,17 @@
-"""Groups of random tokens, the same in a test and in the ranks that it starts."""
+"""Groups of random tokens, the same in a test and in the ranks that it starts; and those ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from shared.types import Completion, Prompt, RolloutGroup, VersionSpan
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_groups(seed, count=6, size=4):
@@ -27,3 +35,42 @@ def make_groups(seed, count=6, size=4):
 
 def nan_loss(log_ratio, advantages, mask, *, logprobs=None):
     return logprobs * torch.nan
+
+
+class Ranks:
+    """``count`` processes that run ``program``: one per rank, for DeepSpeed joins one process group per process.
+
+    Started without Ray on purpose. They stay and do one job after the other, a line of JSON each, and answer "done":
+    importing and joining take longer than most jobs.
+    """
+
+    def __init__(self, work: Path, count: int, program: str) -> None:
+        from learner.distributed import free_port
+
+        self.port = free_port()
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "error"}
+        self.logs = [work / f"rank-{count}-{rank}.log" for rank in range(count)]
+        self.children = []
+        (work / "rank.py").write_text(program)
+        for log in self.logs:
+            with log.open("w") as stderr:
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+                command = [sys.executable, str(work / "rank.py")]
+                self.children.append(subprocess.Popen(command, env=environment, **pipes))
+
+    def run(self, options: dict) -> None:
+        """The same job on every rank."""
+        for rank, child in enumerate(self.children):
+            child.stdin.write(
+                json.dumps(options | {"rank": rank, "ranks": len(self.children), "port": self.port}) + "\n"
+            )
+            child.stdin.flush()
+        for child, log in zip(self.children, self.logs, strict=True):
+            said = iter(child.stdout.readline, "")
+            assert "done\n" in said, log.read_text()[-3000:]
+
+    def close(self) -> None:
+        """End the processes."""
+        for child in self.children:
+            child.kill()
+            child.communicate()

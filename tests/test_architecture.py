@@ -42,7 +42,7 @@ HEAVY = {
         "launch/prebuild.py",
     },
     "ray": {
-        "rollout/engine_pool.py",
+        "rollout/replica.py",
         "rollout/reward_pool.py",
         "learner/learner_group.py",
         "launch/run.py",

@@ -27,6 +27,7 @@ class FakeLLM:
             is_scheduler_paused=lambda: self.paused,
             set_weight_version=lambda version: self.note(version=version),
             get_weight_version=lambda: self.version,
+            reset_prefix_cache=lambda: not self.left,
             collective_rpc=lambda *call: [call],
         )
         self.engine_core = SimpleNamespace(engine_core=self.core, shutdown=lambda: self.note(down=True))
@@ -106,11 +107,40 @@ def test_who_goes_away_aborts_the_request(vllm):
     async def run():
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(finished(llm, "long", 10**9), 0.05)
-        await llm.check_health()
+        await llm.is_paused()
         return await finished(llm, "next", 2)
 
     assert asyncio.run(run())[0].request_id == "next"
     assert fake.aborted == ["long"]
+
+
+def test_the_health_is_known_during_a_step_that_takes_long(vllm):
+    llm, fake = vllm
+    step, go_on = fake.step, threading.Event()
+    fake.step = lambda: go_on.wait() and step()
+
+    async def run():
+        waiting = asyncio.create_task(finished(llm, "a", 1))
+        await asyncio.sleep(0.02)
+        await asyncio.wait_for(llm.check_health(), 0.5)
+        go_on.set()
+        return await waiting
+
+    assert asyncio.run(run())[0].request_id == "a"
+
+
+def test_the_prefix_cache_is_forgotten_once_no_request_holds_blocks(vllm):
+    llm, _ = vllm
+
+    async def run():
+        waiting = asyncio.create_task(finished(llm, "a", 10**9))
+        await asyncio.sleep(0.02)
+        before = await llm.reset_prefix_cache()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return before, await llm.reset_prefix_cache()
+
+    assert asyncio.run(run()) == (False, True)
 
 
 def test_no_step_happens_while_paused(vllm):
@@ -130,7 +160,7 @@ def test_no_step_happens_while_paused(vllm):
         assert fake.left == left
         assert await llm.get_weight_version() == "7"
         await llm.resume_generation()
-        await llm.check_health()
+        await llm.is_paused()
         await asyncio.sleep(0.02)
         assert fake.left != left
         task.cancel()
@@ -145,9 +175,9 @@ def test_a_failed_step_is_told_to_all_who_wait_and_all_who_come(vllm):
     async def run():
         tasks = [asyncio.create_task(finished(llm, str(i), 10**9)) for i in range(3)]
         await asyncio.to_thread(fake.stepped.wait)
-        await llm.check_health()
+        await llm.is_paused()
         fake.error = RuntimeError("the kernel broke")
-        return await asyncio.gather(*tasks, finished(llm, "late", 1), llm.check_health(), return_exceptions=True)
+        return await asyncio.gather(*tasks, finished(llm, "late", 1), llm.is_paused(), return_exceptions=True)
 
     failures = asyncio.run(run())
     assert all(isinstance(failure, EngineFailed) for failure in failures[:4])
@@ -168,6 +198,7 @@ def test_closing_tells_those_who_wait_and_those_who_come(monkeypatch):
     async def run():
         waiting = asyncio.create_task(finished(llm, "long", 10**9))
         await asyncio.to_thread(fake.stepped.wait)
+        await llm.check_health()
         await asyncio.to_thread(llm.shutdown)
         return await asyncio.gather(waiting, llm.check_health(), return_exceptions=True)
 

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from learner.losses import AGGREGATIONS
-from tests.learner_groups import make_groups
+from tests.learner_groups import Ranks, make_groups
 
 pytestmark = pytest.mark.stack
-ROOT = Path(__file__).resolve().parent.parent
 
-# One process per rank, because DeepSpeed joins one process group per process; started without Ray on purpose. They
-# stay and do one job after the other, for importing and joining take longer than most jobs.
 RANK = """
 import gc, json, sys
 import numpy as np
@@ -65,45 +59,10 @@ for line in sys.stdin:
 """
 
 
-class Ranks:
-    """The processes of one group."""
-
-    def __init__(self, work: Path, count: int) -> None:
-        from learner.distributed import free_port
-
-        self.port = free_port()
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "error"}
-        self.logs = [work / f"rank-{count}-{rank}.log" for rank in range(count)]
-        self.children = []
-        for log in self.logs:
-            with log.open("w") as stderr:
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
-                command = [sys.executable, str(work / "rank.py")]
-                self.children.append(subprocess.Popen(command, env=environment, **pipes))
-
-    def run(self, options: dict) -> None:
-        """The same job on every rank."""
-        for rank, child in enumerate(self.children):
-            child.stdin.write(
-                json.dumps(options | {"rank": rank, "ranks": len(self.children), "port": self.port}) + "\n"
-            )
-            child.stdin.flush()
-        for child, log in zip(self.children, self.logs, strict=True):
-            said = iter(child.stdout.readline, "")
-            assert "done\n" in said, log.read_text()[-3000:]
-
-    def close(self) -> None:
-        """End the processes."""
-        for child in self.children:
-            child.kill()
-            child.communicate()
-
-
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, model_dir):
     """``train(ranks=1, learner={...}, algorithm={...}) -> (weights, reports)`` after two optimizer steps."""
     work = tmp_path_factory.mktemp("learner")
-    (work / "rank.py").write_text(RANK)
     groups: dict[int, Ranks] = {}
 
     def run(ranks: int = 1, learner: dict | None = None, algorithm: dict | None = None, steps: int = 2, **options):
@@ -117,7 +76,7 @@ def train(tmp_path_factory, model_dir):
             "learner": {"prompts_per_step": 6, "lr": 1e-3, "num_ranks": ranks} | (learner or {}),
         }
         if ranks not in groups:
-            groups[ranks] = Ranks(work, ranks)
+            groups[ranks] = Ranks(work, ranks, RANK)
         out = str(work / "weights")
         groups[ranks].run({"config": config, "steps": steps, "out": out} | options)
         if options.get("aggregations"):

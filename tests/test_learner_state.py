@@ -1,0 +1,100 @@
+"""What a learner saves and loads: bit for bit at every ZeRO stage, and on other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.learner_groups import Ranks
+
+pytestmark = pytest.mark.stack
+
+RANK = """
+import gc, json, sys
+import numpy as np
+from learner.learner import Learner
+from learner.weight_sender import full_tensors
+from shared.config import Config
+from tests.learner_groups import make_groups
+
+def work(options):
+    config = Config.model_validate(options["config"])
+    learner = Learner(config, options["rank"], options["ranks"], ("127.0.0.1", options["port"]))
+    if options.get("load"):
+        assert learner.load(options["load"]) == options["at"]
+    reports = []
+    for step in range(options["from"], options["to"]):
+        reports.append(learner.train_step(make_groups(step)).metrics)
+        if step + 1 == options.get("save_at"):
+            learner.save(options["save"], whole=True)
+    state = {name: tensor.detach().float().numpy().copy() for name, tensor in full_tensors(learner.engine)}
+    if learner.reference is not None:
+        state |= {"reference/" + name: t.float().numpy().copy() for name, t in learner.reference.tensors()}
+    if options["rank"] == 0:
+        np.savez(options["out"], **state)
+        json.dump(reports, open(options["out"] + ".json", "w"))
+
+for line in sys.stdin:
+    work(json.loads(line))
+    gc.collect()
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, model_dir):
+    """``train(ranks, begin, end, ...) -> (weights, metrics)``: optimizer steps ``begin`` to ``end``, perhaps from a save."""
+    work = tmp_path_factory.mktemp("state")
+    groups: dict[int, Ranks] = {}
+
+    def run(ranks: int, begin: int, end: int, learner: dict | None = None, algorithm: dict | None = None, **options):
+        model = {"path": str(model_dir)} | options.pop("model", {})
+        config = {
+            "run": {"steps": 10},
+            "model": model,
+            "data": {"train": "unused"},
+            "rollout": {"group_size": 4, "max_prompt_tokens": 8, "max_new_tokens": 8},
+            "reward": {"functions": [{"function": "exact_match"}]},
+            "algorithm": {"kl": {"coef": 0.05}} | (algorithm or {}),
+            "learner": {"prompts_per_step": 6, "lr": 1e-2, "weight_decay": 0.1, "num_ranks": ranks} | (learner or {}),
+        }
+        if ranks not in groups:
+            groups[ranks] = Ranks(work, ranks, RANK)
+        out = str(work / "weights")
+        groups[ranks].run({"config": config, "from": begin, "to": end, "out": out} | options)
+        return dict(np.load(out + ".npz")), json.loads(Path(out + ".json").read_text())
+
+    yield run
+    for group in groups.values():
+        group.close()
+
+
+def same_bits(one, other):
+    assert sorted(one) == sorted(other)
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+MOVING = {"kl": {"coef": 0.05, "control": {"name": "adaptive", "target": 0.01}}, "reference_sync_steps": 2}
+ENTROPY = {"entropy": {"name": "adaptive", "target": 10.0, "delta": 0.01}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_training_goes_on_bit_for_bit(train, tmp_path, ranks, stage, dtype):
+    settings = {"learner": {"zero_stage": stage}, "model": {"dtype": dtype}, "algorithm": MOVING | ENTROPY}
+    whole = train(ranks, 0, 6, **settings, save=str(tmp_path), save_at=3)
+    rest = train(ranks, 3, 6, **settings, load=str(tmp_path), at=3)
+    assert same_bits(whole[0], rest[0])
+    assert whole[1][3:] == rest[1]
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 2), (1, 0)), ((2, 3), (1, 0)), ((1, 0), (2, 3)), ((1, 2), (2, 1))])
+def test_training_goes_on_with_another_number_of_ranks_and_another_stage(train, tmp_path, before, after):
+    (ranks, stage), (others, other_stage) = before, after
+    whole = train(ranks, 0, 6, {"zero_stage": stage}, MOVING, save=str(tmp_path), save_at=3)
+    rest = train(others, 3, 6, {"zero_stage": other_stage}, MOVING, load=str(tmp_path), at=3)
+    largest = max(float(np.max(np.abs(whole[0][name] - rest[0][name]))) for name in whole[0])
+    assert largest < 1e-5
