@@ -104,7 +104,13 @@ def _models(config: Config, attention: str) -> tuple[Any, Any, Any]:
 
     def load() -> Any:
         dtype = getattr(torch, config.model.dtype)
-        return AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(
+            config.model.path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=config.model.trust_remote_code,
+        )
 
     policy, reference = load(), load().requires_grad_(False)
     return policy, reference, torch.optim.AdamW(policy.parameters(), lr=config.learner.lr, fused=True)

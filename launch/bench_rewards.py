@@ -58,9 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 async def bench_rewards(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per number of workers, isolation and fault mix."""
-    import ray
-
-    from launch.cluster import connect
+    from launch.cluster import connect, disconnect
 
     rows = []
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as folder:
@@ -71,7 +69,7 @@ async def bench_rewards(options: argparse.Namespace) -> list[dict[str, Any]]:
             for workers in options.workers:
                 rows += await _rows(source, workers, options)
         finally:
-            ray.shutdown()
+            disconnect()
     return rows
 
 

@@ -65,7 +65,7 @@ async def alternate(config: Config, rounds: int, groups: int, with_raw: bool = T
         batches = [[prompts[(r * groups + i) % len(prompts)] for i in range(groups)] for r in range(rounds)]
         with _RawEngine(config) if with_raw else contextlib.nullcontext() as engine:
             for batch in batches:
-                ours.append(await _ours(parts.engines, batch, Sampling.training(config.rollout)))
+                ours.append(await _ours(parts.engines, batch, Sampling.training(config, 0)))
                 raw += [await asyncio.to_thread(engine.measure, batch)] if engine else []
     return ours[1:], raw[1:]
 
@@ -112,8 +112,10 @@ def _raw_vllm(config: Config, pipe: Any) -> None:
     if current_platform.is_cpu():  # In this process, as ours: vLLM's default, with a second one (1), is slower there.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-    llm = LLM(**(engine_arguments(config, 0, "auto") | {"worker_extension_cls": "", "weight_transfer_config": None}))
-    sampling = sampling_parameters(Sampling.training(config.rollout))
+    llm = LLM(
+        **(engine_arguments(config, 0, "safetensors") | {"worker_extension_cls": "", "weight_transfer_config": None})
+    )
+    sampling = sampling_parameters(Sampling.training(config, 0))
     pipe.send("up")
     while (asked := pipe.recv()) is not None:
         started = time.monotonic()

@@ -1,13 +1,16 @@
 """The cluster: connect, compare needs with what is there, reserve, tear down.
 
 Ray waits for ever and in silence for resources that do not exist, so needs are compared first and the table is
-printed. Without ``RAY_ADDRESS`` a run starts a private Ray of its own and never attaches to somebody else's.
+printed. Without ``RAY_ADDRESS`` a run starts a private Ray of its own and never attaches to somebody else's: it listens
+on loopback alone and answers only to a token that this run made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.environment import SAFE, refuse_open_dashboard
 from shared.config import Config
 from shared.errors import InputError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEMENT_TIMEOUT_S = 60.0
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,13 @@ class Reservation:
 
 
 def connect(config: Config) -> None:
-    """Join the cluster that ``RAY_ADDRESS`` names, else start a private one. Raises ``InputError`` E502."""
+    """Join the cluster that ``RAY_ADDRESS`` names, else start a private one. Raises ``InputError`` E502 or E704."""
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and "ray" not in sys.modules:
+        _keep_private()
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": bool(os.environ.get("MILLRACE_WORKER_LOGS")), "logging_level": "warning"}
     if not address:
         # Threads of one machine may share cores; Ray's own count is only bookkeeping here.
@@ -104,7 +111,7 @@ def connect(config: Config) -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace=uuid.uuid4().hex, **quiet)
         return
     try:
-        ray.init(address=address, namespace=uuid.uuid4().hex, **quiet)
+        context = ray.init(address=address, namespace=uuid.uuid4().hex, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         found = one_line(error)
         raise InputError(
@@ -115,18 +122,41 @@ def connect(config: Config) -> None:
             "a live cluster",
             "start it, or unset RAY_ADDRESS",
         ) from None
+    try:
+        refuse_open_dashboard(getattr(context, "dashboard_url", None) or "")
+    except InputError:
+        ray.shutdown()
+        raise
+
+
+def _keep_private() -> None:
+    """What Ray reads when it is imported and started, for a Ray of this run alone.
+
+    The address 127.0.0.1 as an argument would be replaced by the machine's own; Ray's one way to loopback is its
+    switch against clusters, made for other systems. The token is of this process: Ray's own would be written to the
+    home folder for all to read.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def disconnect() -> None:
+    """Leave the cluster, or end the private one."""
+    import ray
+
+    ray.shutdown()
 
 
 @asynccontextmanager
 async def ray_session(config: Config) -> AsyncIterator[None]:
     """Connected to Ray for the length of the block."""
-    import ray
-
     connect(config)
     try:
         yield
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 def check_resources(config: Config, origin: str) -> Needs:
@@ -179,6 +209,9 @@ async def reserve(needs: Needs) -> Reservation:
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment of every actor: it imports Millrace from where the driver did."""
+    """Environment of every actor: it imports Millrace from where the driver did, and is no less safe on any node."""
     path = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    return {"PYTHONPATH": os.pathsep.join(p for p in dict.fromkeys(path) if p), "TOKENIZERS_PARALLELISM": "false"}
+    ours = {"PYTHONPATH": os.pathsep.join(p for p in dict.fromkeys(path) if p), "TOKENIZERS_PARALLELISM": "false"}
+    if not os.environ.get("RAY_ADDRESS"):  # All on this machine: process groups need not be heard outside either.
+        ours |= {name: os.environ.get(name, value) for name, value in LOOPBACK.items()}
+    return ours | SAFE

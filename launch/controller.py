@@ -9,70 +9,35 @@ knows no Ray; engines, rewards and learners are objects with async methods.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Protocol
+import time
+from typing import Any
 
 import numpy as np
 
-from launch.accounts import Accounts, Part
+from launch.accounts import Accounts
 from launch.early_stopping import EARLY_STOPPING
-from launch.failures import FailureBudget
+from launch.failures import FailureBudget, RefusedSteps
+from launch.held_out import evaluate
+from launch.partners import Engines, Learners, Recorder, Rewards
 from learner.choices import bind
 from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
 from rollout.reward_worker import penalise_truncated
+from shared import faults
 from shared.config import Config
-from shared.errors import GroupFailed, LearnerFailed, NothingToLearn, Stalled
-from shared.ledger import TimeBook, TimeLedger
+from shared.errors import GroupFailed, Stalled, first_cause
+from shared.ledger import TimeLedger
 from shared.metrics import group_metrics
-from shared.types import Completion, IntArray, Prompt, RolloutGroup, StepReport
+from shared.types import Prompt, RolloutGroup, StepReport
 from shared.weights import Publication
 
 CANARY_TOKENS = 64
-
-
-class Engines(Part, Protocol):
-    """What the controller needs of ``EnginePool``."""
-
-    async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]: ...
-    async def receive(self, publication: Publication) -> dict[str, float]: ...
-    async def prove(self, publication: Publication, digest: str) -> dict[str, float]: ...
-
-
-class Rewards(Part, Protocol):
-    """What the controller needs of ``RewardPool``."""
-
-    state: dict[str, Any]
-
-    async def score(self, group_id: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Any: ...
-    def metrics(self) -> dict[str, float]: ...
-
-
-class Learners(Part, Protocol):
-    """What the controller needs of ``LearnerGroup``."""
-
-    async def train_step(
-        self, groups: list[RolloutGroup], canary: IntArray
-    ) -> tuple[StepReport, Publication | None]: ...
-    async def publish(self, canary: IntArray) -> Publication: ...
-    async def send(self, publication: Publication) -> str: ...
-    async def save(self, directory: str) -> str: ...
-
-
-class Recorder(Protocol):
-    """What the controller needs of ``RunFolder``."""
-
-    book: TimeBook
-
-    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None: ...
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None: ...
-    def failed(self, failure: GroupFailed, prompt: Prompt) -> None: ...
-    def best_checkpoint(self, step: int) -> str: ...
-    def summary(self, summary: dict[str, Any]) -> None: ...
+Groups = list[RolloutGroup]
 
 
 class Controller:
-    """Runs a training run from version 0 to ``run.steps``."""
+    """Runs a training run from version 0, or from a checkpoint, to ``run.steps``."""
 
     def __init__(
         self,
@@ -96,19 +61,26 @@ class Controller:
         )
         self._stopping = bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", "eval.early_stopping")()
         self._failures = FailureBudget(config.reward, recorder.failed)
-        self._replaced: list[RolloutGroup] = []
-        self._canary = np.concatenate([train.peek().token_ids] * 2)[:CANARY_TOKENS]
+        self._refusals = RefusedSteps(config.learner.max_skipped_steps, recorder.refused)
+        self._replaced: Groups = []
+        self._canary = np.concatenate([train.at(0).token_ids] * 2)[:CANARY_TOKENS]
         self._delivery: asyncio.Task[None] | None = None
-        self._skipped = 0
+        self._saving: asyncio.Task[None] | None = None
+        self._evaluated, self._saved = -1, 0
+        self._samples = recorder.samples
+        self._training: Groups = []
+        self._pause: dict[str, float] = {}
         self._time = TimeLedger("controller")
         self._accounts = Accounts(config, recorder.book, self._time, (engines, rewards, learners))
 
     async def run(self) -> None:
-        """Publish version 0, evaluate, train, evaluate. Any failure on either side ends both."""
+        """Publish the weights, evaluate, train, evaluate, save. Any failure on either side ends both."""
         publication = await self._learners.publish(self._canary)
         digest, _ = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
         await self._engines.prove(publication, digest)
-        await self._evaluate()
+        self.buffer.limit(self._batches_left(self.version))
+        if self._evaluated < 0:
+            await self._evaluate()
         await self._accounts.begin()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -116,28 +88,36 @@ class Controller:
                 await self._learn(tasks)
                 producer.cancel()
         except BaseExceptionGroup as failures:
-            raise _first_cause(failures) from None
+            await self._durable()
+            raise first_cause(failures) from None
         self._recorder.summary(await self._accounts.finish())
-        if not self._stopping.stop:
+        if self._evaluated < self.version and not self._stopping.stop:
             await self._evaluate()
+        await self._checkpoint()
+        await self._durable()
 
     # --- prompts become scored groups ---
 
     async def _produce(self) -> None:
         async with asyncio.TaskGroup() as groups:
+            for group_id in self.buffer.unfinished:  # Of the run that this one continues.
+                groups.create_task(self._roll_out(group_id, self._train.at(group_id)))
             while True:
                 await self.buffer.admit()
                 group_id, prompt = self._train.next()
                 self.buffer.enter(group_id)
+                self._samples.admit(group_id)
                 groups.create_task(self._roll_out(group_id, prompt))
 
     async def _roll_out(self, group_id: int, prompt: Prompt) -> None:
         """One group: generated, scored, put in the buffer; a failed one gives its slot back, counted."""
         try:
-            completions = await self._engines.generate(group_id, prompt, Sampling.training(self._config.rollout))
+            completions = await self._engines.generate(group_id, prompt, Sampling.training(self._config, group_id))
+            self._samples.sampled(group_id, len(completions), sum(len(c.token_ids) for c in completions))
             scores = await self._rewards.score(group_id, prompt, completions)
         except GroupFailed as failure:
-            await self.buffer.discard(group_id, failure.cause)
+            self._samples.close(group_id, "failed", failure.cause)
+            await self.buffer.discard(group_id)
             self._failures.failed(failure, prompt)
             return
         self._failures.succeeded()
@@ -149,6 +129,7 @@ class Controller:
         signal = group.has_signal(by_part=algorithm.combine == "normalize_then_sum")
         if algorithm.zero_variance == "resample" and not signal:
             self._replaced.append(group)
+            self._samples.close(group_id, "filtered", "no_signal")
             await self.buffer.replace(group_id)
         else:
             await self.buffer.put(group, signal)
@@ -156,19 +137,26 @@ class Controller:
     # --- scored groups become new weights ---
 
     async def _learn(self, tasks: asyncio.TaskGroup) -> None:
-        config, evaluated = self._config, 0
+        config, saved = self._config, self.version
         while self.version < config.run.steps and not self._stopping.stop:
+            before = self.version
             try:
                 async with asyncio.timeout(config.run.stall_timeout_s):
                     await self._step(tasks)
             except TimeoutError:
                 raise Stalled(self._status()) from None
-            every = config.eval.every_steps
-            if every and self.version // every > evaluated // every and self.version < config.run.steps:
-                evaluated = self.version
+            if self._due(config.eval.every_steps, before):
                 await self._delivered()
                 await self._evaluate()
+            if self._due(config.run.checkpoint_every, saved):
+                saved = self.version
+                await self._delivered()
+                await self._checkpoint()
         await self._delivered()
+
+    def _due(self, every: int, since: int) -> bool:
+        """True if a multiple of ``every`` steps lies after version ``since``, and more steps are to come."""
+        return every > 0 and self.version // every > since // every and self.version < self._config.run.steps
 
     async def _step(self, tasks: asyncio.TaskGroup) -> None:
         """Take, train, publish; the publication is delivered while the next step already begins."""
@@ -180,13 +168,14 @@ class Controller:
         replaced, self._replaced = self._replaced, []
         metrics = group_metrics(groups, self.version, replaced)
         assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
+        self._training = groups
         self._time.enter("train")
         report, publication = await self._learners.train_step(groups, self._canary)
+        self._close(groups, report)
         if publication is None:
-            self._count_skipped(report, groups)
             await self.buffer.release(self._batches_left(self.version))
             return
-        self._skipped, self.version = 0, report.policy_version
+        self.version = report.policy_version
         metrics |= report.metrics | {
             "policy_version": float(self.version),
             "buffer/ready": float(self.buffer.ready),
@@ -197,12 +186,18 @@ class Controller:
         if publication.collective:  # No snapshot: the weights must not change while they are sent.
             await self._delivered()
 
+    def _close(self, groups: Groups, report: StepReport) -> None:
+        """Every group of a step meets its fate: trained, or why not."""
+        refused = self._refusals.observe(report, groups, self.version)
+        for group in groups:
+            if group.group_id in report.advantages:
+                self._samples.close(group.group_id, "trained", step=report.policy_version)
+            else:
+                self._samples.close(group.group_id, "filtered", "step_refused" if refused else "no_signal")
+        self._training = []
+
     async def _deliver(
-        self,
-        publication: Publication,
-        groups: list[RolloutGroup],
-        replaced: list[RolloutGroup],
-        metrics: dict[str, float],
+        self, publication: Publication, groups: Groups, replaced: Groups, metrics: dict[str, float]
     ) -> None:
         """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
         digest, sync = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
@@ -211,13 +206,18 @@ class Controller:
         metrics |= sync | self._accounts.step(groups, replaced, metrics.get("train_tokens", 0.0))
         metrics |= {"sync/export_seconds": publication.seconds, "sync/bytes": float(publication.nbytes)}
         metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
-        metrics |= {f"groups/{fate}": float(n) for fate, n in self.buffer.fates.items()}
+        pause, self._pause = self._pause, {}
+        metrics |= (
+            pause | self._samples.metrics() | self._engines.metrics() | {"groups/holes": float(self.buffer.holes)}
+        )
+        self._samples.check([*self.buffer.members, *(group.group_id for group in self._training)])
         self._rewards.state = {
             "global_step": publication.version,
             "max_steps": self._config.run.steps,
             "epoch": self._train.epoch,
             "log_history": [{"step": publication.version, "reward": metrics["reward"]}],
         }
+        faults.point("controller.before_record")
         self._recorder.step(publication.version, metrics, groups)
 
     async def _delivered(self) -> None:
@@ -231,66 +231,70 @@ class Controller:
         """Batches still to be trained after policy ``version``."""
         return -(-(self._config.run.steps - version) // self._config.updates_per_batch)
 
-    def _count_skipped(self, report: StepReport, groups: list[RolloutGroup]) -> None:
-        """A step without any training signal is normal; non-finite gradients, or masks without a token, in a row are not."""
-        if report.metrics.get("groups/trained") == 0.0:
-            return
-        self._skipped += 1
-        if self._skipped >= self._config.learner.max_skipped_steps:
-            ids = ", ".join(str(group.group_id) for group in groups)
-            reason = "had a non-finite loss or gradient"
-            if not report.metrics.get("trainable_tokens", 1.0):
-                reason = "had not one trainable token (algorithm.mask_truncated?)"
-            raise LearnerFailed(
-                f"{self._skipped} steps in a row {reason} at policy version {self.version} "
-                f"(learner.max_skipped_steps); last groups: {ids}; lower learner.lr or check the rewards"
-            )
+    # --- a run that can go on later ---
 
-    # --- held-out prompts become a score ---
+    async def _checkpoint(self) -> None:
+        """Save everything at this version; generation goes on meanwhile, and training as soon as the files are written."""
+        await self._durable()
+        if self._saved == self.version:
+            return
+        self._saved, started = self.version, time.monotonic()
+        with self._time.during("save"):
+            state, queued = self._state(), self.buffer.queued()
+            try:
+                draft = self._recorder.draft(self.version)
+                await self._learners.save(str(draft))
+            except OSError as error:
+                self._recorder.unsaved(self.version, error)
+                return
+        self._pause = {"checkpoint/pause_seconds": time.monotonic() - started}
+        self._saving = asyncio.create_task(self._recorder.commit(draft, state, queued))
+
+    async def _durable(self) -> None:
+        """Wait until the previous checkpoint, if any, is on disk."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            await saving
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "cursor": self._train.cursor,
+            "data": self._train.digest,
+            "evaluated": self._evaluated,
+            "samples": self._samples.mark(),
+            "buffer": self.buffer.state(),
+            "stopping": {name: value for name, value in vars(self._stopping).items() if name[0] != "_"},
+            "failures": dict(self._failures.causes),
+        }
+
+    def restore(self, state: dict[str, Any], queued: Groups) -> None:
+        """Go on from a checkpoint: ``queued`` groups are trained as they are, unfinished ones rolled out again."""
+        self.version = self._saved = state["version"]
+        self._train.cursor, self._evaluated = state["cursor"], state["evaluated"]
+        vars(self._stopping).update(state["stopping"])
+        self._failures.causes.update(state["failures"])
+        unfinished = sorted(set(self._samples.open) - {group.group_id for group in queued})
+        for group_id in unfinished:
+            self._samples.lose(group_id)
+        self.buffer.restore(state["buffer"], queued, unfinished)
 
     async def _evaluate(self) -> None:
-        """Greedy completions of the held-out prompts, scored by the run's own reward functions."""
+        """Score the held-out prompts with the weights that the engines hold; the best so far is kept."""
         if not self._held_out:
             return
-        limit = self._config.eval.max_new_tokens or self._config.rollout.max_new_tokens
-        sampling = Sampling(1, limit, 0.0, stop=tuple(self._config.rollout.stop))
-
-        async def one(index: int, prompt: Prompt) -> Any:
-            try:
-                completions = await self._engines.generate(-1 - index, prompt, sampling)
-                return await self._rewards.score(-1 - index, prompt, completions)
-            except GroupFailed as failure:
-                self._failures.failed(failure, prompt)
-                return None
-
         with self._time.during("evaluate"):
-            answers = await asyncio.gather(*(one(i, prompt) for i, prompt in enumerate(self._held_out)))
-        scores = [score for score in answers if score is not None]
-        if not scores:
-            raise NothingToLearn(f"not one of {len(answers)} held-out prompts could be generated and scored")
-        parts = {name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts}
-        combined = np.concatenate([s.combined(self._config.reward.functions) for s in scores])
-        metrics = {f"eval/rewards/{name}/mean": float(np.nanmean(values)) for name, values in parts.items()}
-        if len(scores) < len(answers):
-            metrics["eval/failed"] = float(len(answers) - len(scores))
-        metrics["eval/reward"] = float(np.nanmean(combined))
-        if self._stopping.observe(metrics, self.version):
-            await self._learners.save(self._recorder.best_checkpoint(self.version))
+            metrics = await evaluate(self._config, self._held_out, self._engines, self._rewards, self._failures)
         self._recorder.evaluated(self.version, metrics)
+        self._evaluated = self.version
+        if self._stopping.observe(metrics, self.version) and self.version:
+            await self._checkpoint()
 
     def _status(self) -> str:
         """Who waits for whom, for the log of a run that stands still."""
-        waiting = self.buffer.in_flight - self.buffer.ready
         delivering = self._delivery is not None and not self._delivery.done()
         return (
             f"no step finished within run.stall_timeout_s = {self._config.run.stall_timeout_s:g} s: policy version {self.version}, "
-            f"{self.buffer.ready} scored groups wait for the learner, {waiting} groups are generated, scored or trained, "
+            f"{self.buffer.ready} scored groups wait for the learner, {self.buffer.in_flight - self.buffer.ready} groups are generated, scored or trained, "
             f"a publication is {'still on its way to an engine' if delivering else 'not under way'}"
         )
-
-
-def _first_cause(failures: BaseException) -> BaseException:
-    """The first failure inside nested groups: it tells the story, the rest are its echoes."""
-    while isinstance(failures, BaseExceptionGroup):
-        failures = failures.exceptions[0]
-    return failures

@@ -75,9 +75,9 @@ async def sample(config: Config, prompts: list[Prompt]) -> list[list[str]]:
     """Completions of the model itself, one group for each prompt, from a vLLM engine of its own."""
     from rollout.engine import Engine, Sampling
 
-    engine = Engine(config, load_format="auto")
+    engine = Engine(config, load_format="safetensors")
     try:
-        how = Sampling.training(config.rollout)
+        how = Sampling.training(config, 0)
         groups = await asyncio.gather(*(engine.generate(prompt.token_ids, how, 0) for prompt in prompts))
     finally:
         await engine.close()

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
 from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+from rollout.reward_models import is_loopback
+from shared.config import Config
 from shared.errors import InputError, raise_all
 
 PACKAGES = ("torch", "ray", "vllm", "deepspeed", "transformers")
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
+SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+"""Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
+OVERRIDE = "MILLRACE_ALLOW_OPEN_DASHBOARD"
+SECRET_WORDS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"}
+SECRET_LENGTH = 8
+"""Shorter values are flags and names, not secrets."""
+PROBE_S = 3.0
 
 
 def check_environment() -> None:
@@ -30,7 +44,72 @@ def check_environment() -> None:
                     "E701", "mixed torch builds", "environment", f"{', '.join(wrong)} (CUDA)", "+cpu or none", fix
                 )
             )
-    if os.environ.get("VLLM_ALLOW_INSECURE_SERIALIZATION", "0") != "0":
-        place = "environment:VLLM_ALLOW_INSECURE_SERIALIZATION"
-        problems.append(InputError("E704", "unsafe setting", place, "set", "unset", "unset it"))
+    for name, safe in SAFE.items():
+        if os.environ.get(name, safe) != safe:
+            problems.append(InputError("E704", "unsafe setting", f"environment:{name}", "set", "unset", "unset it"))
     raise_all(problems)
+
+
+def check_secrets(config: Config, origin: str) -> None:
+    """Raises ``InputErrors`` E704 if the configuration, which the run folder repeats, holds a secret of the environment."""
+    secrets = {
+        value: name
+        for name, value in os.environ.items()
+        if SECRET_WORDS & set(name.upper().split("_")) and len(value) >= SECRET_LENGTH and not value.startswith("/")
+    }
+    problems = []
+    for key, text in _texts(config.model_dump(), ""):
+        name = next((name for value, name in secrets.items() if value in text), None)
+        found = f"the value of {name}" if name else "a password" if "://" in text and urlsplit(text).password else None
+        if found:
+            fix = 'name the variable instead, as in args = { token_env = "NAME" }'
+            problems.append(InputError("E704", "secret in the config", f"{origin}:{key}", found, "no secret", fix))
+    raise_all(problems)
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every string in ``value``, keys of free tables included, with the setting that holds it."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{key}[{i}]")
+
+
+def open_token_file() -> str | None:
+    """A warning if Ray's token for the cluster of ``RAY_ADDRESS`` lies in a file that others may read: Ray writes it so."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    unused = os.environ.get("RAY_AUTH_MODE") == "disabled" or "RAY_AUTH_TOKEN" in os.environ
+    if unused or not os.environ.get("RAY_ADDRESS") or not path.is_file():
+        return None
+    mode = path.stat().st_mode & 0o777
+    if not mode & 0o077:
+        return None
+    return (
+        f"warning[W704] token readable by others — {path}. Found mode {mode:04o}, expected 0600. Fix: chmod 600 {path}"
+    )
+
+
+def refuse_open_dashboard(address: str) -> None:
+    """Raises ``InputError`` E704 if a dashboard off this machine serves its jobs without a token: whoever reaches it runs code.
+
+    ``address``: host and port as Ray gives them. What does not answer cannot be judged from here, and passes.
+    """
+    parts = urlsplit(f"//{address}")
+    if not parts.hostname or is_loopback(parts.hostname) or os.environ.get(OVERRIDE) == "1":
+        return
+    connection = http.client.HTTPConnection(parts.hostname, parts.port or 8265, timeout=PROBE_S)
+    try:
+        connection.request("GET", "/api/jobs/")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return
+    finally:
+        connection.close()
+    if status == http.HTTPStatus.OK:
+        found = f"{address} gives its jobs to anyone"
+        fix = f"start Ray with RAY_AUTH_MODE=token or --dashboard-host=127.0.0.1, or set {OVERRIDE}=1"
+        raise InputError("E704", "open dashboard", "RAY_ADDRESS", found, "a token, or this machine alone", fix)

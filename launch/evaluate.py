@@ -41,7 +41,7 @@ async def score(config: Config, prompts: list) -> dict[str, float]:
     from rollout.engine import Engine, Sampling
     from rollout.reward_worker import RewardWorker
 
-    engine = Engine(config, load_format="auto")
+    engine = Engine(config, load_format="safetensors")
     try:
         limit = config.eval.max_new_tokens or config.rollout.max_new_tokens
         sampling = Sampling(1, limit, 0.0, stop=tuple(config.rollout.stop))

@@ -1,16 +1,17 @@
-"""The failure budget: dropped groups are counted by cause, and too many of them end the run.
+"""Failure budgets: dropped groups are counted by cause, refused optimizer steps in a row; too many of either end the run.
 
-A failed group is dropped, never scored 0. The controller reports every outcome here.
+A failed group is dropped, never scored 0; a refused step changes no weight. The controller reports every outcome here.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 
 from shared.config import Reward
-from shared.errors import GroupFailed, InputError
-from shared.types import Prompt
+from shared.errors import GroupFailed, InputError, LearnerFailed
+from shared.types import Prompt, RolloutGroup, StepReport
 
 WINDOW = 200
 
@@ -44,6 +45,33 @@ class FailureBudget:
                 f"{failure} (saved: {sample_file(failure)})",
                 self._first_trace,
             )
+
+
+class RefusedSteps:
+    """Optimizer steps in a row that left the weights as they were although there was something to train on."""
+
+    def __init__(self, most: int, keep: Callable[[int, list[RolloutGroup]], Path]) -> None:
+        """``keep`` saves the groups of a refused step for inspection and says where."""
+        self._most, self._keep = most, keep
+        self._in_a_row = 0
+
+    def observe(self, report: StepReport, groups: list[RolloutGroup], version: int) -> bool:
+        """True if this step was refused; a step without any signal is normal. Raises ``LearnerFailed`` at the last."""
+        if report.applied or report.metrics.get("groups/trained") == 0.0:
+            self._in_a_row = 0 if report.applied else self._in_a_row
+            return False
+        self._in_a_row += 1
+        place = self._keep(version, groups)
+        if self._in_a_row >= self._most:
+            ids = ", ".join(str(group.group_id) for group in groups)
+            reason = "had a non-finite loss or gradient"
+            if not report.metrics.get("trainable_tokens", 1.0):
+                reason = "had not one trainable token (algorithm.mask_truncated?)"
+            raise LearnerFailed(
+                f"{self._in_a_row} steps in a row {reason} at policy version {version} "
+                f"(learner.max_skipped_steps); last groups: {ids} (saved: {place}); lower learner.lr or check the rewards"
+            )
+        return True
 
 
 class TooManyFailures(InputError):

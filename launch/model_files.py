@@ -1,8 +1,12 @@
-"""Judges a model by its configuration and the headers of its safetensors files; its weights are not loaded."""
+"""Judges a model by its configuration and the headers of its safetensors files; its weights are not loaded.
+
+Nor is any code that ships with it: whether that may run is settled here, before a library opens the folder.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,58 @@ from shared.config import Config
 from shared.errors import InputError, raise_all
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
+"""A hub model at one commit: ``org/name@<commit>``."""
+OURS = {
+    "trust_remote_code": "model.trust_remote_code",
+    "load_format": "safetensors alone",
+    "model": "model.path",
+    "tokenizer": "model.tokenizer",
+}
+"""Arguments of vLLM that would go around the checks of this module, and what settles them."""
+
+
+def check_code(config: Config, origin: str) -> None:
+    """Raises ``InputErrors`` E408 or E704: code of a model runs only if trusted, and then only what was there to review."""
+    problems = []
+    trusted = config.model.trust_remote_code
+    for key in config.rollout.vllm.keys() & OURS:
+        place, fix = f"{origin}:rollout.vllm.{key}", "remove it"
+        problems.append(InputError("E704", "unsafe setting", place, "set", OURS[key], fix))
+    sources = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer or config.model.path}
+    for key, source in sources.items():
+        place, expected = f"{origin}:{key}", "a directory, or org/name@COMMIT (40 hex digits)"
+        if trusted and not Path(source).is_dir():
+            found = f'code of "{source}" at whatever revision is newest'
+            problems.append(InputError("E408", "custom code not pinned", place, found, expected, "name the commit"))
+        for name in ("config.json", "tokenizer_config.json"):
+            references = _code_references(Path(source) / name)
+            if references and not trusted:
+                found, fix = f"auto_map in its {name}", "review the code, then model.trust_remote_code = true"
+                fix += " with a directory or org/name@COMMIT"
+                problems.append(InputError("E408", "custom code refused", place, found, "none", fix))
+            elsewhere = next((text for text in references if "--" in text), None)
+            if trusted and elsewhere:
+                found, fix = f'"{elsewhere}" in its {name}', "copy that code beside the model"
+                problems.append(InputError("E408", "custom code not pinned", place, found, "code beside it", fix))
+    # A tokenizer in the model's own directory is one source, said once.
+    raise_all(list({problem.found: problem for problem in problems[::-1]}.values())[::-1])
+
+
+def _code_references(path: Path) -> list[str]:
+    """What ``auto_map`` in a JSON file names: ``module.Class``, or ``repository--module.Class``; empty if unreadable."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8")).get("auto_map", {})
+    except (OSError, ValueError, AttributeError):
+        return []
+    values = table.values() if isinstance(table, dict) else [table]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [str(one) for one in flat if one is not None]
 
 
 def check_model(config: Config, origin: str) -> None:
-    """Raises ``InputErrors`` E401, E406-E411 from the model's files alone."""
+    """Raises ``InputErrors`` E401, E406-E411 from the model's files alone, E704 from what would pass by them."""
+    check_code(config, origin)
     path, place = Path(config.model.path), f"{origin}:model.path"
     if not (path / "config.json").is_file():
         found = f'"{path}" (no {"config.json" if path.is_dir() else "such directory"})'
@@ -27,9 +79,6 @@ def check_model(config: Config, origin: str) -> None:
         raise InputError(
             "E401", "model not readable", f"{path}/config.json", str(error), "a JSON object", "download it again"
         ) from None
-    if "auto_map" in shape and not config.model.trust_remote_code:
-        fix = "review the code, then model.trust_remote_code = true"
-        problems.append(InputError("E408", "custom code refused", place, "auto_map in its config", "none", fix))
     heads, context = shape.get("num_attention_heads"), shape.get("max_position_embeddings")
     tp = config.rollout.tensor_parallel_size
     if heads and heads % tp:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.environment import check_environment
-from launch.model_files import check_model
+from launch.environment import check_environment, check_secrets, open_token_file
+from launch.model_files import PINNED, check_model
 from rollout.prompts import PromptSet
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
 from rollout.sandbox import require_sandbox
@@ -44,6 +44,7 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True) -> Pr
     config = _with_paths(resolve(config, origin), base)
     problems: list[InputError] = []
     _collect(problems, lambda: _check_choices(config, origin))
+    _collect(problems, lambda: check_secrets(config, origin))
     _collect(problems, lambda: check_model(config, origin))
     raise_all(problems)
     tokenizer = _load_tokenizer(config, origin)
@@ -57,6 +58,7 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True) -> Pr
     assert train is not None
     _collect(problems, lambda: check_columns(config, origin, list(train.prompts[0].columns) if train.prompts else []))
     warnings = combination_warnings(config, origin) + _check_rows(config, train, held_out, problems)
+    warnings += filter(None, [open_token_file()])
     raise_all(problems)
     if probing:
         from launch.doctor import probe
@@ -91,27 +93,34 @@ def _with_paths(config: Config, base: Path) -> Config:
         path = getattr(config.data, key)
         if path and not Path(path).is_file() and (base / path).is_file():
             data[key] = str((base / path).resolve())
+    model, trusted = config.model, config.model.trust_remote_code
+    tokenizer = model.tokenizer and _local_model(model.tokenizer, trusted)
     changes = {
-        "model": config.model.model_copy(update={"path": _local_model(config.model.path)}),
+        "model": model.model_copy(update={"path": _local_model(model.path, trusted), "tokenizer": tokenizer}),
         "data": config.data.model_copy(update=data),
         "reward": config.reward.model_copy(update={"functions": functions}),
     }
     return config.model_copy(update=changes)
 
 
-def _local_model(path: str) -> str:
-    """The folder of a model: itself, or that of a hub id, from the cache or else downloaded; unchanged if neither."""
+def _local_model(path: str, trusted: bool) -> str:
+    """The folder of a model: itself, or that of a hub id, from the cache or else downloaded; unchanged if neither.
+
+    ``org/name@<commit>`` is that commit. Code comes along only if it is ``trusted``, and then only with a commit.
+    """
     if Path(path).is_dir():
         return str(Path(path).resolve())
-    if path.count("/") != 1 or path.startswith((".", "/")):
+    pinned = PINNED.fullmatch(path)
+    if path.count("/") != 1 or path.startswith((".", "/")) or (trusted and not pinned):
         return path
     from huggingface_hub import snapshot_download
 
-    for offline in (True, False):
+    name, revision = pinned.groups() if pinned else (path, None)
+    kinds = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if trusted else [])]
+    # A cached folder may lack the code; with a commit, asking the hub first can bring nothing new.
+    for offline in (False, True) if trusted else (True, False):
         try:
-            return snapshot_download(
-                path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"], local_files_only=offline
-            )
+            return snapshot_download(name, revision=revision, allow_patterns=kinds, local_files_only=offline)
         except Exception:  # Any failure to find it ends in the same E401, which names the path.
             continue
     return path

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,11 @@ from shared.config_loader import known_keys, load_config
 from shared.errors import InputError, MillraceError, one_line
 
 if TYPE_CHECKING:
+    from launch.parts import Parts
     from launch.preflight import Prepared
+    from launch.resume import Point
+    from launch.run_folder import RunFolder
+    from rollout.prompts import PromptStream
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,9 +63,10 @@ def guarded(arguments: list[str], verb: Callable[[list[str]], None], help_text: 
             raise
         print(f"{error}\nexit code {error.exit_code}", file=sys.stderr, flush=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else 143
+        print(f"interrupted; the last checkpoint stands\nexit code {code}", file=sys.stderr, flush=True)
+        return code
     except Exception as error:  # A bug of ours or a fault of a machine: the one case that needs its traceback.
         if debug:
             raise
@@ -105,42 +112,97 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 def train(config: Config, source: Path, dry_run: bool = False) -> None:
     """Check everything, then run the whole loop."""
     from launch.preflight import prepare
-    from launch.run_folder import check_output, resolve_output
+    from launch.resume import find
+    from launch.run_folder import resolve_output
+    from rollout.prompts import PromptStream
 
     started = time.monotonic()
     prepared = prepare(config, source.name, source.parent)
+    stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
     output = resolve_output(config.run.output_dir)
-    check_output(config, output)
+    point = find(prepared.config, output, stream)
     for warning in prepared.warnings:
         print(warning, flush=True)
-    asyncio.run(_train(prepared, source.name, output, started, dry_run))
+    if point is not None and point.version >= config.run.steps:
+        print(f"{output}: complete at step {point.version}; raise run.steps to go on", flush=True)
+        return
+    session = Session(prepared, source.name, output, stream, point)
+    asyncio.run(session.run(started, dry_run))
 
 
-async def _train(prepared: Prepared, origin: str, output: Path, began: float, dry_run: bool) -> None:
-    from launch.cluster import check_resources, ray_session
-    from launch.controller import Controller
-    from launch.parts import started
-    from launch.run_folder import RunFolder, dump_config
-    from rollout.prompts import PromptStream
+@dataclass
+class Session:
+    """A checked configuration on its way through Ray: the parts live as long, the controllers one after the other."""
 
-    config = prepared.config
-    async with ray_session(config):
-        needs = check_resources(config, origin)
-        if dry_run:
-            print(f"{dump_config(config)}\n# needs {needs}\n# dry run: everything checked, nothing started", flush=True)
-            return
-        folder = RunFolder(config, output)
-        async with started(config, needs) as parts:
-            print(f"engines, learner and reward workers up after {time.monotonic() - began:.0f} s", flush=True)
-            stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
-            controller = Controller(
-                config, stream, prepared.held_out, parts.engines, parts.rewards, parts.learners, folder
-            )
+    prepared: Prepared
+    origin: str
+    output: Path
+    stream: PromptStream
+    point: Point | None
+    """Where to go on from; None: at the beginning."""
+
+    async def run(self, began: float, dry_run: bool) -> None:
+        """Start the parts and train; with ``dry_run`` stop before anything is started."""
+        from launch.cluster import check_resources, ray_session
+        from launch.parts import started
+        from launch.run_folder import RunFolder, dump_config
+
+        config = self.prepared.config
+        task = asyncio.current_task()
+        assert task is not None
+        # `ray job stop` and preemption send it, and wait three seconds.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        async with ray_session(config):
+            needs = check_resources(config, self.origin)
+            if dry_run:
+                begin = f"from {self.point.place}" if self.point else "at step 0"
+                print(f"{dump_config(config)}\n# needs {needs}, begins {begin}", flush=True)
+                print("# dry run: everything checked, nothing started", flush=True)
+                return
+            folder = RunFolder(config, self.output)
             try:
-                await controller.run()
-                await parts.learners.save(str(folder.path / "checkpoints" / f"step-{controller.version:06d}" / "hf"))
+                async with started(config, needs) as parts:
+                    print(f"engines, learner and reward workers up after {time.monotonic() - began:.0f} s", flush=True)
+                    await self._lives(folder, parts)
             finally:
                 folder.finish()
+
+    async def _lives(self, folder: RunFolder, parts: Parts) -> None:
+        """Train to the end; a learner that is lost is built again and goes on from the newest checkpoint."""
+        from launch.controller import Controller
+        from shared.errors import LearnerLost
+
+        config, lost = self.prepared.config, 0
+        while True:
+            folder.rewind(self.point)
+            controller = Controller(
+                config, self.stream, self.prepared.held_out, parts.engines, parts.rewards, parts.learners, folder
+            )
+            if self.point is not None:
+                await parts.learners.load(str(self.point.place))
+                controller.restore(self.point.state, self.point.queued(self.stream))
+            try:
+                return await controller.run()
+            except LearnerLost as error:
+                lost += 1
+                if lost > config.run.max_restarts:
+                    raise
+                print(
+                    f"warning[W902] learner lost at step {controller.version} ({lost} of {config.run.max_restarts} times) — {error}",
+                    flush=True,
+                )
+            await self._recover(folder, parts)
+
+    async def _recover(self, folder: RunFolder, parts: Parts) -> None:
+        from launch.resume import Point
+        from shared.checkpoints import newest
+
+        started = time.monotonic()
+        await asyncio.gather(parts.learners.restart(), parts.engines.reset())
+        found = newest(folder.path / "checkpoints")
+        self.point = Point.at(*found) if found else None
+        self.stream.cursor = 0
+        print(f"learner built again in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def print_help() -> None:

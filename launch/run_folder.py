@@ -6,6 +6,9 @@ run: it only records.
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import importlib.metadata
 import json
 import os
 import shutil
@@ -14,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.failures import sample_file
+from launch.resume import NOTHING, QUEUED, STATE, Point, model_digest, rewind_rows, take_lock
+from launch.stored_groups import write_groups
+from shared import checkpoints
 from shared.config import Config
-from shared.errors import GroupFailed, InputError
+from shared.errors import GroupFailed, InputError, one_line
 from shared.ledger import TimeBook
 from shared.metrics import MetricsWriter, read_metrics
+from shared.sample_ledger import SampleLedger
 from shared.types import Prompt, RolloutGroup
 
 PRINT_EVERY_S = 2.0
@@ -31,26 +38,19 @@ def resolve_output(output_dir: str) -> Path:
     return path.absolute()
 
 
-def check_output(config: Config, path: Path) -> None:
-    """Raises ``InputError`` E602 if ``path`` holds an earlier run that must not be overwritten."""
-    if (path / "metrics.jsonl").exists() and not config.run.overwrite:
-        found = f"{len(read_metrics(path))} recorded rows"
-        fix = "another name, or run.overwrite = true"
-        raise InputError("E602", "run exists", f"run.output_dir = {path}", found, "an empty directory", fix)
-
-
 class RunFolder:
     """One run's folder, open for writing."""
 
     def __init__(self, config: Config, path: Path) -> None:
-        """Create ``path``, emptied if that is allowed. Raises ``InputError`` E601 if it cannot be written."""
+        """Create ``path``, emptied if that is asked for, and lock it. Raises ``InputError`` E601 or E602."""
         self.path, self._config = path, config
-        check_output(config, path)
-        if (path / "metrics.jsonl").exists():
-            shutil.rmtree(path)
         try:
-            for folder in ("samples", "ledger"):
-                (path / folder).mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = take_lock(path)
+            if config.run.resume == "overwrite":
+                _empty(path)
+            for folder in ("samples", "ledger", "checkpoints"):
+                (path / folder).mkdir(exist_ok=True)
             (path / "config.toml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
             raise InputError(
@@ -63,24 +63,37 @@ class RunFolder:
             ) from None
         self._metrics = MetricsWriter(path, config.run.tensorboard)
         self.book = TimeBook(path / "ledger" / "trace.json")
+        self.samples = SampleLedger(path / "ledger" / "samples.jsonl")
         self._started = self._printed = time.monotonic()
-        self._first_step = 0.0
-        self._best: Path | None = None
-        self._failures = 0
+        self._first: tuple[int, float] | None = None
+        self._failures = self._refusals = self._unsaved = 0
         self._last_sampled = 0
+
+    def rewind(self, point: Point | None) -> None:
+        """Make the folder that of ``point``: what was recorded after it is cut, kept aside and named."""
+        version = point.version if point else -1
+        self._metrics.close()
+        rows = rewind_rows(self.path, version)
+        self._metrics = MetricsWriter(self.path, self._config.run.tensorboard)
+        groups = self.samples.rewind(point.state["samples"] if point else NOTHING)
+        self._last_sampled = max(version, 0)
+        if point:
+            print(f"going on from {point.place}", flush=True)
+        if rows or groups:
+            print(f"cut: {rows} recorded rows and the fates of {groups} groups after it, to be done again", flush=True)
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
         """Record a finished step and print a line of progress every other second."""
         now = time.monotonic()
-        self._first_step = self._first_step or now
+        self._first = self._first or (step, now)
         self._metrics.write(step, metrics)
         every, last = self._config.run.samples_every, self._config.run.steps
         if every and (step // every > self._last_sampled // every or step >= last):
             self._last_sampled = step
-            write_samples(self.path / "samples" / f"step-{step:06d}.parquet", step, groups)
-        if now - self._printed >= PRINT_EVERY_S or step == 1 or step >= last:
+            write_groups(self.path / "samples" / f"step-{step:06d}.parquet", groups, step)
+        if now - self._printed >= PRINT_EVERY_S or step == self._first[0] or step >= last:
             self._printed = now
-            left = (now - self._first_step) / max(step - 1, 1) * (last - step)
+            left = (now - self._first[1]) / max(step - self._first[0], 1) * (last - step)
             rate = metrics["throughput/rollout_tokens_per_second"]
             kl = f"  kl {metrics['kl']:.4f}" if "kl" in metrics else ""
             print(
@@ -88,12 +101,49 @@ class RunFolder:
                 flush=True,
             )
 
-    def best_checkpoint(self, step: int) -> str:
-        """Where the policy of ``step`` goes, which is the best so far; the earlier best is removed."""
-        if self._best is not None:
-            shutil.rmtree(self._best.parent, ignore_errors=True)
-        self._best = self.path / "checkpoints" / f"best-{step:06d}" / "hf"
-        return str(self._best)
+    def draft(self, step: int) -> Path:
+        """An empty folder for the files of a checkpoint. Raises ``OSError`` if one as large as the last has no room."""
+        parent = self.path / "checkpoints"
+        draft = checkpoints.begin(parent, step)
+        size = sum(f.stat().st_size for last in checkpoints.all_of(parent)[:1] for f in last.rglob("*"))
+        if (free := shutil.disk_usage(parent).free) < size:
+            raise OSError(errno.ENOSPC, f"{free / 1e9:.3f} GB free, the last one took {size / 1e9:.3f} GB")
+        return draft
+
+    async def commit(self, draft: Path, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
+        """Make ``draft`` a checkpoint, beside the run."""
+        try:
+            await asyncio.to_thread(self._commit, draft, state, queued)
+            self._unsaved = 0
+        except OSError as error:
+            self.unsaved(state["version"], error)
+
+    def unsaved(self, step: int, error: OSError) -> None:
+        """A checkpoint could not be written: the one before is kept. Raises ``InputError`` E601 at the second in a row."""
+        checkpoints.sweep(self.path / "checkpoints")
+        self._unsaved += 1
+        place, found = f"run.output_dir = {self.path}", f"step {step}: {one_line(error)}"
+        if self._unsaved > 1:
+            expected, fix = "room for a checkpoint, two failed in a row", "make room, or another run.output_dir"
+            raise InputError("E601", "not enough disk", place, found, expected, fix) from None
+        print(f"warning[W601] checkpoint not written — {place}. Found {found}. The one before is kept", flush=True)
+
+    def _commit(self, draft: Path, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
+        (draft / STATE).parent.mkdir()
+        (draft / STATE).write_text(json.dumps(state), encoding="utf-8")
+        if queued:
+            write_groups(draft / QUEUED, queued)
+        facts = {"config": self._config.model_dump(), "model": model_digest(self._config), "versions": _versions()}
+        place = checkpoints.commit(draft, state["version"], facts)
+        best = place.parent / f"{checkpoints.PREFIX}{state['stopping'].get('best_version', -1):06d}"
+        checkpoints.prune(place.parent, self._config.run.keep_checkpoints, spare=best)
+
+    def refused(self, step: int, groups: list[RolloutGroup]) -> Path:
+        """Keep the groups of a refused optimizer step after policy version ``step``; where."""
+        self._refusals += 1
+        path = self.path / "failed" / f"step-{step:06d}-{self._refusals}.parquet"
+        write_groups(path, groups, step)
+        return path
 
     def failed(self, failure: GroupFailed, prompt: Prompt) -> None:
         """Keep a dropped group for inspection, up to as many as may fail."""
@@ -121,14 +171,16 @@ class RunFolder:
         self._metrics.write(step, metrics)
 
     def summary(self, summary: dict[str, Any]) -> None:
-        """Keep the summary of the run's time and print its verdict."""
+        """Keep the summary of the run's time, and print its verdict and the account of all samples."""
         (self.path / "ledger" / "time.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        print(summary["verdict"], flush=True)
+        print(f"{summary['verdict']}\n{self.samples.verdict()}", flush=True)
 
     def finish(self) -> None:
         """Close the sinks and draw the curve."""
         self.book.close()
         self._metrics.close()
+        self.samples.flush()
+        self._lock.close()
         draw_curves(read_metrics(self.path), self.path / "reward.png", self._config)
         print(f"run folder: {self.path} ({_clock(time.monotonic() - self._started)} in all)", flush=True)
 
@@ -150,29 +202,18 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(clean(config.model_dump()))
 
 
-def write_samples(path: Path, step: int, groups: list[RolloutGroup]) -> None:
-    """The completions of a step with their rewards, one row each."""
-    import pyarrow
-    import pyarrow.parquet
+def _empty(folder: Path) -> None:
+    """Remove everything but the lock that is held."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
-    rows = []
-    for group in groups:
-        for i, completion in enumerate(group.completions):
-            row = {
-                "step": step,
-                "group_id": group.group_id,
-                "prompt": str(group.prompt.text),
-                "completion": completion.text,
-                "finish_reason": completion.finish_reason,
-                "tokens": len(completion.token_ids),
-                "reward": float(group.rewards[i]),
-                "advantage": None if group.advantages is None else float(group.advantages[i]),
-            }
-            parts = {f"rewards/{name}": float(values[i]) for name, values in group.reward_parts.items()}
-            rows.append(row | parts | {column: str(values[i]) for column, values in group.extra.items()})
-    columns = dict.fromkeys(column for row in rows for column in row)
-    table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
-    pyarrow.parquet.write_table(table, path)
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that wrote a checkpoint."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "ray")}
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path, config: Config) -> None:

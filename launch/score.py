@@ -121,9 +121,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 async def score_rows(config: Config, rows: list[dict[str, Any]]) -> tuple[list[float | None], list[GroupFailed]]:
     """The combined reward of every row, None where no function applied, and the rows that failed."""
-    import ray
-
-    from launch.cluster import connect, worker_environment
+    from launch.cluster import connect, disconnect, worker_environment
     from launch.preflight import check_columns
     from rollout.reward_pool import RewardPool
 
@@ -138,7 +136,7 @@ async def score_rows(config: Config, rows: list[dict[str, Any]]) -> tuple[list[f
         )
     finally:
         pool.close()
-        ray.shutdown()
+        disconnect()
     rewards: list[float | None] = []
     for outcome in done:
         if isinstance(outcome, BaseException) and not isinstance(outcome, GroupFailed):

@@ -16,13 +16,13 @@ from torch import Tensor
 from learner.batching import MicroBatch, Row, Step, collate
 from learner.choices import Choices
 from learner.distributed import deepspeed_config, join_group
-from learner.learner_state import load_state, save_state
+from learner.learner_state import gather_state, load_state, write_state
 from learner.logprobs import PolicyModel, Sampled
 from learner.losses import LossInputs, LossSettings, grpo_loss
 from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference
 from learner.step_metrics import over_updates, reduce_metrics, token_means
-from learner.weight_sender import IpcSender, NcclSender, ShmSender, save_pretrained
+from learner.weight_sender import IpcSender, NcclSender, ShmSender, save_pretrained, whole_copies
 from shared.config import Config
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, Prompt, RolloutGroup, StepReport
@@ -277,13 +277,16 @@ class Learner:
 
     # --- a run that goes on later ---
 
-    def save(self, directory: str, whole: bool = False) -> str:
-        """Write the policy in Hugging Face form to ``directory``/hf; ``whole``: also all that ``load`` needs."""
+    def save(self, directory: str) -> None:
+        """Write the policy in Hugging Face form to ``directory``/hf, and to ``directory``/learner all that ``load`` needs.
+
+        Raises ``OSError``; on the rank that met it alone, for all that the ranks do together is done before.
+        """
         with self._ledger.during("save"):
-            save_pretrained(self.engine, self.config, f"{directory}/hf", self.rank == 0)
-            if whole:
-                save_state(self, f"{directory}/learner")
-        return directory
+            weights, share = whole_copies(self.engine, self.rank == 0), gather_state(self)
+            if self.rank == 0:
+                save_pretrained(self.engine, weights, self.config, f"{directory}/hf")
+            write_state(self, share, f"{directory}/learner")
 
     def load(self, directory: str) -> int:
         """Go on from what a whole ``save`` wrote, by any number of ranks; the policy version."""

@@ -16,12 +16,14 @@ import numpy as np
 from learner.distributed import free_port, learner_environment
 from learner.learner import Learner
 from shared.config import Config
-from shared.errors import LearnerFailed, one_line
+from shared.errors import LearnerFailed, LearnerLost, one_line
 from shared.ledger import TimeSlice
 from shared.types import RolloutGroup, StepReport
-from shared.weights import Link, Publication
+from shared.weights import Link, Publication, remove_segments
 
 START_TIMEOUT_S = 300.0
+ECHO_S = 5.0
+"""Longest wait for a death to be known after another rank has failed."""
 
 
 def _master_address() -> tuple[str, int]:
@@ -37,6 +39,7 @@ class LearnerGroup:
         self._config, self._run_id, self._slots = config, run_id, slots
         self._environment = environment | learner_environment(config)
         self._ranks: list[Any] = []
+        self._lives = 0
         self.slices: list[TimeSlice] = []
         """What the ranks did, as far as their answers told."""
 
@@ -51,7 +54,8 @@ class LearnerGroup:
         for rank in range(count):
             options = self._options(rank) | {"max_restarts": 0, "max_concurrency": 1}
             self._ranks.append(actor.options(**options).remote(self._config, rank, count, master))
-        await self._call("open_sender", self._run_id, timeout_s=START_TIMEOUT_S)
+        self._lives += 1
+        await self._call("open_sender", f"{self._run_id}-{self._lives}", timeout_s=START_TIMEOUT_S)
 
     async def train_step(self, groups: list[RolloutGroup], canary: np.ndarray) -> tuple[StepReport, Publication | None]:
         """All updates on ``groups``, and the publication of the new weights unless none was applied."""
@@ -90,9 +94,20 @@ class LearnerGroup:
         """The digest of what the engines receive; sends it first where a publication is no snapshot."""
         return (await self._call("send"))[0] if publication.collective else publication.digest
 
-    async def save(self, directory: str) -> str:
-        """Write the policy in Hugging Face form."""
-        return (await self._call("save", directory))[0]
+    async def save(self, directory: str) -> None:
+        """Write the policy to ``directory``/hf, and to ``directory``/learner all that ``load`` needs."""
+        await self._call("save", directory)
+
+    async def load(self, directory: str) -> None:
+        """Go on from what ``save`` wrote."""
+        await self._call("load", directory)
+
+    async def restart(self) -> None:
+        """New ranks in the places of the old ones, of which some may be dead or hang; they hold the model that a run begins with."""
+        self.close()
+        self._ranks = []
+        remove_segments(f"{self._run_id}-{self._lives}")
+        await self.start()
 
     async def close_books(self) -> None:
         """Ask every rank for what is still missing in ``slices``."""
@@ -107,27 +122,30 @@ class LearnerGroup:
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         limit = timeout_s or self._config.learner.step_timeout_s
-        calls = [getattr(rank, method).remote(*arguments) for rank in self._ranks]
+        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in self._ranks]
         try:
             return list(await asyncio.wait_for(asyncio.gather(*calls), limit))
         except TimeoutError:
-            raise LearnerFailed(
+            raise LearnerLost(
                 f"{method}: no answer from the learner within {limit:g} s (ranks: {len(calls)})"
             ) from None
         except Exception as error:
-            self._raise(method, error)
+            # A dead rank breaks the collectives of the others, and they may say so first.
+            await asyncio.wait(calls, timeout=ECHO_S)
+            failures = [call.exception() for call in calls if call.done() and not call.cancelled()]
+            self._raise(method, error, [failure for failure in failures if failure is not None])
             raise
 
-    def _raise(self, method: str, error: Exception) -> None:
+    def _raise(self, method: str, error: Exception, failures: list[BaseException]) -> None:
         from ray.exceptions import RayActorError, RayTaskError
 
         from shared.errors import MillraceError
 
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, MillraceError):
+        if isinstance(cause, MillraceError | OSError):
             raise cause from error
-        if isinstance(error, RayActorError):
-            raise LearnerFailed(f"{method}: a learner rank died: {one_line(error, 400)}") from error
+        if deaths := [failure for failure in failures if isinstance(failure, RayActorError)]:
+            raise LearnerLost(f"{method}: a learner rank died: {one_line(deaths[0], 400)}") from error
 
     def _options(self, rank: int) -> dict[str, Any]:
         return self._slots[rank].options() | {"runtime_env": {"env_vars": self._environment}}

@@ -1,7 +1,7 @@
 """Everything a learner needs to go on, as safetensors that fit any number of ranks and any ZeRO stage.
 
 Master weights and Adam's moments are stored in full and by name; each rank writes its share of them and reads what it
-needs. Nothing here is a pickle. Invariant: what ``load_state`` puts back is bit for bit what ``save_state`` found.
+needs. Nothing here is a pickle. Invariant: what ``load_state`` puts back is bit for bit what ``gather_state`` found.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_state(learner: Learner, directory: str) -> None:
-    """Write this rank's share into ``directory``; a collective that all ranks call together."""
-    from safetensors.torch import save_file
-
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    steps = _adam_steps(learner)
+def gather_state(learner: Learner) -> dict[str, Tensor]:
+    """This rank's share of all master weights, moments and the moved reference, on the CPU; all ranks call it together."""
     share: dict[str, Tensor] = {}
+    keys = ("weight", *MOMENTS) if _adam_steps(learner) else ("weight",)
     for number, (name, parameter) in enumerate(named_parameters(learner.engine)):
-        for key in ("weight", *MOMENTS) if steps else ("weight",):
+        for key in keys:
             value = _full(learner, parameter, key)
             if number % learner.world_size == learner.rank:
                 share[f"{key}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -41,20 +37,33 @@ def save_state(learner: Learner, directory: str) -> None:
         for number, (name, tensor) in enumerate(learner.reference.tensors()):
             if number % learner.world_size == learner.rank:
                 share[f"reference/{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
-    save_file(share, str(folder / f"part-{learner.rank:03d}.safetensors"))
-    save_file(_random_state(), str(folder / f"random-{learner.rank:03d}.safetensors"))
+    return share
+
+
+def write_state(learner: Learner, share: dict[str, Tensor], directory: str) -> None:
+    """Write this rank's ``share`` into ``directory``; no collective. Raises ``OSError``, also for a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(share, str(folder / f"part-{learner.rank:03d}.safetensors"))
+        save_file(_random_state(), str(folder / f"random-{learner.rank:03d}.safetensors"))
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     if learner.rank == 0:
         moving = {
             name: {field: getattr(coefficient, field) for field in coefficient.MOVING}
             for name, coefficient in learner.coefficients.items()
         }
-        numbers = {"policy_version": learner.policy_version, "adam_steps": steps, "coefficients": moving}
+        numbers = {"policy_version": learner.policy_version, "adam_steps": _adam_steps(learner), "coefficients": moving}
         (folder / "learner.json").write_text(json.dumps(numbers), encoding="utf-8")
 
 
 @torch.no_grad()
 def load_state(learner: Learner, directory: str) -> None:
-    """Put back what ``save_state`` wrote, by whatever number of ranks; a collective that all ranks call together."""
+    """Put back what ``write_state`` wrote, by whatever number of ranks; a collective that all ranks call together."""
     folder = Path(directory)
     numbers = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
     if numbers["adam_steps"]:

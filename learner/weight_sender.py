@@ -226,19 +226,28 @@ class _DrivenByThePool:
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
-def save_pretrained(engine: Any, config: Config, directory: str, is_writer: bool) -> None:
-    """Write the policy in Hugging Face form (safetensors, config, tokenizer); all ranks call it together."""
+def whole_copies(engine: Any, is_writer: bool) -> dict[str, Tensor]:
+    """Every weight by name, on the CPU; empty where ``is_writer`` is False, but all ranks call it together."""
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in full_tensors(engine) if is_writer}
+
+
+def save_pretrained(engine: Any, weights: dict[str, Tensor], config: Config, directory: str) -> None:
+    """Write the policy in Hugging Face form (safetensors, config, tokenizer); no collective. Raises ``OSError``."""
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    state = {name: tensor.cpu().contiguous().clone() for name, tensor in full_tensors(engine) if is_writer}
-    if not is_writer:
-        return
     Path(directory).mkdir(parents=True, exist_ok=True)
     model = engine.module.model
     ours, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
-    model.save_pretrained(directory, state_dict=state)
-    model.config._attn_implementation = ours
-    tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer or config.model.path)
+    try:
+        model.save_pretrained(directory, state_dict=weights)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+    finally:
+        model.config._attn_implementation = ours
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code
+    )
     if config.model.chat_template:
         tokenizer.chat_template = config.model.chat_template
     tokenizer.save_pretrained(directory)

@@ -8,7 +8,9 @@ staleness: at most ``batches_ahead`` batches can lie between a group's admission
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
 
 from shared.errors import NothingToLearn
 from shared.types import RolloutGroup
@@ -29,10 +31,12 @@ class RolloutBuffer:
         self._resampled = 0
         self._slots = 0
         self._waiting: OrderedDict[int, RolloutGroup | _Hole | None] = OrderedDict()
+        self._taken: list[RolloutGroup] = []
+        """Groups of a batch that is not complete yet."""
         self._changed = asyncio.Condition()
         self._barren = 0
-        self.fates: Counter[str] = Counter()
-        """Groups that left, by fate."""
+        self.holes = 0
+        """Places that were left empty because too many groups had been replaced."""
 
     @property
     def in_flight(self) -> int:
@@ -62,11 +66,10 @@ class RolloutBuffer:
             self._count_signal(signal)
             self._changed.notify_all()
 
-    async def discard(self, group_id: int, fate: str) -> None:
+    async def discard(self, group_id: int) -> None:
         """A registered group will not be trained: give its slot back at once."""
         async with self._changed:
             del self._waiting[group_id]
-            self.fates[fate] += 1
             self._slots -= 1
             self._changed.notify_all()
 
@@ -76,11 +79,10 @@ class RolloutBuffer:
         Then it leaves a hole in its batch, which becomes smaller; the order, and with it the staleness bound, stays.
         """
         async with self._changed:
-            self.fates["no_signal"] += 1
             self._resampled += 1
             if self._resampled > self._max_resampled:
                 self._waiting[group_id] = _Hole()
-                self.fates["holes"] += 1
+                self.holes += 1
             else:
                 del self._waiting[group_id]
                 self._slots -= 1
@@ -89,15 +91,14 @@ class RolloutBuffer:
 
     async def take(self) -> list[RolloutGroup]:
         """The next batch in admission order; waits for the oldest group even if younger ones are ready."""
-        taken: list[RolloutGroup] = []
+        self._taken = taken = []
         for _ in range(self._groups_per_batch):
             async with self._changed:
                 await self._changed.wait_for(self._head_is_ready)
                 _, group = self._waiting.popitem(last=False)
                 if isinstance(group, RolloutGroup):
                     taken.append(group)
-        self._resampled = 0
-        self.fates["taken"] += len(taken)
+        self._resampled, self._taken = 0, []
         return taken
 
     async def release(self, batches_left: int) -> None:
@@ -105,8 +106,43 @@ class RolloutBuffer:
         async with self._changed:
             self._slots -= self._groups_per_batch
             assert self._slots >= 0
-            self._capacity = self._groups_per_batch * min(self._batches_ahead, batches_left)
+            self.limit(batches_left)
             self._changed.notify_all()
+
+    def limit(self, batches_left: int) -> None:
+        """Admit no more than will still be needed."""
+        self._capacity = self._groups_per_batch * min(self._batches_ahead, batches_left)
+
+    # --- what a checkpoint holds ---
+
+    @property
+    def members(self) -> list[int]:
+        """Ids of the groups between admission and training."""
+        waiting = [group_id for group_id, group in self._waiting.items() if not isinstance(group, _Hole)]
+        return [*(group.group_id for group in self._taken), *waiting]
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Ids of the groups that are being generated or scored."""
+        return [group_id for group_id, group in self._waiting.items() if group is None]
+
+    def queued(self) -> list[RolloutGroup]:
+        """Scored groups that wait for the learner, in admission order."""
+        return [group for group in self._waiting.values() if isinstance(group, RolloutGroup)]
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the groups themselves."""
+        empty = [group_id for group_id, group in self._waiting.items() if isinstance(group, _Hole)]
+        return {"barren": self._barren, "resampled": self._resampled, "empty": empty}
+
+    def restore(self, state: dict[str, Any], queued: Iterable[RolloutGroup], unfinished: Iterable[int]) -> None:
+        """Take the places again that groups had: scored ones, empty places, and those to be rolled out once more."""
+        places: dict[int, RolloutGroup | _Hole | None] = dict.fromkeys(unfinished)
+        places |= {group_id: _Hole() for group_id in state["empty"]}
+        places |= {group.group_id: group for group in queued}
+        self._waiting = OrderedDict(sorted(places.items()))
+        self._slots = len(places)
+        self._barren, self._resampled = state["barren"], state["resampled"]
 
     def _head_is_ready(self) -> bool:
         return bool(self._waiting) and next(iter(self._waiting.values())) is not None

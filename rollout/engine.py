@@ -19,7 +19,7 @@ import numpy as np
 from rollout.stale_kv import StaleKV
 from rollout.vllm_setup import engine_environment, start_vllm
 from shared import faults
-from shared.config import Config, Rollout
+from shared.config import Config
 from shared.errors import WeightProofFailed
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, IntArray, VersionSpan
@@ -40,12 +40,20 @@ class Sampling:
     min_p: float = 0.0
 
     @classmethod
-    def training(cls, rollout: Rollout) -> Sampling:
-        """How training groups are sampled."""
+    def training(cls, config: Config, group_id: int) -> Sampling:
+        """How a training group is sampled.
+
+        In synchronous runs by a seed of its own, so that they repeat bit for bit whoever samples it and however often;
+        in others, where tokens meet new weights is a matter of time, and a seed would repeat nothing.
+        """
+        rollout, seed = config.rollout, None
+        if rollout.max_staleness == 0:
+            seed = int(np.random.SeedSequence((config.run.seed, group_id)).generate_state(1)[0])
         return cls(
             rollout.group_size,
             rollout.max_new_tokens,
             rollout.temperature,
+            seed,
             stop=tuple(rollout.stop),
             top_p=rollout.top_p,
             top_k=rollout.top_k,

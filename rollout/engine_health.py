@@ -23,7 +23,7 @@ MISSES = 3
 GRACE_S = 5.0
 """For a suspect with an overdue request: to answer a probe, and to finish something if it is stuck."""
 BACKOFF_S, MAX_BACKOFF_S = 0.25, 30.0
-"""Before the first restart, doubled for each further one; and its limit."""
+"""Before a restart, doubled for each restart since the engine served last; and its limit."""
 
 _RUNNING: dict[Event, State] = {"outdated": "stale", "died": "dead"}
 TABLE: dict[State, dict[Event, State]] = {
@@ -53,7 +53,9 @@ class EngineHealth:
         self.state: State = "starting"
         self.restarts = 0
         """Lives begun after the first."""
-        self._misses = self._stuck = 0
+        self.backoff_s = 0.0
+        """To wait before the life that has been granted last."""
+        self._misses = self._stuck = self._in_vain = 0
         self._grace_ends: float | None = None
         """When a suspect with an overdue request must have cleared itself."""
 
@@ -66,11 +68,6 @@ class EngineHealth:
     def restarts_left(self) -> int:
         """Further lives that it may have."""
         return self._max_restarts - self.restarts
-
-    @property
-    def backoff_s(self) -> float:
-        """Seconds to wait before the life that has been granted last."""
-        return min(BACKOFF_S * 2.0 ** (self.restarts - 1), MAX_BACKOFF_S)
 
     def on(self, event: Event) -> State:
         """What ``event`` makes of the engine."""
@@ -90,6 +87,10 @@ class EngineHealth:
     def _count(self, event: Event) -> None:
         if event == "restarted":
             self.restarts += 1
+            self.backoff_s = min(BACKOFF_S * 2.0**self._in_vain, MAX_BACKOFF_S)
+            self._in_vain += 1
+        if event == "synced":
+            self._in_vain = 0
         if event in ("ready", "probe_ok"):
             self._misses = 0
         if event in ("ready", "progressed", "outdated"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rollout.engine import Sampling
@@ -37,10 +36,11 @@ class EnginePool:
 
     def __init__(self, config: Config, slots: list[Any], environment: dict[str, str]) -> None:
         self._config = config
-        self._fleet = Fleet(config, slots, environment, self._catch_up)
+        self._fleet = Fleet(config, slots, environment, self._follow)
         self._newest: Publication | None = None
         self._refused: set[int] = set()
         """Engines that do not take ``_newest``."""
+        self._updates: set[asyncio.Task[None]] = set()
         self._sampling: set[asyncio.Future[tuple[Completion, ...]]] = set()
         self._redispatched = 0
         self._told: dict[str, float] = {}
@@ -79,27 +79,47 @@ class EnginePool:
         )
 
     async def receive(self, publication: Publication) -> dict[str, float]:
-        """Bring the engines to ``publication``; on return all that are left sample with it. Returns the slowest's figures.
+        """Bring the engines to ``publication``; on return all that serve sample with it. Returns the slowest's figures.
 
-        Raises ``WeightProofFailed`` if every engine refuses it.
+        A suspect is not waited for: it is stale until it has followed. Raises ``WeightProofFailed`` if every engine
+        refuses the publication.
         """
         self._newest, self._refused = publication, set()
-        await self._each([r for r in self._fleet.running() if not r.catching_up], lambda r: self._take(r, publication))
-        # Where none is left, the first that comes back will do: it takes the publication by itself.
-        holding = await self._fleet.until(lambda: [r for r in self._fleet.running() if r.publication is publication])
-        return _worst([replica.taken for replica in holding])
+        replicas = [replica for replica in self._fleet.running() if not replica.catching_up]
+        if (
+            publication.collective
+        ):  # An engine that fails in a broadcast takes the link with it, for all: no other life.
+            await asyncio.gather(*(self._take(replica, publication) for replica in replicas))
+        for replica in replicas if not publication.collective else ():
+            update = asyncio.create_task(self._follow(replica))
+            self._updates.add(update)
+            update.add_done_callback(self._updates.discard)
+
+        def holding() -> list[Replica]:
+            awaited = any(r.publication is not publication and self._fleet.is_trusted(r) for r in replicas)
+            return [] if awaited else [r for r in self._fleet.running() if r.publication is publication]
+
+        there = await self._fleet.until(holding)
+        for replica in replicas:
+            if replica not in there:
+                self._fleet.tell(replica, "outdated")
+        return _worst([replica.taken for replica in there])
 
     async def prove(self, publication: Publication, digest: str) -> dict[str, float]:
         """Compare the engines' digests and canary log-probs with the learner's; then results flow.
 
         Raises ``WeightProofFailed`` if every engine fails.
         """
-        there = [r for r in self._fleet.running() if r.publication is publication and not (r.proved or r.catching_up)]
-        await self._each(there, lambda r: self._prove(r, publication, digest))
-        proved = await self._fleet.until(
-            lambda: [r for r in self._fleet.running() if r.publication is publication and r.proved]
-        )
-        return _worst([replica.proof for replica in proved])
+        if publication.collective:
+            await asyncio.gather(*(self._prove(r, publication, digest) for r in self._fleet.running()))
+
+        def proved() -> list[Replica]:
+            there = [r for r in self._fleet.running() if r.publication is publication]
+            awaited = any(not r.proved and self._fleet.is_trusted(r) for r in there)
+            return [] if awaited else [r for r in there if r.proved]
+
+        assert publication.digest in ("", digest)
+        return _worst([replica.proof for replica in await self._fleet.until(proved)])
 
     async def reset(self) -> None:
         """Forget all weights, requests, keys and values: version numbers may name other weights from now on.
@@ -113,7 +133,7 @@ class EnginePool:
         for replica in self._fleet.running():
             replica.proved = False
             self._fleet.tell(replica, "outdated")
-        await self._each(self._fleet.running(), lambda r: r.ask("reset", timeout_s=RESET_LIMIT_S))
+        await asyncio.gather(*(self._reset(replica) for replica in self._fleet.running()))
 
     def metrics(self) -> dict[str, float]:
         """Engines that serve now, and what losses have cost since the start."""
@@ -176,27 +196,11 @@ class EnginePool:
 
     # --- weights ---
 
-    async def _each(self, replicas: list[Replica], step: Callable[[Replica], Awaitable[None]]) -> None:
-        """One step of every engine; those that fail are lost, unless all refuse the same publication."""
-        outcomes = await asyncio.gather(*(step(replica) for replica in replicas), return_exceptions=True)
-        failed: list[tuple[Replica, EngineFailed | WeightProofFailed]] = []
-        for replica, outcome in zip(replicas, outcomes, strict=True):
-            if isinstance(outcome, EngineFailed | WeightProofFailed) and self._fleet.replaceable:
-                failed.append((replica, outcome))
-            elif outcome is not None:  # Also a broadcast's failure: it takes the link with it, for all.
-                raise outcome
-        for replica, error in failed:
-            if isinstance(error, WeightProofFailed):
-                self._refuse(replica, error)
-        for replica, error in failed:
+    async def _reset(self, replica: Replica) -> None:
+        try:
+            await replica.ask("reset", timeout_s=RESET_LIMIT_S)
+        except EngineFailed as error:
             self._fleet.lose(replica, error)
-
-    def _refuse(self, replica: Replica, error: WeightProofFailed) -> None:
-        """An engine does not take the newest publication. Raises ``error`` if none does: then it is the weights."""
-        self._refused.add(replica.index)
-        if self._fleet.all_left_in(self._refused):
-            self._fleet.fail(error)
-            raise error
 
     async def _take(self, replica: Replica, publication: Publication) -> None:
         self._note(await replica.take(publication))
@@ -210,27 +214,40 @@ class EnginePool:
         self._fleet.tell(replica, "synced")
         self._fleet.notify()
 
-    async def _catch_up(self, replica: Replica) -> None:
-        """Bring a new life to the newest publication while the others go on; without one, the next will include it."""
+    async def _follow(self, replica: Replica) -> None:
+        """Bring one engine to the newest publication, whatever the others do; one that fails is lost."""
         replica.catching_up = True
         try:
-            for _ in range(CATCH_UP_TRIES):
-                newest = self._newest
-                if newest is None:
-                    return
-                try:
-                    await self._take(replica, newest)
-                    await self._prove(replica, newest, newest.digest)
-                    if newest is self._newest:
-                        return
-                except WeightProofFailed as error:
-                    # The memory of a publication that has been overtaken may hold another by now.
-                    if newest is self._newest:
-                        self._refuse(replica, error)
-                        raise
-            raise EngineFailed(f"{replica.name} was overtaken by {CATCH_UP_TRIES} publications")
+            await self._catch_up(replica)
+        except (EngineFailed, WeightProofFailed) as error:
+            self._fleet.lose(replica, error)
+        except Exception as error:  # A fault of ours: whoever waits must hear of it.
+            self._fleet.fail(error)
         finally:
             replica.catching_up = False
+
+    async def _catch_up(self, replica: Replica) -> None:
+        for _ in range(CATCH_UP_TRIES):
+            newest = self._newest
+            if newest is None:  # The next one will include this engine.
+                return
+            try:
+                await self._take(replica, newest)
+                await self._prove(replica, newest, newest.digest)
+                if newest is self._newest:
+                    return
+            except WeightProofFailed as error:
+                # The memory of a publication that has been overtaken may hold another by now.
+                if newest is self._newest:
+                    self._refuse(replica, error)
+                    raise
+        raise EngineFailed(f"{replica.name} was overtaken by {CATCH_UP_TRIES} publications")
+
+    def _refuse(self, replica: Replica, error: WeightProofFailed) -> None:
+        """An engine does not take the newest publication. If none does, it is the weights and not the engines."""
+        self._refused.add(replica.index)
+        if self._fleet.all_left_in(self._refused):
+            self._fleet.fail(error)
 
     def _note(self, times: TimeSlice) -> None:
         """Keep a slice; what an engine did between its last answer and its next life is in no other."""

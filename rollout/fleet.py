@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from rollout.engine_health import EngineHealth, Event
 from rollout.replica import Replica, Unanswered
 from shared.config import Config
-from shared.errors import EngineFailed, FleetExhausted, WeightProofFailed, one_line
+from shared.errors import EngineFailed, FleetExhausted, one_line
 
 PROBE_EVERY_S, PROBE_LIMIT_S = 1.0, 5.0
 
@@ -29,10 +29,10 @@ class Fleet:
         config: Config,
         slots: list[Any],
         environment: dict[str, str],
-        catch_up: Callable[[Replica], Awaitable[None]],
+        follow: Callable[[Replica], Awaitable[None]],
     ) -> None:
-        """``catch_up`` brings a new life to the newest weights; it may raise as ``Replica.take`` and ``prove`` do."""
-        self._config, self._slots, self._environment, self._catch_up = config, slots, environment, catch_up
+        """``follow`` brings a new life to the newest weights, or loses it."""
+        self._config, self._slots, self._environment, self._follow = config, slots, environment, follow
         self.health = [EngineHealth(config.run.max_restarts) for _ in range(config.rollout.num_engines)]
         self._replicas: list[Replica] = []
         """The last life of each."""
@@ -59,6 +59,8 @@ class Fleet:
         if self._supervisor is not None:
             self._supervisor.cancel()
         for replica in self._replicas:
+            if not replica.ended:
+                replica.end(EngineFailed(f"{replica.name} is closed"))
             replica.kill()
 
     def running(self) -> list[Replica]:
@@ -72,6 +74,10 @@ class Fleet:
     def is_healthy(self, replica: Replica) -> bool:
         """Whether it may be given requests."""
         return not replica.ended and self.health[replica.index].state == "healthy"
+
+    def is_trusted(self, replica: Replica) -> bool:
+        """Whether there is reason to wait for it: it runs and nothing is suspected."""
+        return not replica.ended and self.health[replica.index].state in ("stale", "healthy")
 
     async def until(self, look: Callable[[], T | None]) -> T:
         """What ``look`` finds, now or after a change. Raises what ends the fleet."""
@@ -145,21 +151,26 @@ class Fleet:
         while health.on("restarted") == "restarting":
             await asyncio.sleep(health.backoff_s)
             replica = self._replicas[index] = self._spawn(index)
-            try:
-                await replica.start(self._config.rollout.start_timeout_s)
-                self.tell(replica, "ready")
-                await self._catch_up(replica)
-            except (EngineFailed, WeightProofFailed) as error:
-                self.lose(replica, error)
-            await self._watch(replica)
+            await asyncio.gather(self._bring_back(replica), self._watch(replica))
         if self.all_left_in(set()):
-            why = "; ".join(f"engine-{i}: {one_line(error)}" for i, (_, error) in sorted(self._lost.items()))
+            why = "; ".join(one_line(error) for _, (_, error) in sorted(self._lost.items()))
             restarts = self._config.run.max_restarts
             self.fail(FleetExhausted(f"no engine is left, run.max_restarts = {restarts} each; {why}"))
+
+    async def _bring_back(self, replica: Replica) -> None:
+        try:
+            await replica.start(self._config.rollout.start_timeout_s)
+        except EngineFailed as error:
+            self.lose(replica, error)
+        else:
+            self.tell(replica, "ready")
+            await self._follow(replica)
 
     async def _watch(self, replica: Replica) -> None:
         """Probe an engine until it is lost, then see to its end."""
         while not await replica.ends_within(PROBE_EVERY_S):
+            if not self.health[replica.index].runs:
+                continue  # It starts, with a deadline of its own.
             try:
                 await replica.try_ask("health", timeout_s=PROBE_LIMIT_S)
                 self.tell(replica, "probe_ok", "answers probes, but two requests in a row exceeded their deadline")

@@ -6,10 +6,12 @@ used is refused, or dropped and counted when the configuration says so.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -253,16 +255,24 @@ class PromptStream:
         """Passes over the data so far."""
         return self.cursor / len(self._prompts)
 
-    def peek(self) -> Prompt:
-        """The prompt at the cursor in its epoch's permutation."""
-        epoch, position = divmod(self.cursor, len(self._prompts))
+    def at(self, position: int) -> Prompt:
+        """The prompt at ``position``, in its epoch's permutation."""
+        epoch, row = divmod(position, len(self._prompts))
         if self._shuffle and epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts))
-        return self._prompts[int(self._order[position])]
+        return self._prompts[int(self._order[row])]
 
     def next(self) -> tuple[int, Prompt]:
         """``(group_id, prompt)`` at the cursor, which moves on."""
-        prompt, group_id = self.peek(), self.cursor
+        group_id = self.cursor
         self.cursor += 1
-        return group_id, prompt
+        return group_id, self.at(group_id)
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells one dataset from another: sha256 over all token ids, in the file's order."""
+        hasher = hashlib.sha256()
+        for prompt in self._prompts:
+            hasher.update(len(prompt.token_ids).to_bytes(4, "little") + prompt.token_ids.tobytes())
+        return hasher.hexdigest()

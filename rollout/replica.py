@@ -134,7 +134,7 @@ class Replica:
         except EngineFailed:
             raise
         except Exception as error:
-            raise WeightProofFailed(f"{where}: no canary log-probs: {one_line(error, 400)}") from error
+            raise WeightProofFailed(f"{where}: no canary log-probs: {_reason(error)}") from error
         if not gap <= self._config.canary_tolerance:
             raise WeightProofFailed(
                 f"{where}: canary log-probs differ from the learner's "
@@ -156,7 +156,7 @@ class Replica:
             except Exception as error:
                 if attempt == tries:
                     raise WeightProofFailed(
-                        f"{self.name} refused version {publication.version} {attempt} times: {one_line(error, 400)}"
+                        f"{self.name} refused version {publication.version} {attempt} times: {_reason(error)}"
                     ) from error
         raise AssertionError("unreachable")
 
@@ -178,16 +178,16 @@ class Replica:
         call = asyncio.ensure_future(reference)
         try:
             await asyncio.wait((call, self._end), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if self.ended:
-                self._end.result()
-            if not call.done():
-                raise Unanswered(f"did not answer {method} within {timeout_s:g} s")
-            return self._result(call, method)
+            if call.done() and not self.ended:
+                return self._result(call, method)
         finally:
-            if not call.done():
-                call.cancel()
-                if method == "generate":
-                    _cancel(reference)
+            if not call.done() and method == "generate":
+                _cancel(reference)
+            call.cancel()
+            call.add_done_callback(_forget)
+        if self.ended:
+            self._end.result()
+        raise Unanswered(f"did not answer {method} within {timeout_s:g} s")
 
     def _result(self, call: asyncio.Future[Any], method: str) -> Any:
         from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
@@ -228,6 +228,18 @@ class Replica:
             _kill(self._place.pid)
         self._place = None  # Another process may have the number from now on.
         ray.kill(self._actor)
+
+
+def _reason(error: Exception) -> str:
+    """What the actor's code raised, without Ray's wrapping and traceback."""
+    cause = getattr(error, "cause", error)
+    return one_line(cause if isinstance(cause, MillraceError) else f"{type(cause).__name__}: {cause}", 400)
+
+
+def _forget(call: asyncio.Future[Any]) -> None:
+    """Nobody looks at what is late, also if it is an error."""
+    if not call.cancelled():
+        call.exception()
 
 
 def _cancel(reference: Any) -> None:

@@ -30,9 +30,10 @@ class ClassifierReward:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
+            # Said in so many words: left out, transformers would ask on the terminal.
+            self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=getattr(torch, dtype), use_safetensors=True
+                path, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
             )
         except Exception as error:  # Whatever a damaged or missing model raises.
             found, expected = one_line(error), "a sequence-classification model with safetensors"
@@ -118,7 +119,7 @@ class HttpReward:
         """Check addresses and find the token. Raises ``InputError`` E301."""
         for url in urls:
             parts = urlsplit(url)
-            if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+            if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
                 found, expected = f"{parts.scheme}://{parts.hostname}", "https, or http to this machine"
                 raise InputError("E301", "reward address refused", key, found, expected, "use https")
         name = options.token_env
@@ -230,7 +231,8 @@ def _shown(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, a name or a number, is this machine and nothing else."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

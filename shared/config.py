@@ -20,9 +20,9 @@ class Run(Section):
 
     output_dir: str = "runs/run"
     """Run folder. A relative path is taken from the working directory (under a Ray job: from ~/millrace)."""
-    resume: Literal["auto", "never", "overwrite"] | NonNegative = "auto"
-    """An output_dir that holds an earlier run: go on from its newest good checkpoint (auto) or from the given step, refuse
-    it (never), or empty it (overwrite)."""
+    resume: Annotated[str, Field(pattern=r"^(auto|never|overwrite|\d+)$")] = "auto"
+    """An output_dir that holds an earlier run: go on from its newest good checkpoint (auto) or from that of a step ("120"),
+    refuse it (never), or empty it (overwrite)."""
     seed: NonNegative = 0
     """Seeds data order, sampling and learner."""
     steps: Positive = 100

@@ -104,6 +104,13 @@ def raise_all(problems: list[InputError]) -> None:
         raise InputErrors(problems)
 
 
+def first_cause(failures: BaseException) -> BaseException:
+    """The first failure inside nested groups: it tells the story, the rest are its echoes."""
+    while isinstance(failures, BaseExceptionGroup):
+        failures = failures.exceptions[0]
+    return failures
+
+
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option most similar to ``name``, for "did you mean"; None when nothing is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)

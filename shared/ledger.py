@@ -90,9 +90,12 @@ class TimeBook:
         if piece.process not in self.totals:
             self.totals[piece.process] = defaultdict(float)
             self._event({"name": "thread_name", "ph": "M", "args": {"name": piece.process}}, piece.process)
-        start, _ = self._walls.get(piece.process, (piece.start, 0.0))
+        start, last = self._walls.get(piece.process, (piece.start, piece.start))
         self._walls[piece.process] = (start, piece.end)
-        for state, begin, end in piece.intervals:
+        intervals = piece.intervals
+        if intervals and intervals[0][0] == "start" and piece.start > last:  # A new process in place of a lost one.
+            intervals = (("lost", last, piece.start), *intervals)
+        for state, begin, end in intervals:
             self.totals[piece.process][state] += end - begin
             self._row[f"time/{piece.process}/{state}"] += end - begin
             if end > begin:

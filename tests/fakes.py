@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+import tempfile
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import tomli_w
 from rollout.reward_pool import Scores
 from shared.config import Config
 from shared.ledger import TimeBook
+from shared.sample_ledger import SampleLedger
 from shared.types import Completion, Prompt, RolloutGroup, StepReport, VersionSpan
 from shared.weights import Canary, Publication, TensorMeta
 
@@ -170,6 +173,9 @@ class FakeEngines(FakePart):
         self.proved.append(publication.version)
         return {"sync/canary_gap": 0.0}
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
 
 class FakeRewards(FakePart):
     """Rewards 0, 1, 0, 1 ... within a group, all 1 where ``barren``; ``fail(group_id)`` may name an exception."""
@@ -202,6 +208,7 @@ class FakeLearners(FakePart):
         """Optimizer steps in a call."""
         self.saved: list[tuple[str, int]] = []
         """Directory and policy version of every save."""
+        self.fail_save: Hook = lambda _: None
         self.trained: list[list[int]] = []
         """Group ids of every call."""
         self.staleness: list[int] = []
@@ -231,7 +238,8 @@ class FakeLearners(FakePart):
         if self.refuse(call):
             return StepReport(self.version, False, self.unapplied_metrics)
         self.version += self.updates
-        return StepReport(self.version, True, {"advantages/abs_mean": 1.0, "train_tokens": 8.0})
+        trained = {group.group_id: [1.0] * len(group.rewards) for group in groups}
+        return StepReport(self.version, True, {"advantages/abs_mean": 1.0, "train_tokens": 8.0}, trained)
 
     async def publish(self, canary: np.ndarray) -> Publication:
         self.publications += 1
@@ -242,20 +250,26 @@ class FakeLearners(FakePart):
     async def send(self, publication: Publication) -> str:
         return publication.digest
 
-    async def save(self, directory: str) -> str:
+    async def save(self, directory: str) -> None:
+        if error := self.fail_save(len(self.saved)):
+            raise error
         self.saved.append((directory, self.version))
-        return directory
 
 
 class FakeRecorder:
     """Keeps what the controller records."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or Path(tempfile.mkdtemp(dir=os.environ["RAY_TMPDIR"]))
         self.book = TimeBook()
+        self.samples = SampleLedger(self.folder / "samples.jsonl")
         self.summaries: list[dict[str, Any]] = []
         self.steps: list[tuple[int, dict[str, float], list[RolloutGroup]]] = []
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.failures: list[Any] = []
+        self.refusals: list[tuple[int, list[RolloutGroup]]] = []
+        self.commits: list[tuple[Path, dict[str, Any], list[RolloutGroup]]] = []
+        self.unsaved_steps: list[int] = []
         self.fail: Hook = lambda _: None
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
@@ -269,8 +283,19 @@ class FakeRecorder:
     def failed(self, failure: Any, prompt: Prompt) -> None:
         self.failures.append(failure)
 
-    def best_checkpoint(self, step: int) -> str:
-        return f"best-{step}"
+    def refused(self, step: int, groups: list[RolloutGroup]) -> Path:
+        self.refusals.append((step, groups))
+        return Path(f"failed/step-{step}")
+
+    def draft(self, step: int) -> Path:
+        return self.folder / f"draft-{step}"
+
+    async def commit(self, draft: Path, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
+        await asyncio.sleep(0)
+        self.commits.append((draft, json.loads(json.dumps(state)), queued))
+
+    def unsaved(self, step: int, error: OSError) -> None:
+        self.unsaved_steps.append(step)
 
     def summary(self, summary: dict[str, Any]) -> None:
         self.summaries.append(summary)

@@ -54,9 +54,9 @@ async def test_only_a_release_gives_slots_back():
 async def test_a_discarded_group_gives_its_slot_back_at_once():
     buffer = RolloutBuffer(2, 0, 100)
     assert await admitted(buffer) == 2
-    await buffer.discard(0, "timeout")
+    await buffer.discard(0)
     assert await admitted(buffer, first=2) == 1
-    assert buffer.fates == {"timeout": 1}
+    assert buffer.members == [1, 2]
 
 
 async def test_groups_leave_in_admission_order_whatever_order_they_are_scored_in():
@@ -70,7 +70,6 @@ async def test_groups_leave_in_admission_order_whatever_order_they_are_scored_in
     assert buffer.ready == 2
     await buffer.put(make_group(0), True)
     assert [group.group_id for group in await taking] == [0, 1, 2]
-    assert buffer.fates == {"taken": 3}
     assert (buffer.in_flight, buffer.ready) == (3, 0)
 
 
@@ -80,7 +79,7 @@ async def test_discarding_the_oldest_frees_the_head_of_the_line():
     taking = asyncio.ensure_future(buffer.take())
     for group_id in (1, 2):
         await buffer.put(make_group(group_id), True)
-    await buffer.discard(0, "timeout")
+    await buffer.discard(0)
     assert [group.group_id for group in await taking] == [1, 2]
 
 
@@ -92,7 +91,7 @@ async def test_no_more_groups_are_admitted_than_the_batches_left_can_use():
     await buffer.take()
     await buffer.release(3)
     assert await admitted(buffer, first=8) == 0  # Six are in flight, as many as three batches take.
-    await buffer.discard(2, "timeout")
+    await buffer.discard(2)
     assert await admitted(buffer, first=8) == 1
 
 
@@ -105,7 +104,7 @@ async def test_ids_must_rise_and_releases_must_match():
     with pytest.raises(AssertionError):
         await buffer.release(1)
     with pytest.raises(KeyError):
-        await buffer.discard(9, "timeout")
+        await buffer.discard(9)
 
 
 @pytest.mark.parametrize("leave", ["put", "replace", "hole"])
@@ -129,8 +128,8 @@ async def test_failed_groups_are_not_barren():
     buffer = RolloutBuffer(4, 0, 2)
     await admitted(buffer)
     for group_id in range(4):
-        await buffer.discard(group_id, "timeout")
-    assert buffer.fates == {"timeout": 4}
+        await buffer.discard(group_id)
+    assert buffer.members == []
 
 
 # --- the law, under random timing ---
@@ -169,11 +168,7 @@ class Simulation:
         await self.pause(0)
         if self.chance.random() < 0.2:
             self.discarded.append(group_id)
-            await (
-                self.buffer.replace(group_id)
-                if self.chance.random() < 0.5
-                else self.buffer.discard(group_id, "timeout")
-            )
+            await (self.buffer.replace if self.chance.random() < 0.5 else self.buffer.discard)(group_id)
         else:
             await self.buffer.put(make_group(group_id, version=version), True)
 
@@ -220,8 +215,7 @@ def test_the_bound_holds_and_every_group_leaves_exactly_once(seed, groups_per_st
     run = Simulation(seed, groups_per_step, max_staleness, steps)
     asyncio.run(run.run())
     assert run.worst <= max_staleness
-    holes = run.buffer.fates.pop("holes", 0)
-    assert holes <= run.buffer.fates["no_signal"]
+    holes = run.buffer.holes
     assert run.batches >= steps
     assert run.batches * groups_per_step - holes <= len(run.taken) <= run.batches * groups_per_step
     assert run.taken == sorted(run.taken)
@@ -230,8 +224,7 @@ def test_the_bound_holds_and_every_group_leaves_exactly_once(seed, groups_per_st
     # Groups in flight at the end are cancelled ones; all others left, and nothing left that was not admitted.
     assert set(gone) <= set(run.admitted)
     assert run.admitted == list(range(len(run.admitted)))
-    assert sum(run.buffer.fates.values()) == len(gone)
-    assert run.buffer.fates["taken"] == len(run.taken)
+    assert set(run.buffer.members) == set(run.admitted) - set(gone)
     assert run.buffer.in_flight >= len(run.admitted) - len(gone)
 
 

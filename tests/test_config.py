@@ -62,7 +62,7 @@ def test_choosing_another_function_drops_the_arguments_of_the_first(tmp_path):
     [
         ("learner.lr", "2e-6", 2e-6),
         ("run.steps", "12", 12),
-        ("run.overwrite", "true", True),
+        ("run.resume", "never", "never"),
         ("run.output_dir", "out/7", "out/7"),
         ("run.output_dir", "7", "7"),  # A string stays a string, even where it looks like a number.
         ("data.eval", "none", None),
@@ -95,7 +95,7 @@ def test_an_override_beats_every_file(load):
         ({"learner.lr": 0.0}, "E102", "run.toml:learner.lr"),
         ({"run.steps": 0}, "E102", "run.toml:run.steps"),
         ({"run.steps": 2.5}, "E102", "run.toml:run.steps"),
-        ({"run.overwrite": "yes"}, "E102", "run.toml:run.overwrite"),
+        ({"run.resume": "yes"}, "E102", "run.toml:run.resume"),
         ({"model.dtype": "float64"}, "E102", "run.toml:model.dtype"),
         ({"rollout": 3}, "E102", "run.toml:rollout"),
         ({"learner.betas": [0.9]}, "E102", "run.toml:learner.betas"),

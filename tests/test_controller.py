@@ -66,7 +66,7 @@ async def test_a_run_takes_its_steps_and_publishes_each():
     assert [step for step, _, _ in loop.recorder.steps] == [1, 2, 3, 4, 5]
     assert loop.learners.calls == 5
     assert loop.engines.received == loop.engines.proved == [0, 1, 2, 3, 4, 5]
-    assert loop.controller.buffer.fates["taken"] == 10
+    assert loop.recorder.samples.counts["groups/trained"] == 10
 
 
 async def test_groups_are_trained_in_admission_order_each_once():
@@ -93,7 +93,7 @@ async def test_the_record_of_a_step():
     assert metrics["staleness/max"] == 0
     assert metrics["sync/canary_gap"] == 0
     assert metrics["num_tokens"] == 2 * 2 * 2 * (3 + 4)  # Two steps, two groups, two completions, prompt and answer.
-    assert metrics["groups/taken"] == 4
+    assert metrics["groups/trained"] == 4
     assert metrics["throughput/samples_per_second"] > 0
     assert groups[0].reward_parts["exact_match"].tolist() == [0, 1]
     history = [{"step": 5, "reward": metrics["reward"]}]
@@ -194,7 +194,7 @@ async def test_a_failed_group_is_dropped_and_counted_never_scored(side):
     getattr(loop, side).fail = lambda group: GroupFailed(group, "timeout", "> 10 s") if group in (1, 4) else None
     await loop.run()
     assert loop.learners.order == [0, 2, 3, 5, 6, 7, 8, 9]
-    assert loop.controller.buffer.fates["timeout"] == 2
+    assert loop.recorder.samples.counts["groups/failed"] == 2
     assert loop.recorder.steps[-1][1]["groups/timeout"] == 2
 
 
@@ -207,7 +207,7 @@ async def test_too_many_failed_groups_are_e310_with_the_numbers():
     assert "ValueError: bad (saved: failed/7-0.json)" in str(error)
     assert [failure.group_id for failure in loop.recorder.failures] == [1, 3, 5, 7]
     assert "reward.max_failed_groups = 3" in error.expected
-    assert loop.controller.buffer.fates["E304"] == 4
+    assert loop.recorder.samples.reasons == {"E304": 4}
 
 
 async def test_too_large_a_share_of_failed_groups_is_e310():
@@ -215,14 +215,14 @@ async def test_too_large_a_share_of_failed_groups_is_e310():
     changes = {"run.steps": 1000, "reward.max_failed_groups": 1000, "reward.max_failed_share": 0.1}
     loop = Loop(rewards=rewards, **changes)
     assert (await fails_with(TooManyFailures, loop)).code == "E310"
-    assert loop.controller.buffer.fates["timeout"] == 21  # 10 % of the last 200 are 20.
+    assert loop.recorder.samples.reasons == {"timeout": 21}  # 10 % of the last 200 are 20.
 
 
 async def test_failures_within_both_caps_do_not_end_a_long_run():
     rewards = FakeRewards(lambda group: GroupFailed(group, "timeout", "") if group % 15 == 0 else None)
     changes = {"run.steps": 200, "reward.max_failed_groups": 1000, "reward.max_failed_share": 0.1}
     loop = await Loop(rewards=rewards, **changes).run()
-    assert loop.controller.buffer.fates["timeout"] > 21
+    assert loop.recorder.samples.reasons["timeout"] > 21
 
 
 @pytest.mark.parametrize("zero_variance", ["keep", "drop", "resample"])
@@ -236,7 +236,7 @@ async def test_resampling_replaces_groups_without_signal():
     rewards = FakeRewards(barren=lambda group: group % 3 == 0)
     loop = await Loop(rewards=rewards, **{"algorithm.zero_variance": "resample"}).run()
     assert loop.learners.order == [1, 2, 4, 5, 7, 8, 10, 11, 13, 14]
-    assert loop.controller.buffer.fates["no_signal"] >= 5
+    assert loop.recorder.samples.reasons["no_signal"] >= 5
 
 
 @pytest.mark.parametrize("zero_variance", ["keep", "drop"])
@@ -327,7 +327,7 @@ async def test_evaluation_before_and_after():
     greedy = [(group, s) for group, s in loop.engines.sampled if group < 0]
     assert sorted(group for group, _ in greedy) == [-3, -3, -2, -2, -1, -1]
     assert all((s.n, s.temperature, s.max_new_tokens) == (1, 0.0, 9) for _, s in greedy)
-    assert loop.controller.buffer.fates["taken"] == 10  # Held-out rows never enter the buffer.
+    assert loop.recorder.samples.counts["groups/trained"] == 10  # Held-out rows are in no ledger.
 
 
 async def test_evaluation_every_so_many_steps_sees_the_delivered_weights():

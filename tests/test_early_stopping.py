@@ -119,13 +119,14 @@ async def test_early_stopping_ends_the_run_and_keeps_the_best(bound):
     assert [version for version, _ in recorder.evaluations] == [0, 1, 2, 3]  # And none twice.
     assert [step for step, _, _ in recorder.steps] == [1, 2, 3]
     assert learners.version == 3
-    assert learners.saved == [("best-0", 0), ("best-1", 1)]
+    assert [version for _, version in learners.saved] == [1, 3]  # The best, and the last.
+    assert [state["stopping"]["best_version"] for _, state, _ in recorder.commits] == [1, 1]
 
 
 async def test_a_run_that_goes_on_improving_takes_all_its_steps():
     learners, recorder = await graded_run([i / 10 for i in range(9)])
     assert learners.version == 8
-    assert [directory for directory, _ in learners.saved] == [f"best-{i}" for i in range(9)]  # Also the last.
+    assert [version for _, version in learners.saved] == list(range(1, 9))  # Version 0 is the model it began with.
     assert [version for version, _ in recorder.evaluations] == list(range(9))
 
 
@@ -142,9 +143,9 @@ async def test_early_stopping_counts_evaluations_and_not_updates():
     assert learners.version == 6
 
 
-async def test_without_early_stopping_no_checkpoint_is_kept():
+async def test_without_early_stopping_no_evaluation_saves_a_checkpoint():
     learners, _ = await graded_run([i / 10 for i in range(9)], **{"eval.early_stopping": {"name": "none"}})
-    assert learners.saved == []
+    assert [version for _, version in learners.saved] == [8]
 
 
 async def test_a_metric_that_no_evaluation_has_ends_the_run():

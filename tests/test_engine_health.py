@@ -155,6 +155,11 @@ def test_the_backoff_doubles_up_to_its_limit(clock):
     assert waits[-1] == MAX_BACKOFF_S
 
 
+def test_the_backoff_begins_anew_once_the_engine_has_served(clock):
+    health = lived(clock, *["died", "restarted"] * 4, "ready", "synced", "died", "restarted", max_restarts=5)
+    assert health.backoff_s == BACKOFF_S
+
+
 @pytest.mark.parametrize("max_restarts", [0, 1, 5])
 def test_the_budget_of_restarts(clock, max_restarts):
     health = lived(clock, max_restarts=max_restarts)

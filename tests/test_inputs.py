@@ -246,7 +246,7 @@ def test_all_problems_are_printed_together(answer):
 def test_an_output_directory_in_use(answer, place, flags):
     (place / "out").mkdir()
     (place / "out" / "metrics.jsonl").write_text('{"step": 1}\n')
-    refused(answer(*flags), "E602", str(place / "out"))
+    refused(answer(*flags, **{"run.resume": "never"}), "E602", str(place / "out"))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def work(options):
     for step in range(options["from"], options["to"]):
         reports.append(learner.train_step(make_groups(step)).metrics)
         if step + 1 == options.get("save_at"):
-            learner.save(options["save"], whole=True)
+            learner.save(options["save"])
     state = {name: tensor.detach().float().numpy().copy() for name, tensor in full_tensors(learner.engine)}
     if learner.reference is not None:
         state |= {"reference/" + name: t.float().numpy().copy() for name, t in learner.reference.tensors()}

@@ -258,12 +258,12 @@ def test_without_shuffling_rows_come_in_file_order():
     assert ids(stream, 7) == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_group_ids_count_up_and_peek_does_not_move():
+def test_group_ids_count_up_and_looking_does_not_move():
     stream = PromptStream([make_prompt(i) for i in range(2)], 0)
     seen = []
     for expected in range(5):
         assert stream.cursor == expected
-        prompt = stream.peek()
+        prompt = stream.at(stream.cursor)
         group_id, taken = stream.next()
         assert taken is prompt
         seen.append(group_id)

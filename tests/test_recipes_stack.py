@@ -164,7 +164,7 @@ def test_the_learner_applies_the_engines_filter(stack):
         run(engines.receive(publication))
         learner.learner._sender.close()
 
-        sampling = Sampling.training(ready.config.rollout)
+        sampling = Sampling.training(ready.config, 0)
         prompts = ready.train.prompts[:16]
         sampled = [run(engines.generate(i, prompt, sampling)) for i, prompt in enumerate(prompts)]
         rewards = np.arange(8, dtype=np.float32)

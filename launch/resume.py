@@ -1,0 +1,144 @@
+"""Where a run begins: anew, or from a checkpoint of the run that its folder holds; and one writer a folder.
+
+Everything that can be refused is refused by ``find`` before any resource is taken. What lies after the checkpoint is cut
+from metrics, samples and ledger, kept aside, and named.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.stored_groups import read_groups
+from rollout.prompts import PromptStream
+from shared.checkpoints import newest, of_step
+from shared.config import Config
+from shared.errors import InputError, raise_all
+from shared.metrics import read_metrics
+from shared.types import RolloutGroup
+
+STATE, QUEUED = "state/run.json", "state/queued.parquet"
+SETTLED = ("run.seed", "data.shuffle", "rollout.group_size")
+"""Settings that must stay as they were: the order of the data and the shape of a group hang on them."""
+NOTHING = {"bytes": 0, "sha256": hashlib.sha256().hexdigest(), "counts": {}, "reasons": {}, "open": []}
+"""Mark of an empty sample ledger."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A verified checkpoint to go on from."""
+
+    place: Path
+    manifest: dict[str, Any]
+    state: dict[str, Any]
+
+    @classmethod
+    def at(cls, place: Path, manifest: dict[str, Any]) -> Point:
+        """A verified folder with its manifest."""
+        return cls(place, manifest, json.loads((place / STATE).read_text(encoding="utf-8")))
+
+    @property
+    def version(self) -> int:
+        """Policy version of its weights."""
+        return int(self.state["version"])
+
+    def queued(self, stream: PromptStream) -> list[RolloutGroup]:
+        """The scored groups that waited for the learner."""
+        return read_groups(self.place / QUEUED, stream.at) if (self.place / QUEUED).exists() else []
+
+
+def find(config: Config, folder: Path, stream: PromptStream) -> Point | None:
+    """The checkpoint that a run in ``folder`` goes on from; None: it begins anew.
+
+    Raises ``InputError`` E602 to E605 if the folder holds a run that must not, or cannot, be continued like this.
+    """
+    choice, parent = config.run.resume, folder / "checkpoints"
+    check_lock(folder)
+    if choice == "overwrite" or (choice in ("auto", "never") and not (folder / "metrics.jsonl").exists()):
+        return None
+    if choice == "never":
+        found, fix = f"{len(read_metrics(folder))} recorded rows", "run.resume = auto or overwrite, or another name"
+        raise InputError("E602", "run exists", f"run.output_dir = {folder}", found, "an empty directory", fix)
+    found_place = newest(parent) if choice == "auto" else of_step(parent, int(choice))
+    if found_place is None:
+        print(f"warning[W603] no checkpoint in {folder} yet: the run begins anew at step 0", flush=True)
+        return None
+    point = Point.at(*found_place)
+    raise_all(_mismatches(config, point, stream))
+    return point
+
+
+def _mismatches(config: Config, point: Point, stream: PromptStream) -> list[InputError]:
+    then = point.manifest["config"]
+    differences = []
+    for key in SETTLED:
+        section, name = key.split(".")
+        differences.append((key, then[section][name], config.model_dump()[section][name]))
+    differences.append(("data.train", point.state["data"][:12], stream.digest[:12]))
+    differences.append(("model.path", point.manifest["model"][:12], model_digest(config)[:12]))
+    fix = "restore it, or start a new run (run.output_dir, or run.resume = overwrite)"
+    return [
+        InputError("E605", "config does not match checkpoint", key, str(now), f"{before} as in {point.place}", fix)
+        for key, before, now in differences
+        if before != now
+    ]
+
+
+def model_digest(config: Config) -> str:
+    """What tells one starting model from another: its configuration and the sizes of its weight files."""
+    folder = Path(config.model.path)
+    facts = [(path.name, path.stat().st_size) for path in sorted(folder.glob("*.safetensors"))]
+    text = (folder / "config.json").read_text(encoding="utf-8") if (folder / "config.json").exists() else ""
+    return hashlib.sha256(f"{text}{facts}".encode()).hexdigest()
+
+
+def rewind_rows(folder: Path, version: int) -> int:
+    """Cut the rows of metrics.jsonl after policy ``version`` (all of them below 0), and the samples; how many."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    kept: list[str] = []
+    cut: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        (kept if line.endswith("\n") and json.loads(line)["step"] <= version else cut).append(line)
+    with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as aside:
+        aside.writelines(cut)
+    draft = path.with_suffix(".new")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.replace(path)
+    for sample in (folder / "samples").glob("step-*.parquet"):
+        if int(sample.stem.removeprefix("step-")) > version:
+            sample.unlink()
+    return len(cut)
+
+
+# --- one writer a folder ---
+
+
+def check_lock(folder: Path) -> None:
+    """Raises ``InputError`` E602 if a live run writes into ``folder``; takes nothing."""
+    if (folder / "lock").exists():
+        take_lock(folder).close()
+
+
+def take_lock(folder: Path) -> Any:
+    """The open lock file of ``folder``; held until it is closed, or its process dies. Raises ``InputError`` E602."""
+    file = (folder / "lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        fix = "wait for it, end it, or choose another run.output_dir"
+        raise InputError("E602", "run is live", f"run.output_dir = {folder}", owner, "no other writer", fix) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
