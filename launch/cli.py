@@ -6,6 +6,7 @@ import sys
 
 VERBS = {
     "train": ("launch.run", "train a policy: millrace train CONFIG.toml [--section.field VALUE ...]"),
+    "replay": ("launch.replay", "train again on a run's stored groups: millrace replay RUN [--to STEP]"),
     "doctor": ("launch.doctor", "run the reward functions on canned completions and say what is wrong"),
     "score": ("launch.score", "score stored completions: millrace score --reward NAME --data ROWS.jsonl --json"),
     "bench": ("launch.bench", "measure throughput: millrace bench rewards [--json]"),

@@ -218,7 +218,7 @@ class Controller:
             "log_history": [{"step": publication.version, "reward": metrics["reward"]}],
         }
         faults.point("controller.before_record")
-        self._recorder.step(publication.version, metrics, groups)
+        self._recorder.step(publication.version, metrics, groups, digest)
 
     async def _delivered(self) -> None:
         """Wait until the previous publication, if any, has reached every engine."""

@@ -107,8 +107,9 @@ def rewind_rows(folder: Path, version: int) -> int:
     cut: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         (kept if line.endswith("\n") and json.loads(line)["step"] <= version else cut).append(line)
-    with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as aside:
-        aside.writelines(cut)
+    if cut:
+        with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as aside:
+            aside.writelines(cut)
     draft = path.with_suffix(".new")
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(path)

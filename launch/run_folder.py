@@ -28,6 +28,8 @@ from shared.sample_ledger import SampleLedger
 from shared.types import Prompt, RolloutGroup
 
 PRINT_EVERY_S = 2.0
+WEIGHTS = "ledger/weights.jsonl"
+"""Digests of the published weights by step; of a step that was done twice, the last line counts."""
 
 
 def resolve_output(output_dir: str) -> Path:
@@ -82,11 +84,13 @@ class RunFolder:
         if rows or groups:
             print(f"cut: {rows} recorded rows and the fates of {groups} groups after it, to be done again", flush=True)
 
-    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
-        """Record a finished step and print a line of progress every other second."""
+    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup], digest: str = "") -> None:
+        """Record a finished step and print a line of progress every other second; ``digest`` is that of its weights."""
         now = time.monotonic()
         self._first = self._first or (step, now)
         self._metrics.write(step, metrics)
+        with (self.path / WEIGHTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "digest": digest}) + "\n")
         every, last = self._config.run.samples_every, self._config.run.steps
         if every and (step // every > self._last_sampled // every or step >= last):
             self._last_sampled = step

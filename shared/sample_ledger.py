@@ -119,8 +119,9 @@ class SampleLedger:
         digest = hashlib.sha256(kept)
         if digest.hexdigest() != mark["sha256"]:
             raise LedgerBroken(f"{self._path}: the first {mark['bytes']} bytes are not those that the checkpoint saw")
-        with self._path.with_suffix(".cut.jsonl").open("ab") as aside:
-            aside.write(cut)
+        if cut:
+            with self._path.with_suffix(".cut.jsonl").open("ab") as aside:
+                aside.write(cut)
         os.truncate(self._path, mark["bytes"])
         self._bytes, self._hash = mark["bytes"], digest
         self.counts, self.reasons = Counter(mark["counts"]), Counter(mark["reasons"])

@@ -272,7 +272,7 @@ class FakeRecorder:
         self.unsaved_steps: list[int] = []
         self.fail: Hook = lambda _: None
 
-    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup]) -> None:
+    def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup], digest: str) -> None:
         if error := self.fail(step):
             raise error
         self.steps.append((step, metrics, groups))

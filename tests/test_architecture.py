@@ -47,6 +47,7 @@ HEAVY = {
         "rollout/reward_pool.py",
         "learner/learner_group.py",
         "launch/run.py",
+        "launch/replay.py",
         "launch/cluster.py",
         "launch/bench_rewards.py",
         "launch/score.py",

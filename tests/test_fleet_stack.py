@@ -103,10 +103,10 @@ class Fleet:
         assert self.pool.metrics()["engines/restarts"] == restarts + 1
         own, took = self.starts[-1], self.pool.metrics()["engines/recovery_seconds"]
         print(
-            f"detected {detected:.2f} s, serving {took:.1f} s after that, of which start {own:.1f}; {serving=:.1f} {idle=:.3f}"
+            f"detected {detected:.2f} s, serving {took:.1f} s after that, of which start {own:.1f}; the other idle {idle:.2f} s"
         )
         assert took < own + 2
-        assert idle < 0.3
+        assert idle < 0.1 * serving  # What it waits for are proofs: its callers ask again when they have an answer.
 
     def idle(self, index, begun, ended):
         """Seconds in which the engine waited for prompts."""

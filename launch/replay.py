@@ -1,0 +1,110 @@
+"""``millrace replay RUN``: train again on the groups that a run has stored, and compare the weights step by step.
+
+An asynchronous run meets its groups by chance of timing; once they are stored (run.samples_every = 1) its learning is
+repeated exactly, without engines and without rewards. Ends with exit code 1 at the first step whose weights differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from launch.run import guarded
+from shared.config import Config
+from shared.config_loader import load_config
+from shared.errors import InputError, MillraceError
+
+if TYPE_CHECKING:
+    from rollout.prompts import PromptStream
+
+
+class Diverged(MillraceError):
+    """The replayed weights are not those of the run."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the verb and return the exit code."""
+    return guarded(sys.argv[1:] if arguments is None else arguments, _replay, _parser().format_help())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="millrace replay", description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--to", type=int, help="last step to replay")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _replay(arguments: list[str]) -> None:
+    from launch.preflight import prepare
+    from rollout.prompts import PromptStream
+
+    options = _parser().parse_args(arguments)
+    file = options.run / "config.toml"
+    files = stored_steps(options.run, options.to)
+    prepared = prepare(load_config([str(file)], {}), file.name, file.parent)
+    config = prepared.config
+    stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+    asyncio.run(replay(config, stream, files, digests(options.run)))
+
+
+def stored_steps(run: Path, last: int | None) -> dict[int, Path]:
+    """Files of the run's groups by step. Raises ``InputError`` E603 if there are none, or a step is missing."""
+    trained = sorted(digests(run))
+    files = {int(path.stem.removeprefix("step-")): path for path in sorted((run / "samples").glob("step-*.parquet"))}
+    wanted = [step for step in trained if last is None or step <= last]
+    missing = [step for step in wanted if step not in files]
+    if not wanted or missing:
+        found = f"no groups of step {missing[0]}" if missing else "no trained step"
+        fix = "train with run.samples_every = 1"
+        raise InputError("E603", "nothing to replay", str(run / "samples"), found, "the groups of every step", fix)
+    return {step: files[step] for step in wanted}
+
+
+def digests(run: Path) -> dict[int, str]:
+    """Digest of the published weights by step."""
+    from launch.run_folder import WEIGHTS
+
+    path = run / WEIGHTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {row["step"]: row["digest"] for row in map(json.loads, lines)}
+
+
+async def replay(config: Config, stream: PromptStream, files: dict[int, Path], expected: dict[int, str]) -> None:
+    """Train on every file's groups in turn. Raises ``Diverged`` at the first step with other weights."""
+    import ray
+
+    from launch.cluster import Needs, ray_session, reserve, worker_environment
+    from launch.stored_groups import read_groups
+    from learner.learner_group import LearnerGroup
+    from shared.weights import remove_segments
+
+    run_id, canary = uuid.uuid4().hex[:12], np.asarray([0, 0], np.int32)
+    async with ray_session(config):
+        needs = Needs.of(config, ray.cluster_resources().get("GPU", 0) > 0)
+        reservation = await reserve(replace(needs, engines=0, colocated=False))
+        learners = LearnerGroup(config, run_id, reservation.ranks, worker_environment())
+        try:
+            await learners.start()
+            for step, file in files.items():
+                _, publication = await learners.train_step(read_groups(file, stream.at), canary)
+                found = await learners.send(publication) if publication else "no update"
+                if found != expected[step]:
+                    raise Diverged(f"step {step}: weights {found[:16]}, the run had {expected[step][:16]} ({file})")
+            print(
+                f"{len(files)} steps replayed: the weights of every one are those of the run, bit for bit", flush=True
+            )
+        finally:
+            remove_segments(run_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
