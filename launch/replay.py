@@ -23,6 +23,7 @@ from shared.config_loader import load_config
 from shared.errors import InputError, MillraceError
 
 if TYPE_CHECKING:
+    from learner.learner_group import LearnerGroup
     from rollout.prompts import PromptStream
 
 
@@ -83,11 +84,10 @@ async def replay(config: Config, stream: PromptStream, files: dict[int, Path], e
     import ray
 
     from launch.cluster import Needs, ray_session, reserve, worker_environment
-    from launch.stored_groups import read_groups
     from learner.learner_group import LearnerGroup
     from shared.weights import remove_segments
 
-    run_id, canary = uuid.uuid4().hex[:12], np.asarray([0, 0], np.int32)
+    run_id = uuid.uuid4().hex[:12]
     async with ray_session(config):
         needs = Needs.of(config, ray.cluster_resources().get("GPU", 0) > 0)
         reservation = await reserve(replace(needs, engines=0, colocated=False))
@@ -95,15 +95,19 @@ async def replay(config: Config, stream: PromptStream, files: dict[int, Path], e
         try:
             await learners.start()
             for step, file in files.items():
-                _, publication = await learners.train_step(read_groups(file, stream.at), canary)
-                found = await learners.send(publication) if publication else "no update"
-                if found != expected[step]:
-                    raise Diverged(f"step {step}: weights {found[:16]}, the run had {expected[step][:16]} ({file})")
-            print(
-                f"{len(files)} steps replayed: the weights of every one are those of the run, bit for bit", flush=True
-            )
+                await _repeat(learners, stream, step, file, expected[step])
         finally:
             remove_segments(run_id)
+    print(f"{len(files)} steps replayed: the weights of every one are those of the run, bit for bit", flush=True)
+
+
+async def _repeat(learners: LearnerGroup, stream: PromptStream, step: int, file: Path, expected: str) -> None:
+    from launch.stored_groups import read_groups
+
+    _, publication = await learners.train_step(read_groups(file, stream.at), np.zeros(2, np.int32))
+    found = await learners.send(publication) if publication else "no update"
+    if found != expected:
+        raise Diverged(f"step {step}: weights {found[:16]}, the run had {expected[:16]} ({file})")
 
 
 if __name__ == "__main__":

@@ -150,9 +150,9 @@ class Session:
         config = self.prepared.config
         task = asyncio.current_task()
         assert task is not None
-        # `ray job stop` and preemption send it, and wait three seconds.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with ray_session(config):
+            # `ray job stop` and preemption send it, and wait three seconds. Only now: Ray has put a handler there too.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
             needs = check_resources(config, self.origin)
             if dry_run:
                 begin = f"from {self.point.place}" if self.point else "at step 0"

@@ -23,6 +23,7 @@ from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference
 from learner.step_metrics import over_updates, reduce_metrics, token_means
 from learner.weight_sender import IpcSender, NcclSender, ShmSender, save_pretrained, whole_copies
+from shared import faults
 from shared.config import Config
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, Prompt, RolloutGroup, StepReport
@@ -82,8 +83,10 @@ class Learner:
 
         Every rank must get the same groups. ``given`` fixes advantages, old or reference log-probs from outside.
         """
+        faults.point("learner.before_step")
         with self._ledger.during("plan"):
             report = self._train(groups, given or Given())
+        faults.point("learner.after_step")
         return replace(report, times=self._ledger.take())
 
     def train_and_publish(

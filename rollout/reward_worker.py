@@ -22,6 +22,7 @@ from rollout.reward_calls import CallFailed, Payload, check_values, invoke, invo
 from rollout.reward_loading import isolation_of, load_reward, reward_name
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from rollout.sandbox import CHILD_LIMITS, SANDBOX_LIMITS, Child, require_sandbox
+from shared import faults
 from shared.config import Reward, RewardFunction
 from shared.errors import InputError, RewardFailed
 from shared.ledger import TimeLedger, TimeSlice
@@ -92,6 +93,7 @@ class _Scorer:
 
     async def call(self, payload: Payload) -> dict[str, Any]:
         """The checked answer of one call. Raises ``CallFailed``."""
+        faults.point("reward.before_call")
         if self._function is None:
             return await asyncio.to_thread(self._call_child, payload)
         private = copy.deepcopy(payload)  # Changing an argument must have no effect on anybody else.

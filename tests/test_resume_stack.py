@@ -38,7 +38,8 @@ def train(tmp_path_factory, model_dir):
             "rollout.vllm": {"enforce_eager": True},
             "reward.functions": [{"function": "length"}],
             "algorithm.kl": {"coef": 0.05},
-            "learner": {"prompts_per_step": 2, "lr": 1e-3},
+            "learner.prompts_per_step": 2,
+            "learner.lr": 1e-3,
         }
         config = write_config(place / f"{folder.name}.toml", **settings | changes)
         environment = os.environ | ({"MILLRACE_FAULTS": faults} if faults else {})
@@ -120,6 +121,19 @@ def test_a_run_goes_on_with_fewer_ranks(train, whole, tmp_path):
 
     one, other = (load_file(f / "checkpoints" / "step-000010" / "hf" / "model.safetensors") for f in (whole, folder))
     assert max(float(np.max(np.abs(one[name] - other[name]))) for name in one) < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+def test_a_learner_that_is_lost_is_built_again_and_the_run_goes_on_bit_for_bit(train, whole, tmp_path, fault):
+    folder = tmp_path / fault
+    changes = {"learner.step_timeout_s": 8.0} if fault == "stop" else {}
+    process = train(folder, faults=f"learner.before_step:7:{fault}", **changes)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "warning[W902] learner lost at step 6 (1 of 5 times)" in process.stdout
+    assert f"going on from {folder}/checkpoints/step-000005" in process.stdout
+    assert weights(folder) == weights(whole)
+    assert record(folder) == record(whole)
+    assert fates(folder) == fates(whole)
 
 
 def test_an_asynchronous_run_loses_and_repeats_no_row(train, tmp_path):
