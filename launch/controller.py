@@ -9,7 +9,6 @@ knows no Ray; engines, rewards and learners are objects with async methods.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from launch.accounts import Accounts
 from launch.early_stopping import EARLY_STOPPING
 from launch.failures import FailureBudget, RefusedSteps
 from launch.held_out import evaluate
-from launch.partners import Engines, Learners, Recorder, Rewards
+from launch.keeper import Keeper
+from launch.partners import Engines, Learners, Recorder, Rewards, Training
 from learner.choices import bind
 from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
@@ -26,7 +26,7 @@ from rollout.prompts import PromptStream
 from rollout.reward_worker import penalise_truncated
 from shared import faults
 from shared.config import Config
-from shared.errors import GroupFailed, Stalled, first_cause
+from shared.errors import GroupFailed, LearnerFailed, Stalled, first_cause, one_line
 from shared.ledger import TimeLedger
 from shared.metrics import group_metrics
 from shared.types import Prompt, RolloutGroup, StepReport
@@ -65,12 +65,11 @@ class Controller:
         self._replaced: Groups = []
         self._canary = np.concatenate([train.at(0).token_ids] * 2)[:CANARY_TOKENS]
         self._delivery: asyncio.Task[None] | None = None
-        self._saving: asyncio.Task[None] | None = None
-        self._evaluated, self._saved = -1, 0
+        self._evaluated = -1
         self._samples = recorder.samples
-        self._training: Groups = []
-        self._pause: dict[str, float] = {}
+        self._training: Training | None = None
         self._time = TimeLedger("controller")
+        self._keeper = Keeper(learners, recorder, self._time)
         self._accounts = Accounts(config, recorder.book, self._time, (engines, rewards, learners))
 
     async def run(self) -> None:
@@ -88,13 +87,17 @@ class Controller:
                 await self._learn(tasks)
                 producer.cancel()
         except BaseExceptionGroup as failures:
-            await self._durable()
-            raise first_cause(failures) from None
+            cause = first_cause(failures)
+            await self._rescue(cause)
+            raise cause from None
+        finally:
+            if self._training:
+                self._training.call.cancel()
         self._recorder.summary(await self._accounts.finish())
         if self._evaluated < self.version and not self._stopping.stop:
             await self._evaluate()
         await self._checkpoint()
-        await self._durable()
+        await self._keeper.finish()
 
     # --- prompts become scored groups ---
 
@@ -168,14 +171,13 @@ class Controller:
         replaced, self._replaced = self._replaced, []
         metrics = group_metrics(groups, self.version, replaced)
         assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
-        self._training = groups
         self._time.enter("train")
-        report, publication = await self._learners.train_step(groups, self._canary)
-        self._close(groups, report)
+        self._training = Training(groups, asyncio.ensure_future(self._learners.train_step(groups, self._canary)))
+        report, publication = await asyncio.shield(self._training.call)
+        self._applied(groups, report)
         if publication is None:
             await self.buffer.release(self._batches_left(self.version))
             return
-        self.version = report.policy_version
         metrics |= report.metrics | {
             "policy_version": float(self.version),
             "buffer/ready": float(self.buffer.ready),
@@ -186,15 +188,16 @@ class Controller:
         if publication.collective:  # No snapshot: the weights must not change while they are sent.
             await self._delivered()
 
-    def _close(self, groups: Groups, report: StepReport) -> None:
-        """Every group of a step meets its fate: trained, or why not."""
+    def _applied(self, groups: Groups, report: StepReport) -> None:
+        """The learner has answered: every group of the step meets its fate, trained or why not."""
+        self._training = None
         refused = self._refusals.observe(report, groups, self.version)
         for group in groups:
             if group.group_id in report.advantages:
                 self._samples.close(group.group_id, "trained", step=report.policy_version)
             else:
                 self._samples.close(group.group_id, "filtered", "step_refused" if refused else "no_signal")
-        self._training = []
+        self.version = report.policy_version
 
     async def _deliver(
         self, publication: Publication, groups: Groups, replaced: Groups, metrics: dict[str, float]
@@ -206,11 +209,10 @@ class Controller:
         metrics |= sync | self._accounts.step(groups, replaced, metrics.get("train_tokens", 0.0))
         metrics |= {"sync/export_seconds": publication.seconds, "sync/bytes": float(publication.nbytes)}
         metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
-        pause, self._pause = self._pause, {}
-        metrics |= (
-            pause | self._samples.metrics() | self._engines.metrics() | {"groups/holes": float(self.buffer.holes)}
-        )
-        self._samples.check([*self.buffer.members, *(group.group_id for group in self._training)])
+        metrics |= self._keeper.metrics() | self._samples.metrics() | self._engines.metrics()
+        metrics["groups/holes"] = float(self.buffer.holes)
+        training = self._training.groups if self._training else []
+        self._samples.check([*self.buffer.members, *(group.group_id for group in training)])
         self._rewards.state = {
             "global_step": publication.version,
             "max_steps": self._config.run.steps,
@@ -235,26 +237,19 @@ class Controller:
 
     async def _checkpoint(self) -> None:
         """Save everything at this version; generation goes on meanwhile, and training as soon as the files are written."""
-        await self._durable()
-        if self._saved == self.version:
-            return
-        self._saved, started = self.version, time.monotonic()
-        with self._time.during("save"):
-            state, queued = self._state(), self.buffer.queued()
-            try:
-                draft = self._recorder.draft(self.version)
-                await self._learners.save(str(draft))
-            except OSError as error:
-                self._recorder.unsaved(self.version, error)
-                return
-        self._pause = {"checkpoint/pause_seconds": time.monotonic() - started}
-        self._saving = asyncio.create_task(self._recorder.commit(draft, state, queued))
+        await self._keeper.save(self._state(), self.buffer.queued())
 
-    async def _durable(self) -> None:
-        """Wait until the previous checkpoint, if any, is on disk."""
-        if self._saving is not None:
-            saving, self._saving = self._saving, None
-            await saving
+    async def _rescue(self, cause: BaseException) -> None:
+        """Save what the learner has learned before the run ends for a reason that is not the learner's."""
+        if isinstance(cause, LearnerFailed) or (isinstance(cause, Stalled) and self._training):
+            return
+        try:
+            if self._training is not None:
+                self._applied(self._training.groups, (await self._training.call)[0])
+            await self._checkpoint()
+            await self._keeper.finish()
+        except Exception as error:
+            print(f"warning[W903] nothing saved before the end: {one_line(error)}", flush=True)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -270,7 +265,7 @@ class Controller:
 
     def restore(self, state: dict[str, Any], queued: Groups) -> None:
         """Go on from a checkpoint: ``queued`` groups are trained as they are, unfinished ones rolled out again."""
-        self.version = self._saved = state["version"]
+        self.version = self._keeper.version = state["version"]
         self._train.cursor, self._evaluated = state["cursor"], state["evaluated"]
         vars(self._stopping).update(state["stopping"])
         self._failures.causes.update(state["failures"])

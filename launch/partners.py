@@ -5,8 +5,9 @@ The real ones are ``EnginePool``, ``RewardPool``, ``LearnerGroup`` and ``RunFold
 
 from __future__ import annotations
 
+from asyncio import Future
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from launch.accounts import Part
 from rollout.engine import Sampling
@@ -44,6 +45,13 @@ class Learners(Part, Protocol):
     async def publish(self, canary: IntArray) -> Publication: ...
     async def send(self, publication: Publication) -> str: ...
     async def save(self, directory: str) -> None: ...
+
+
+class Training(NamedTuple):
+    """A step that the learner has not answered yet."""
+
+    groups: list[RolloutGroup]
+    call: Future[tuple[StepReport, Publication | None]]
 
 
 class Recorder(Protocol):

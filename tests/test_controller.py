@@ -13,8 +13,10 @@ from launch.failures import TooManyFailures
 from rollout.prompts import PromptStream
 from shared.errors import (
     EngineFailed,
+    FleetExhausted,
     GroupFailed,
     LearnerFailed,
+    LearnerLost,
     NothingToLearn,
     Stalled,
     WeightProofFailed,
@@ -343,3 +345,74 @@ async def test_a_held_out_group_that_fails_does_not_end_the_run():
     loop.rewards.fail = lambda group: GroupFailed(group, "timeout", "> 10 s") if group == -2 else None
     await loop.run()
     assert [version for version, _ in loop.recorder.evaluations] == [0, 5]
+
+
+# --- checkpoints ---
+
+
+async def test_checkpoints_come_at_their_steps_and_at_the_end():
+    loop = await Loop(**{"run.checkpoint_every": 2}).run()
+    assert [version for _, version in loop.learners.saved] == [2, 4, 5]
+    states = [state for _, state, _ in loop.recorder.commits]
+    assert [state["version"] for state in states] == [2, 4, 5]
+    assert [state["samples"]["counts"]["groups/trained"] for state in states] == [4, 8, 10]
+    for (_, state, queued), version in zip(loop.recorder.commits, (2, 4, 5), strict=True):
+        # What is in flight at that moment is what has no fate yet, and the groups that wait for the learner lie beside.
+        still = [group_id for group_id, *_ in state["samples"]["open"]]
+        assert still == list(range(2 * version, state["cursor"]))
+        assert {group.group_id for group in queued} <= set(still)
+    assert loop.recorder.steps[2][1]["checkpoint/pause_seconds"] >= 0
+
+
+async def test_only_the_last_step_is_saved_where_none_in_between_is_wanted():
+    loop = await Loop(**{"run.checkpoint_every": 0}).run()
+    assert [version for _, version in loop.learners.saved] == [5]
+
+
+async def test_a_checkpoint_without_room_is_passed_over():
+    loop = Loop(**{"run.checkpoint_every": 2})
+    loop.learners.fail_save = lambda _: OSError(28, "No space left on device") if loop.learners.version == 2 else None
+    await loop.run()
+    assert loop.recorder.unsaved_steps == [2]
+    assert [version for _, version in loop.learners.saved] == [4, 5]
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+async def test_what_was_learned_is_saved_before_a_run_ends_for_want_of_engines(bound):
+    engines = FakeEngines(fail=lambda group: FleetExhausted("no engine is left") if group == 8 else None)
+    loop = Loop(engines, learners=FakeLearners(delay=SLOW), **{"rollout.max_staleness": bound, "run.steps": 50})
+    await fails_with(FleetExhausted, loop)
+    (_, state, _) = loop.recorder.commits[-1]
+    # The step that was being trained has ended and counts.
+    assert state["version"] == loop.learners.version == len(loop.learners.trained)
+    assert state["samples"]["counts"]["groups/trained"] == 2 * state["version"]
+
+
+@pytest.mark.parametrize("error", [LearnerFailed("disagree"), LearnerLost("a rank died")])
+async def test_a_learner_that_failed_is_not_asked_to_save(error):
+    loop = Loop(learners=FakeLearners(fail=lambda call: error if call == 2 else None))
+    await fails_with(type(error), loop)
+    assert loop.learners.saved == []
+
+
+async def test_a_learner_that_hangs_is_not_waited_for_after_a_stall():
+    loop = Loop(learners=FakeLearners(delay=60), **{"run.stall_timeout_s": 0.1})
+    await fails_with(Stalled, loop)
+    assert loop.learners.saved == []
+
+
+async def test_the_batch_of_a_refused_step_is_kept():
+    loop = await Loop(learners=FakeLearners(refuse=lambda call: call == 1)).run()
+    ((version, groups),) = loop.recorder.refusals
+    assert (version, [group.group_id for group in groups]) == (1, [2, 3])
+    assert loop.recorder.samples.reasons == {"step_refused": 2}
+
+
+@pytest.mark.parametrize(("bound", "seeded"), [(0, True), (1, False)])
+async def test_groups_of_a_synchronous_run_have_seeds_of_their_own(bound, seeded):
+    loop = await Loop(**{"rollout.max_staleness": bound}).run()
+    seeds = [sampling.seed for _, sampling in loop.engines.sampled]
+    assert len(set(seeds)) == (len(seeds) if seeded else 1)
+    assert (seeds[0] is not None) == seeded
+    again = await Loop(**{"rollout.max_staleness": bound}).run()
+    assert dict(again.engines.sampled) == dict(loop.engines.sampled)
