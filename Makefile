@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox quickstart test test-fast lint format lock bench-check clean
+.PHONY: install sandbox quickstart test test-fast chaos soak lint format lock bench-check clean
 
 install: $(VENV)/installed sandbox
 
@@ -33,6 +33,11 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -q -m "not stack and not process"
+
+# Every row of the fault matrix: faults inflicted on parts and on whole runs.
+chaos: install
+	$(BIN)/python -m pytest -q -m "chaos or not chaos" tests/test_chaos.py tests/test_resume_stack.py tests/test_fleet_stack.py \
+	  tests/test_checkpoints.py tests/test_resume.py tests/test_engine_pool.py tests/test_reward_pool.py tests/test_sandbox.py
 
 # Ratios to the ceilings against the stored ones; some four minutes on a quiet machine.
 bench-check: install

@@ -18,7 +18,7 @@ from launch.early_stopping import EARLY_STOPPING
 from launch.failures import FailureBudget, RefusedSteps
 from launch.held_out import evaluate
 from launch.keeper import Keeper
-from launch.partners import Engines, Learners, Recorder, Rewards, Training
+from launch.partners import Done, Engines, Learners, Recorder, Rewards, Training
 from learner.choices import bind
 from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
@@ -33,7 +33,6 @@ from shared.types import Prompt, RolloutGroup, StepReport
 from shared.weights import Publication
 
 CANARY_TOKENS = 64
-Groups = list[RolloutGroup]
 
 
 class Controller:
@@ -62,12 +61,13 @@ class Controller:
         self._stopping = bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", "eval.early_stopping")()
         self._failures = FailureBudget(config.reward, recorder.failed)
         self._refusals = RefusedSteps(config.learner.max_skipped_steps, recorder.refused)
-        self._replaced: Groups = []
+        self._replaced: list[RolloutGroup] = []
         self._canary = np.concatenate([train.at(0).token_ids] * 2)[:CANARY_TOKENS]
         self._delivery: asyncio.Task[None] | None = None
         self._evaluated = -1
         self._samples = recorder.samples
         self._training: Training | None = None
+        self._unrecorded: list[Done] = []
         self._time = TimeLedger("controller")
         self._keeper = Keeper(learners, recorder, self._time)
         self._accounts = Accounts(config, recorder.book, self._time, (engines, rewards, learners))
@@ -172,55 +172,57 @@ class Controller:
         metrics = group_metrics(groups, self.version, replaced)
         assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
         self._time.enter("train")
-        self._training = Training(groups, asyncio.ensure_future(self._learners.train_step(groups, self._canary)))
-        report, publication = await asyncio.shield(self._training.call)
-        self._applied(groups, report)
+        call = asyncio.ensure_future(self._learners.train_step(groups, self._canary))
+        self._training = Training(groups, replaced, metrics, call)
+        report, publication = await asyncio.shield(call)
+        done = self._applied(self._training, report)
         if publication is None:
             await self.buffer.release(self._batches_left(self.version))
             return
-        metrics |= report.metrics | {
-            "policy_version": float(self.version),
-            "buffer/ready": float(self.buffer.ready),
-            "buffer/in_flight": float(self.buffer.in_flight),
-        }
         await self._delivered()
-        self._delivery = tasks.create_task(self._deliver(publication, report.label(groups), replaced, metrics))
+        self._delivery = tasks.create_task(self._deliver(publication, done))
         if publication.collective:  # No snapshot: the weights must not change while they are sent.
             await self._delivered()
 
-    def _applied(self, groups: Groups, report: StepReport) -> None:
+    def _applied(self, step: Training, report: StepReport) -> Done:
         """The learner has answered: every group of the step meets its fate, trained or why not."""
         self._training = None
-        refused = self._refusals.observe(report, groups, self.version)
-        for group in groups:
+        refused = self._refusals.observe(report, step.groups, self.version)
+        for group in step.groups:
             if group.group_id in report.advantages:
                 self._samples.close(group.group_id, "trained", step=report.policy_version)
             else:
                 self._samples.close(group.group_id, "filtered", "step_refused" if refused else "no_signal")
         self.version = report.policy_version
+        metrics = step.metrics | report.metrics | self.buffer.metrics() | {"policy_version": float(self.version)}
+        done = Done(self.version, report.label(step.groups), step.replaced, metrics)
+        self._unrecorded += [done] if report.applied else []
+        return done
 
-    async def _deliver(
-        self, publication: Publication, groups: Groups, replaced: Groups, metrics: dict[str, float]
-    ) -> None:
+    async def _deliver(self, publication: Publication, done: Done) -> None:
         """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
         digest, sync = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
         await self.buffer.release(self._batches_left(publication.version))
         sync |= await self._engines.prove(publication, digest)
-        metrics |= sync | self._accounts.step(groups, replaced, metrics.get("train_tokens", 0.0))
-        metrics |= {"sync/export_seconds": publication.seconds, "sync/bytes": float(publication.nbytes)}
-        metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
-        metrics |= self._keeper.metrics() | self._samples.metrics() | self._engines.metrics()
-        metrics["groups/holes"] = float(self.buffer.holes)
+        sync |= {"sync/export_seconds": publication.seconds, "sync/bytes": float(publication.nbytes)}
         training = self._training.groups if self._training else []
         self._samples.check([*self.buffer.members, *(group.group_id for group in training)])
+        self._record(done, sync, digest)
+
+    def _record(self, done: Done, sync: dict[str, float], digest: str) -> None:
+        """A step into the run folder, with what publishing its weights gave."""
+        metrics = done.metrics | sync | self._keeper.metrics() | self._samples.metrics() | self._engines.metrics()
+        metrics |= self._accounts.step(done.groups, done.replaced, metrics.get("train_tokens", 0.0))
+        metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
         self._rewards.state = {
-            "global_step": publication.version,
+            "global_step": done.version,
             "max_steps": self._config.run.steps,
             "epoch": self._train.epoch,
-            "log_history": [{"step": publication.version, "reward": metrics["reward"]}],
+            "log_history": [{"step": done.version, "reward": metrics["reward"]}],
         }
         faults.point("controller.before_record")
-        self._recorder.step(publication.version, metrics, groups, digest)
+        self._recorder.step(done.version, metrics, done.groups, digest)
+        self._unrecorded.remove(done)
 
     async def _delivered(self) -> None:
         """Wait until the previous publication, if any, has reached every engine."""
@@ -245,7 +247,9 @@ class Controller:
             return
         try:
             if self._training is not None:
-                self._applied(self._training.groups, (await self._training.call)[0])
+                self._applied(self._training, (await self._training.call)[0])
+            for done in list(self._unrecorded):  # Trained, but no engine has taken the weights.
+                self._record(done, {}, "")
             await self._checkpoint()
             await self._keeper.finish()
         except Exception as error:
@@ -263,7 +267,7 @@ class Controller:
             "failures": dict(self._failures.causes),
         }
 
-    def restore(self, state: dict[str, Any], queued: Groups) -> None:
+    def restore(self, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
         """Go on from a checkpoint: ``queued`` groups are trained as they are, unfinished ones rolled out again."""
         self.version = self._keeper.version = state["version"]
         self._train.cursor, self._evaluated = state["cursor"], state["evaluated"]

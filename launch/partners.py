@@ -51,7 +51,19 @@ class Training(NamedTuple):
     """A step that the learner has not answered yet."""
 
     groups: list[RolloutGroup]
+    replaced: list[RolloutGroup]
+    """Without signal, generated beside them."""
+    metrics: dict[str, float]
     call: Future[tuple[StepReport, Publication | None]]
+
+
+class Done(NamedTuple):
+    """A finished step on its way into the record."""
+
+    version: int
+    groups: list[RolloutGroup]
+    replaced: list[RolloutGroup]
+    metrics: dict[str, float]
 
 
 class Recorder(Protocol):

@@ -106,7 +106,7 @@ async def _repeat(learners: LearnerGroup, stream: PromptStream, step: int, file:
 
     _, publication = await learners.train_step(read_groups(file, stream.at), np.zeros(2, np.int32))
     found = await learners.send(publication) if publication else "no update"
-    if found != expected:
+    if expected and found != expected:  # Not known of weights that no engine was left to take.
         raise Diverged(f"step {step}: weights {found[:16]}, the run had {expected[:16]} ({file})")
 
 

@@ -48,6 +48,11 @@ class RolloutBuffer:
         """Scored groups that wait for the learner."""
         return sum(isinstance(group, RolloutGroup) for group in self._waiting.values())
 
+    def metrics(self) -> dict[str, float]:
+        """How full it is, and how many places stayed empty."""
+        depth = {"buffer/ready": self.ready, "buffer/in_flight": self.in_flight, "groups/holes": self.holes}
+        return {name: float(value) for name, value in depth.items()}
+
     async def admit(self) -> None:
         """Wait for a free slot and take it."""
         async with self._changed:
