@@ -52,14 +52,30 @@ def join_group(config: Config, rank: int, world_size: int, master: tuple[str, in
     if torch.distributed.is_initialized():
         return
     host, port = master
+    port = port or free_port()
+    if rank == 0:
+        _STORES.append(_open_store(host, port, world_size))
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": "0",
         "MASTER_ADDR": host,
-        "MASTER_PORT": str(port or free_port()),
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # Rank 0 too joins a store that is there.
     }
     deepspeed.init_distributed(verbose=False)
+
+
+_STORES: list[Any] = []
+"""Alive as long as the process."""
+
+
+def _open_store(host: str, port: int, world_size: int) -> Any:
+    """The store where the ranks meet, on ``host`` alone: one that torch opens itself listens on every interface."""
+    listener = socket.create_server((host, port))
+    return torch.distributed.TCPStore(
+        host, port, world_size, True, master_listen_fd=listener.detach(), wait_for_workers=False
+    )
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

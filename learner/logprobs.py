@@ -195,7 +195,7 @@ class PolicyModel(nn.Module):
 
         ``kl`` is that to the distributions of ``reference = (hidden [K, D], head [V, D])``, else 0. With
         ``hidden_only`` the hidden states ``[K, D]`` that predict the completion tokens, for such a reference.
-        ``with_entropy`` False spares the entropies, which are then 0.
+        ``with_entropy`` False spares the entropies, which are then 0, unless ``reference`` needs their terms anyway.
         """
         hidden = self.model.base_model(
             input_ids=tokens.token_ids[None],

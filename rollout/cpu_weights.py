@@ -138,7 +138,14 @@ def _replaceable(layer: nn.Module) -> bool:
     plain = method is None or type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     packed_otherwise = hasattr(layer, "_cpu_skip_gemm_dispatch") or hasattr(layer, "_cpu_unpacked_conv_weight")
     flat = method is None or all(p.dim() <= 2 for p in layer.parameters(recurse=False))
-    return plain and flat and not packed_otherwise and all(map(_plainly_loaded, layer.parameters(recurse=False)))
+    padded_bias = hasattr(layer, "num_embeddings_padded") and getattr(layer, "bias", None) is not None
+    return (
+        plain
+        and flat
+        and not packed_otherwise
+        and not padded_bias
+        and all(map(_plainly_loaded, layer.parameters(recurse=False)))
+    )
 
 
 def _plainly_loaded(parameter: nn.Parameter) -> bool:

@@ -45,7 +45,8 @@ class Model(Section):
     """The policy to start from."""
 
     path: str
-    """Hugging Face model directory with safetensors, or builtin:NAME for a small one made on demand."""
+    """Hugging Face model directory with safetensors, org/name or org/name@COMMIT of a cached hub model, or builtin:NAME for a
+    small one made on demand."""
     tokenizer: str | None = None
     """Tokenizer directory; default: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -53,7 +54,7 @@ class Model(Section):
     chat_template: str | None = None
     """Jinja chat template that replaces the tokenizer's."""
     trust_remote_code: bool = False
-    """Run code that ships with the model. Review it first."""
+    """Run code that ships with the model. Review it first: a directory, or a hub model at one commit, org/name@COMMIT."""
 
 
 class Data(Section):

@@ -90,3 +90,37 @@ def test_the_scale_and_the_kernel_are_chosen(monkeypatch):
     monkeypatch.setattr(attention, "SCORES", 3 * 4 * 9 * 9)
     attention._causal(*inputs, None, 0.0)
     assert len(calls) == 2
+
+
+def test_torchs_kernel_gets_the_scale_the_dropout_and_float32(monkeypatch):
+    inputs, calls = block(9), []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *tensors, **options: calls.append((tensors[0].dtype, options)) or kernel(*tensors, **options),
+    )
+    assert (attention._causal(*inputs, 1e-6, 0.0) - attention._causal(*inputs, None, 0.0)).abs().max() > 0.1
+    attention._causal(*(x.double() for x in inputs), None, 0.25)
+    given = [(dtype, options["scale"], options["dropout_p"]) for dtype, options in calls]
+    assert given == [(torch.float32, 1e-6, 0.0), (torch.float32, None, 0.0), (torch.float64, None, 0.25)]
+
+
+def test_rows_of_exactly_the_limit_are_short(monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention._ShortAttention, "apply", lambda *a: calls.append(a) or a[0])
+    monkeypatch.setattr(attention, "SHORT", 9)
+    attention._causal(*block(9), None, 0.0)
+    attention._causal(*block(10), None, 0.0)
+    assert len(calls) == 1
+
+
+def test_packed_attention_passes_scaling_and_dropout_on(monkeypatch):
+    given = []
+    monkeypatch.setattr(attention, "_causal", lambda q, k, v, scale, dropout: given.append((scale, dropout)) or q)
+    query = torch.randn(1, 4, 5, 16)
+    layout = Layout.of([[range(5)]])
+    attention.packed_attention(None, query, query, query, None, layout=layout, scaling=0.5, dropout=0.1)
+    attention.packed_attention(None, query, query, query, None, layout=layout)
+    assert given == [(0.5, 0.1), (None, 0.0)]

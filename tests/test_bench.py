@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from launch import bench, bench_check, bench_learner, bench_loop, bench_rewards, bench_sync, bench_workloads
+from shared.errors import InputError
 from tests.fakes import make_config
 
 
@@ -153,3 +154,81 @@ def test_rollouts_are_measured_beside_raw_vllm(tmp_path):
     ours, raw = asyncio.run(bench_rollout.alternate(config, 3, 16))
     assert len(ours) == len(raw) == 2
     assert min(ours) > 0.3 * max(raw), "the running system is far from raw vLLM"
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """``bench check`` on one ratio that is 0.8 now and was 1.0."""
+    stored = tmp_path / "ratios.json"
+    stored.write_text('{"a": 1.0}')
+    module = argparse.Namespace(add_options=lambda parser: parser.add_argument("--x"), run=lambda o: {"r": float(o.x)})
+    monkeypatch.setattr(bench_check, "STORED", stored)
+    monkeypatch.setattr(bench_check, "MEASURES", {"a": (module, ["--x", "0.8"], "r")})
+    return stored
+
+
+def test_a_check_fails_beyond_its_tolerance(measured):
+    with pytest.raises(InputError, match=r"a: 0\.800, was 1\.000"):
+        bench_check.run(options(bench_check))
+    assert bench_check.run(options(bench_check, "--tolerance", "0.25"))["ratios"] == {"a": 0.8}
+    assert json.loads(measured.read_text()) == {"a": 1.0}
+
+
+def test_a_check_that_stores_makes_what_it_found_the_measure(measured):
+    assert bench_check.run(options(bench_check, "--store"))["ratios"] == {"a": 0.8}
+    assert json.loads(measured.read_text()) == {"a": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("content", "threads"),
+    [
+        ('{"hidden_size": 256}', 5),
+        ('{"hidden_size": 255}', 1),
+        ("{}", 1),
+        ("[]", 1),
+        ("{", 1),
+        (None, 1),
+    ],
+)
+def test_wide_models_get_every_core(tmp_path, monkeypatch, content, threads):
+    monkeypatch.setattr(bench_workloads.os, "cpu_count", lambda: 5)
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert bench_workloads.learner_threads(tmp_path) == threads
+    shape = bench_workloads.WORKLOADS["short"]
+    table = bench_workloads.table_of(shape, tmp_path, tmp_path / "p.jsonl", tmp_path, "float32")
+    assert table["learner"]["cpu_threads"] == threads
+
+
+def test_the_first_two_rounds_and_what_prepares_them_are_off_the_clock(monkeypatch):
+    clock, prepared, sent = [0.0], [], []
+    pipe = argparse.Namespace(send=sent.append, close=lambda: None)
+
+    def prepare(groups):
+        clock[0] += 100
+        prepared.append([c.token_ids.tobytes() for g in groups for c in g.completions])
+        return len(prepared)
+
+    def step(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(bench_learner.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(bench_learner, "_packed_loop", lambda config: (prepare, step))
+    bench_learner._measure(make_config(), bench_workloads.WORKLOADS["short"], 5, ["bare"], pipe)
+    assert sent == [{"bare": [3, 4, 5]}]
+    assert len({str(tokens) for tokens in prepared}) == 5  # Other groups in every round.
+
+
+def test_the_learner_bench_hands_its_rounds_on(monkeypatch):
+    asked = []
+    config = make_config()
+    monkeypatch.setattr(bench_learner, "workload_config", lambda chosen, folder: config)
+    monkeypatch.setattr(
+        bench_learner,
+        "alternate",
+        lambda config, shape, rounds, loops: asked.append((rounds, loops)) or {"ours": [2.0, 4.0], "bare": [1.0, 1.0]},
+    )
+    found = bench_learner.run(options(bench_learner, "--rounds", "4"))
+    assert (found["step_s"], found["samples_per_s"], found["of_bare"]) == (3, pytest.approx(4 / 3), 0.375)
+    bench_learner.run(options(bench_learner))
+    assert asked == [(4, ["ours", "bare"]), (8, ["ours", "bare"])]

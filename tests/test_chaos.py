@@ -163,7 +163,7 @@ def test_a_lost_node_s_engine_comes_back_on_another(cluster, start, tmp_path):
     """Row 17, and row 22's small object store: 80 MB on every node."""
     nodes, environment = cluster
     first = nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
-    run = start(environment, **{"run.steps": 4000, "run.checkpoint_every": 100})
+    run = start(environment, **{"run.steps": 4000, "run.checkpoint_every": 5})
     lines = run.until("step ", after=run.until("up after"))
     nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
     nodes.remove_node(first, allow_graceful=False)

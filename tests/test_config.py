@@ -230,3 +230,19 @@ def test_nearest_and_one_line():
     assert nearest("zzz", ["group_size", "seed"]) is None
     assert one_line("a\n  b\tc") == "a b c"
     assert one_line("x" * 300, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize(
+    ("changes", "admitted"),
+    [
+        ({}, 256),
+        ({"rollout.max_staleness": 99}, 400),
+        ({"rollout.max_staleness": 199, "rollout.num_engines": 2}, 400),
+        ({"rollout.max_staleness": 400}, 1024),
+        ({"rollout.max_staleness": 400, "rollout.vllm": {"max_num_seqs": 2048}}, 2048),
+        ({"rollout.vllm": {"max_num_seqs": 7}}, 7),
+        ({"rollout.vllm": {"max_num_seqs": "many"}}, 256),  # Refused by vLLM, not by arithmetic on it.
+    ],
+)
+def test_an_engine_admits_what_is_in_flight_within_reason(changes, admitted):
+    assert make_config(**changes).max_num_seqs == admitted

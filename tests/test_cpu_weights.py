@@ -10,6 +10,10 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+from rollout import cpu_weights, weight_receiver
 from rollout.cpu_weights import make_ready, plan, put_in_place
 
 
@@ -114,3 +118,167 @@ def test_a_vocabulary_is_padded_but_a_shorter_one_is_refused():
     assert torch.equal(model.embed.weight, torch.cat([table, torch.zeros(2, 2)]))
     with pytest.raises(ValueError, match=r"embed.weight: shape \(5, 2\), the engine's is \(6, 2\)"):
         make_ready(model, where, values(**{"embed.weight": table[:5]}))
+
+
+def test_a_shared_parameter_is_copied_once():
+    model = Model()
+    model.other = nn.LayerNorm(3, bias=False)
+    model.other.weight = model.norm.weight
+    given = values(**{"other.weight": torch.zeros(3)})
+    ready = make_ready(model, plan(model, [*NAMES, "other.weight"]), given)
+    assert [list(r.parameters) for r in ready if r.layer in (model.norm, model.other)] == [["weight"], []]
+    put_in_place(ready)
+    assert torch.equal(model.other.weight, given["norm.weight"])
+
+
+@pytest.mark.parametrize("mark", ["_cpu_skip_gemm_dispatch", "_cpu_unpacked_conv_weight"])
+def test_layers_that_are_packed_otherwise_are_declined(mark):
+    model = Model()
+    setattr(model.block["out"], mark, True)
+    assert plan(model, NAMES) is None
+
+
+def test_layers_of_more_than_two_dimensions_are_declined_where_vllm_packs_them():
+    model = Model()
+    model.conv = nn.Conv1d(2, 2, 4, bias=False)
+    names = [*NAMES, "conv.weight"]
+    assert plan(model, names) is not None
+    model.conv.quant_method = UnquantizedLinearMethod()
+    assert plan(model, names) is None
+
+
+def test_a_method_that_builds_on_the_plain_one_is_declined():
+    class Own(UnquantizedLinearMethod):
+        pass
+
+    model = Model()
+    model.block["out"].quant_method = UnquantizedLinearMethod()
+    assert plan(model, NAMES) is not None
+    model.block["out"].quant_method = Own()
+    assert plan(model, NAMES) is None
+
+
+def test_heads_and_linear_layers_multiply_and_embeddings_do_not():
+    model = Model()
+    model.embed, model.head = nn.Embedding(8, 2), ParallelLMHead.__new__(ParallelLMHead)
+    nn.Module.__init__(model.head)
+    for layer in (model.embed, model.head):
+        layer.quant_method = UnquantizedEmbeddingMethod()
+    model.block["out"].quant_method = UnquantizedLinearMethod()
+    layers = [model.embed, model.head, model.block["out"], model.norm]
+    assert [cpu_weights._multiplies(model, layer) for layer in layers] == [False, True, True, False]
+    model.lm_head = model.embed  # One layer that does both.
+    assert cpu_weights._multiplies(model, model.embed)
+
+
+def test_the_product_uses_the_new_weights():
+    model = Model()
+    out, x = model.block["out"], torch.randn(5, 2)
+    out.quant_method = UnquantizedLinearMethod()
+    given = values()
+    ready = make_ready(model, plan(model, NAMES), given)
+    assert not hasattr(out, "cpu_linear")
+    put_in_place(ready)
+    torch.testing.assert_close(out.cpu_linear(x, out.weight, None), x @ given["block.out.weight"].T)
+    assert not hasattr(model.norm, "cpu_linear")
+
+
+def test_the_shape_of_weights_that_were_packed_away_is_the_layers():
+    model = Model()
+    out = model.block["out"]
+    out.weight, out.output_size, out.input_size = nn.Parameter(torch.empty(0)), 3, 2
+    where = plan(model, NAMES)
+    make_ready(model, where, values())
+    with pytest.raises(ValueError, match=r"^block.out.weight: shape \(3, 4\), the engine's is \(3, 2\)"):
+        make_ready(model, where, values(**{"block.out.weight": torch.ones(3, 4)}))
+
+
+def test_a_bias_that_was_widened_is_rounded_like_its_weight():
+    model = Model().bfloat16()
+    model.block["qkv"].bias.data = model.block["qkv"].bias.data.float()
+    model.shift = nn.Module()
+    model.shift.bias = nn.Parameter(torch.zeros(2))
+    names = [*NAMES, "shift.bias"]
+    where = plan(model, names)
+    put_in_place(make_ready(model, where, values(**{"shift.bias": torch.full((2,), 0.1)})))
+    assert model.block["qkv"].bias.dtype == torch.bfloat16
+    assert torch.equal(model.shift.bias, torch.full((2,), 0.1))
+
+
+@pytest.mark.parametrize(("tied", "own", "expected"), [(True, True, True), (False, True, False), (True, False, False)])
+def test_a_tied_head_is_a_layer_of_its_own_that_the_configuration_ties(tied, own, expected):
+    model = Model()
+    model.config.tie_word_embeddings = tied
+    model.lm_head = ParallelLMHead.__new__(ParallelLMHead) if own else nn.Embedding(8, 2)
+    assert cpu_weights.has_tied_head(model) == expected
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """A transfer engine without vLLM, and what it did."""
+    done = []
+    monkeypatch.setattr(weight_receiver, "plan", lambda model, names: {} if "plain" in names else None)
+    monkeypatch.setattr(weight_receiver, "make_ready", lambda model, where, tensors: [])
+    monkeypatch.setattr(weight_receiver, "_tensors", lambda info: [])
+    monkeypatch.setattr(weight_receiver, "put_in_place", lambda ready: done.append("placed"))
+    monkeypatch.setattr(weight_receiver, "initialize_layerwise_reload", lambda model: done.append("opened"))
+    monkeypatch.setattr(weight_receiver, "finalize_layerwise_reload", lambda model, config: done.append("closed"))
+    engine = weight_receiver.ShmWeightTransferEngine.__new__(weight_receiver.ShmWeightTransferEngine)
+    engine.model, engine.model_config = Model(), None
+    engine.model.load_weights = lambda named: done.append("loaded")
+    return engine, done
+
+
+def info(name, segment="s"):
+    return weight_receiver.ShmUpdateInfo(segment, [name], ["float32"], [[1]], [0], [4])
+
+
+def take(engine, update):
+    engine.prepare(update)
+    engine.start_weight_update()
+    engine.receive_weights(update)
+    engine.finish_weight_update()
+
+
+def test_a_round_places_what_is_ready_and_loads_the_rest(rounds):
+    engine, done = rounds
+    take(engine, info("plain"))
+    take(engine, info("strange"))
+    take(engine, info("plain"))
+    assert done == ["placed", "opened", "loaded", "closed", "placed"]
+    assert engine._ready is None
+
+
+def test_what_is_ready_belongs_to_one_publication(rounds):
+    engine, done = rounds
+    engine.prepare(info("plain"))
+    engine.start_weight_update()
+    with pytest.raises(AssertionError, match="another publication"):
+        engine.receive_weights(info("plain", "other"))
+    assert done == []
+
+
+def test_a_later_publication_that_is_declined_drops_what_was_ready(rounds):
+    engine, done = rounds
+    engine.prepare(info("plain"))
+    take(engine, info("strange"))
+    assert done == ["opened", "loaded", "closed"]
+
+
+def test_layers_in_loadable_form_are_loaded_whatever_comes(rounds):
+    engine, done = rounds
+    engine.prepare(info("strange"))
+    engine.start_weight_update()  # And no more of this round.
+    take(engine, info("plain"))
+    assert done == ["opened", "opened", "loaded", "closed"]
+
+
+def test_a_padded_head_with_a_bias_is_declined():
+    """Its bias would need the same padding; vLLM's own reload knows how."""
+    model = Model()
+    out = model.block["out"]
+    assert plan(model, NAMES) is not None
+    out.num_embeddings_padded = 4
+    assert (out.bias is None) == (plan(model, NAMES) is not None)
+    out.bias = nn.Parameter(torch.zeros(len(out.weight)))
+    assert not cpu_weights._replaceable(out)

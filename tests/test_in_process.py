@@ -243,3 +243,83 @@ def test_the_thread_runs_on_its_cores(monkeypatch):
     InProcessLLM({}, "engine-0", 1, {core}).shutdown()
     assert seen == [{core}]
     assert os.sched_getaffinity(0) == before
+
+
+def test_vllm_is_built_and_stepped_with_its_own_number_of_threads(monkeypatch):
+    import torch
+
+    fake, seen = FakeLLM(), []
+    before = torch.get_num_threads()
+    monkeypatch.setattr(in_process, "build", lambda arguments: seen.append(torch.get_num_threads()) or fake)
+    InProcessLLM({}, "engine-0", before + 2).shutdown()
+    assert seen == [before + 2]
+
+
+@pytest.mark.parametrize(("executor", "called"), [("UniProcExecutor", True), ("MultiprocExecutor", False)])
+def test_work_beside_the_steps_is_done_on_another_thread_or_not_at_all(vllm, executor, called):
+    llm, fake = vllm
+    calls = []
+    fake.core.model_executor = type(executor, (), {})()
+    fake.core.collective_rpc = lambda *call: calls.append((threading.current_thread().name, call))
+    asyncio.run(llm.beside("prepare", {"a": 1}))
+    assert [call for _, call in calls] == [("prepare", None, (), {"a": 1})] * called
+    assert "vllm" not in [thread for thread, _ in calls]
+
+
+def test_who_goes_away_before_the_thread_comes_by_leaves_it_alive(vllm):
+    llm, _ = vllm
+    release = threading.Event()
+
+    async def run():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(llm._do(lambda: release.wait(10)), 0.02)
+        release.set()
+        assert not await asyncio.wait_for(llm.is_paused(), 10)
+
+    asyncio.run(run())
+
+
+def test_nothing_is_kept_of_a_request_that_is_gone(vllm):
+    llm, fake = vllm
+
+    async def run():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(finished(llm, "long", 10**9), 0.05)
+        await finished(llm, "short", 2)
+        with pytest.raises(ValueError, match="bad"):
+            await finished(llm, "bad", -1)
+        await llm.is_paused()
+
+    asyncio.run(run())
+    assert not llm._answers
+    assert fake.aborted == ["long"]
+
+
+def test_what_is_asked_during_the_step_that_fails_or_after_it_is_refused(vllm):
+    llm, fake = vllm
+    asked = []
+
+    def step():
+        asked.append(llm._ask(lambda: None))
+        raise RuntimeError("the kernel broke")
+
+    fake.step = step
+
+    async def run():
+        with pytest.raises(EngineFailed):
+            await finished(llm, "a", 5)
+
+    asyncio.run(run())
+    assert isinstance(asked[0].exception(10), EngineFailed)
+    assert isinstance(llm._ask(lambda: None).exception(10), EngineFailed)  # And from now on.
+
+
+def test_an_idle_thread_takes_no_steps(vllm):
+    llm, fake = vllm
+
+    async def run():
+        await llm.is_paused()
+        await asyncio.sleep(0.02)
+        assert not fake.stepped.is_set()
+
+    asyncio.run(run())

@@ -253,3 +253,20 @@ def test_without_entropies_the_rest_is_the_same():
     assert not without[1].any()
     for one, other in zip(*(torch.autograd.grad(x[0].sum(), parameters) for x in (with_them, without)), strict=True):
         assert torch.equal(one, other)
+
+
+def test_without_entropies_a_kl_stays():
+    policy, tokens = packed(qwen2()), collate(rows_of(), CPU).tokens
+    reference = packed(qwen2(), 0.6)
+    against = (policy(tokens, hidden_only=True)[0].detach() + 0.1, reference.head)
+    with_them, without = (policy(tokens, against, with_entropy=wanted) for wanted in (True, False))
+    assert without[2].any()
+    assert torch.equal(with_them[2], without[2])
+
+
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 16 << 20), ("cuda", 512 << 20)])
+def test_a_chunk_of_logits_stays_within_its_limit(device, limit):
+    parts = under_test._chunks(100_000, 150_000, torch.device(device))
+    assert limit / 2 < 4 * 150_000 * (parts[0].stop - parts[0].start) <= limit
+    assert (parts[0].start, parts[-1].start < 100_000 <= parts[-1].stop) == (0, True)
+    assert under_test._chunks(2, limit, torch.device(device)) == [slice(0, 1), slice(1, 2)]  # A row at least.

@@ -377,3 +377,15 @@ def test_clip_metrics_use_the_ratio(rho, advantage, clipped):
     _, metrics = grpo_loss(x, plain())
     assert metrics["clip_ratio/high_mean_sum"] + metrics["clip_ratio/low_mean_sum"] == clipped
     assert metrics["clip_ratio/region_mean_sum"] == clipped
+
+
+@pytest.mark.parametrize("unknown", GARBAGE[2:])
+def test_metrics_leave_out_tokens_whose_rollout_logprob_is_unknown(unknown):
+    old = f64([[-1.0, -1.0, -1.0]])
+    x = inputs(old.clone(), old_logprobs=old, rollout_logprobs=f64([[-1.5, unknown, -1.0]]))
+    _, metrics = grpo_loss(x, plain())
+    close(metrics["sync/logprob_gap_sum"], 0.5)
+    close(metrics["sync/logprob_gap_max"], 0.5)
+    close(metrics["off_policy/mean_sum"], math.exp(0.5) + 1)
+    close(metrics["off_policy/square_sum"], math.exp(1.0) + 1)
+    assert metrics["rollout_logprobs_not_finite"] == 1

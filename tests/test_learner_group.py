@@ -1,0 +1,96 @@
+"""The ranks as one object, without DeepSpeed or Ray actors: what is published, who is lost, who only failed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from learner.learner import Learner
+from learner.learner_group import LearnerGroup
+from shared.errors import LearnerLost
+from shared.types import StepReport
+from shared.weights import Canary, Publication
+from tests.fakes import make_config
+
+CANARY = np.array([5, 6], np.int32)
+PUBLICATION = Publication(1, "millrace_shm", "s", (), "digest", Canary(CANARY, np.zeros(1, np.float32)))
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_rank_publishes_an_applied_step_alone(monkeypatch, applied):
+    report = StepReport(1, applied, {})
+    monkeypatch.setattr(Learner, "train_step", lambda self, groups: report)
+    monkeypatch.setattr(Learner, "publish", lambda self, canary: PUBLICATION)
+    expected = (report, PUBLICATION if applied else None)
+    assert Learner.__new__(Learner).train_and_publish([], CANARY) == expected
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_group_merges_publications_of_an_applied_step_alone(monkeypatch, applied):
+    report = StepReport(1, applied, {})
+    group = LearnerGroup.__new__(LearnerGroup)
+    group._ranks, group.slices = [None], []
+
+    async def call(self, *arguments):
+        return [(report, PUBLICATION if applied else None), (report, None)]
+
+    monkeypatch.setattr(LearnerGroup, "_call", call)
+    found, publication = asyncio.run(group.train_step([], CANARY))
+    assert found is report
+    assert (publication == PUBLICATION) if applied else publication is None
+
+
+class Rank:
+    """A rank whose calls end as told."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def __getattr__(self, method):
+        async def answer(*_):
+            delay, result = self.outcome
+            await asyncio.sleep(delay)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        return type("Method", (), {"remote": staticmethod(answer)})
+
+
+def group_of(*outcomes, limit=5.0):
+    group = LearnerGroup.__new__(LearnerGroup)
+    group._ranks = [Rank(outcome) for outcome in outcomes]
+    group._config = make_config(**{"learner.step_timeout_s": limit})
+    return group
+
+
+async def test_a_death_is_told_even_if_the_collective_of_another_rank_breaks_first():
+    from ray.exceptions import RayActorError
+
+    group = group_of((0.0, RuntimeError("connection closed by peer")), (0.05, RayActorError(error_msg="rank 1 died")))
+    with pytest.raises(LearnerLost, match="a learner rank died: rank 1 died"):
+        await group._call("save", "x")
+
+
+async def test_a_bug_in_a_rank_is_no_loss():
+    group = group_of((0.0, RuntimeError("bug")), (0.0, "done"))
+    with pytest.raises(RuntimeError, match="bug"):
+        await group._call("save", "x")
+
+
+async def test_a_rank_that_hangs_is_lost_at_the_deadline():
+    started = time.monotonic()
+    with pytest.raises(LearnerLost, match=r"no answer from the learner within 0\.05 s"):
+        await group_of((0.0, "done"), (60, "late"), limit=0.05)._call("save", "x")
+    assert time.monotonic() - started < 2
+
+
+async def test_a_full_disk_is_an_oserror():
+    from ray.exceptions import RayTaskError
+
+    error = RayTaskError("save", "traceback", OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        await group_of((0.0, error))._call("save", "x")
