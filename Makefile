@@ -39,6 +39,10 @@ chaos: install
 	$(BIN)/python -m pytest -q -m "chaos or not chaos" tests/test_chaos.py tests/test_resume_stack.py tests/test_fleet_stack.py \
 	  tests/test_checkpoints.py tests/test_resume.py tests/test_engine_pool.py tests/test_reward_pool.py tests/test_sandbox.py
 
+# Ten minutes of the quickstart under random faults; SOAK="--seed 1 --minutes 30" for more.
+soak: install
+	$(BIN)/python tests/soak.py $(SOAK)
+
 # Ratios to the ceilings against the stored ones; some four minutes on a quiet machine.
 bench-check: install
 	$(BIN)/python -m launch.bench check
