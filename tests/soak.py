@@ -124,10 +124,10 @@ class Soak:
     def weigh(self) -> None:
         """Note the memory of every kind of process."""
         for kind in KINDS:
-            sizes = [size for p in self.run.processes(kind) if (size := _megabytes(p))]
+            sizes = [size for p in self.run.processes(kind) if (size := _megabytes(p.pid))]
             if sizes:
                 self.memory[kind].append((time.monotonic() - self.began, max(sizes)))
-        if size := _megabytes(psutil.Process(self.run.process.pid)):
+        if size := _megabytes(self.run.process.pid):
             self.memory["driver"].append((time.monotonic() - self.began, size))
 
     def endure(self, seconds: float, every: float) -> None:
@@ -190,9 +190,9 @@ class Soak:
         }
 
 
-def _megabytes(process: psutil.Process) -> float:
+def _megabytes(pid: int) -> float:
     try:
-        return process.memory_info().rss / 1e6
+        return float(psutil.Process(pid).memory_info().rss / 1e6)
     except psutil.Error:
         return 0.0
 

@@ -204,6 +204,7 @@ async def test_a_killed_engine_comes_back(fleet):
     assert fleet.pool.metrics()["engines/redispatched"] > 0
 
 
+@pytest.mark.chaos
 async def test_a_stopped_engine_is_replaced(fleet):
     async def fault():
         os.kill(fleet.replica(0)._place.pid, signal.SIGSTOP)
@@ -211,6 +212,7 @@ async def test_a_stopped_engine_is_replaced(fleet):
     await fleet.recovery(2, fault)  # Suspect after one probe; dead after three.
 
 
+@pytest.mark.chaos
 async def test_an_engine_whose_vllm_failed_in_a_step_is_replaced(fleet):
     def broken(engine):
         def step():
@@ -233,6 +235,7 @@ async def test_a_flipped_byte_is_refused_and_the_round_repeated(fleet):
     assert fleet.pool.metrics()["engines/restarts"] == restarts
 
 
+@pytest.mark.chaos
 async def test_an_engine_that_refuses_a_round_three_times_is_replaced(fleet):
     value = "sync.after_hash:1:flip,sync.after_pause:1:raise,sync.before_version:1:raise"
     await fleet.recovery(5, lambda: fleet.inside(0, arm(value)))  # Noticed by the next publication.

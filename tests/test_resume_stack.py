@@ -91,6 +91,7 @@ def whole(train, tmp_path_factory):
     return folder
 
 
+@pytest.mark.chaos
 def test_a_synchronous_run_repeats_bit_for_bit(train, whole, tmp_path):
     assert train(tmp_path / "again").returncode == 0
     assert weights(tmp_path / "again") == weights(whole)
@@ -112,6 +113,18 @@ def test_a_killed_synchronous_run_goes_on_bit_for_bit(train, whole, tmp_path):
     assert "0 lost" in again.stdout
 
 
+@pytest.mark.chaos
+def test_a_killed_run_at_zero_2_goes_on_bit_for_bit(train, tmp_path):
+    zero = {"learner.zero_stage": 2}
+    assert train(tmp_path / "whole", **zero).returncode == 0
+    folder = tmp_path / "killed"
+    assert train(folder, faults="controller.before_record:7:kill", **zero).returncode == -signal.SIGKILL
+    assert train(folder, **zero).returncode == 0
+    assert weights(folder) == weights(tmp_path / "whole")
+    assert record(folder) == record(tmp_path / "whole")
+
+
+@pytest.mark.chaos
 def test_a_run_goes_on_with_fewer_ranks(train, whole, tmp_path):
     folder = tmp_path / "fewer"
     two = {"learner": {"prompts_per_step": 2, "lr": 1e-3, "num_ranks": 2, "zero_stage": 2}}
@@ -123,6 +136,7 @@ def test_a_run_goes_on_with_fewer_ranks(train, whole, tmp_path):
     assert max(float(np.max(np.abs(one[name] - other[name]))) for name in one) < 1e-5
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_a_learner_that_is_lost_is_built_again_and_the_run_goes_on_bit_for_bit(train, whole, tmp_path, fault):
     folder = tmp_path / fault
@@ -136,6 +150,7 @@ def test_a_learner_that_is_lost_is_built_again_and_the_run_goes_on_bit_for_bit(t
     assert fates(folder) == fates(whole)
 
 
+@pytest.mark.chaos
 def test_an_asynchronous_run_loses_and_repeats_no_row(train, tmp_path):
     folder = tmp_path / "asynchronous"
     changes = {
@@ -190,6 +205,7 @@ def tamper(file: Path) -> None:
     pyarrow.parquet.write_table(table.set_column(place, "reward", pyarrow.array(rewards, pyarrow.float32())), file)
 
 
+@pytest.mark.chaos
 def test_a_second_run_in_a_live_folder_is_refused(train, whole, tmp_path):
     from launch.resume import take_lock
 
