@@ -170,7 +170,8 @@ class Session:
     async def _lives(self, folder: RunFolder, parts: Parts) -> None:
         """Train to the end; a learner that is lost is built again and goes on from the newest checkpoint."""
         from launch.controller import Controller
-        from shared.errors import LearnerLost
+        from launch.stacks import dump_stacks
+        from shared.errors import LearnerLost, Stalled
 
         config, lost = self.prepared.config, 0
         while True:
@@ -191,6 +192,9 @@ class Session:
                     f"warning[W902] learner lost at step {controller.version} ({lost} of {config.run.max_restarts} times) — {error}",
                     flush=True,
                 )
+            except Stalled:
+                print(f"what everyone does: {dump_stacks(folder.path)}", flush=True)
+                raise
             await self._recover(folder, parts)
 
     async def _recover(self, folder: RunFolder, parts: Parts) -> None:
