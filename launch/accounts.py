@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from shared.config import Config
+from shared.errors import MillraceError, one_line
 from shared.ledger import RESIDUE_LIMIT, TimeBook, TimeLedger, TimeSlice
 from shared.types import RolloutGroup
 
@@ -44,6 +45,11 @@ def tokens_of(groups: Sequence[RolloutGroup]) -> int:
     return sum(len(completion.token_ids) for group in groups for completion in group.completions)
 
 
+def trainer_state(config: Config, version: int, epoch: float, history: list[dict[str, float]]) -> dict[str, Any]:
+    """What reward functions get as ``trainer_state``."""
+    return {"global_step": version, "max_steps": config.run.steps, "epoch": epoch, "log_history": history}
+
+
 class Accounts:
     """The books of one run."""
 
@@ -54,7 +60,8 @@ class Accounts:
         engines = 0 if rollout.colocate else rollout.num_engines * rollout.tensor_parallel_size
         self._devices = engines + config.learner.num_ranks
         self._started = self._last = time.monotonic()
-        self._seen = 0
+        self.seen = 0
+        """Tokens of prompts and completions since the run began."""
         self._before: dict[str, dict[str, float]] = {}
         self._sums: Counter[str] = Counter()
 
@@ -70,12 +77,12 @@ class Accounts:
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         sampled, useful = tokens_of(groups), useful_tokens(groups, self._config.algorithm.mask_truncated)
-        self._seen += sampled + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
+        self.seen += sampled + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
         self._sums.update(useful=useful, generated=sampled + tokens_of(replaced))
         self._drain()
         row = self._book.row()
         return row | {
-            "num_tokens": float(self._seen),
+            "num_tokens": float(self.seen),
             "throughput/rollout_tokens_per_second": sampled / seconds,
             "throughput/train_tokens_per_second": trained / seconds,
             "throughput/samples_per_second": sum(len(g.completions) for g in groups) / seconds,
@@ -113,8 +120,15 @@ class Accounts:
         }
 
     async def _collect(self) -> None:
-        """Everything up to now, also of processes that answered nothing for a while."""
-        await asyncio.gather(*(part.close_books() for part in self._parts))
+        """Everything up to now, also of processes that answered nothing for a while.
+
+        One that does not answer now costs its last seconds here; work will find out what is wrong with it.
+        """
+        books = await asyncio.gather(*(part.close_books() for part in self._parts), return_exceptions=True)
+        for failure in [book for book in books if isinstance(book, BaseException)]:
+            if not isinstance(failure, MillraceError):
+                raise failure
+            print(f"warning[W901] times of some processes are missing: {one_line(failure)}", flush=True)
         self._drain()
 
     def _drain(self) -> None:

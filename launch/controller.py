@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from launch.accounts import Accounts
+from launch.accounts import Accounts, trainer_state
 from launch.early_stopping import EARLY_STOPPING
-from launch.failures import FailureBudget, RefusedSteps
+from launch.failures import FailureBudget, RefusedSteps, stalled
 from launch.held_out import evaluate
 from launch.keeper import Keeper
 from launch.partners import Done, Engines, Learners, Recorder, Rewards, Training
@@ -50,6 +50,7 @@ class Controller:
     ) -> None:
         self._config, self._train, self._held_out = config, train, held_out
         self._engines, self._rewards, self._learners, self._recorder = engines, rewards, learners, recorder
+        rewards.state = trainer_state(config, 0, 0.0, [])
         self.version = 0
         """Policy version: finished optimizer steps."""
         self.buffer = RolloutBuffer(
@@ -68,6 +69,7 @@ class Controller:
         self._samples = recorder.samples
         self._training: Training | None = None
         self._unrecorded: list[Done] = []
+        self._again: list[int] = []
         self._time = TimeLedger("controller")
         self._keeper = Keeper(learners, recorder, self._time)
         self._accounts = Accounts(config, recorder.book, self._time, (engines, rewards, learners))
@@ -77,8 +79,8 @@ class Controller:
         publication = await self._learners.publish(self._canary)
         digest, _ = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
         await self._engines.prove(publication, digest)
-        self.buffer.limit(self._batches_left(self.version))
-        if self._evaluated < 0:
+        self.buffer.limit(self._config.batches_left(self.version))
+        if self._evaluated < 0 or self._due(self._config.eval.every_steps, self._evaluated):
             await self._evaluate()
         await self._accounts.begin()
         try:
@@ -86,18 +88,17 @@ class Controller:
                 producer = tasks.create_task(self._produce())
                 await self._learn(tasks)
                 producer.cancel()
-        except BaseExceptionGroup as failures:
-            cause = first_cause(failures)
+            self._recorder.summary(await self._accounts.finish())
+            if self._evaluated < self.version and not self._stopping.stop:
+                await self._evaluate()
+            await self._keeper.save_for_good(self._state(), self.buffer.queued())
+        except Exception as failure:
+            cause = first_cause(failure)
             await self._rescue(cause)
             raise cause from None
         finally:
             if self._training:
                 self._training.call.cancel()
-        self._recorder.summary(await self._accounts.finish())
-        if self._evaluated < self.version and not self._stopping.stop:
-            await self._evaluate()
-        await self._checkpoint()
-        await self._keeper.finish()
 
     # --- prompts become scored groups ---
 
@@ -107,10 +108,17 @@ class Controller:
                 groups.create_task(self._roll_out(group_id, self._train.at(group_id)))
             while True:
                 await self.buffer.admit()
-                group_id, prompt = self._train.next()
+                group_id, prompt = self._next()
                 self.buffer.enter(group_id)
-                self._samples.admit(group_id)
                 groups.create_task(self._roll_out(group_id, prompt))
+
+    def _next(self) -> tuple[int, Prompt]:
+        """First the groups that another configuration had begun, then fresh ones."""
+        if self._again:
+            group_id = self._again.pop(0)
+            return group_id, self._train.at(group_id)
+        self._samples.admit(self._train.cursor)
+        return self._train.next()
 
     async def _roll_out(self, group_id: int, prompt: Prompt) -> None:
         """One group: generated, scored, put in the buffer; a failed one gives its slot back, counted."""
@@ -147,7 +155,7 @@ class Controller:
                 async with asyncio.timeout(config.run.stall_timeout_s):
                     await self._step(tasks)
             except TimeoutError:
-                raise Stalled(self._status()) from None
+                raise stalled(self._config, self.version, self.buffer, self._delivery) from None
             if self._due(config.eval.every_steps, before):
                 await self._delivered()
                 await self._evaluate()
@@ -166,7 +174,7 @@ class Controller:
         self._time.enter("wait_for_groups")
         groups = await self.buffer.take()
         if not groups:  # Every group of the batch was without signal and could not be replaced.
-            await self.buffer.release(self._batches_left(self.version))
+            await self.buffer.release(self._config.batches_left(self.version))
             return
         replaced, self._replaced = self._replaced, []
         metrics = group_metrics(groups, self.version, replaced)
@@ -177,7 +185,7 @@ class Controller:
         report, publication = await asyncio.shield(call)
         done = self._applied(self._training, report)
         if publication is None:
-            await self.buffer.release(self._batches_left(self.version))
+            await self.buffer.release(self._config.batches_left(self.version))
             return
         await self._delivered()
         self._delivery = tasks.create_task(self._deliver(publication, done))
@@ -202,11 +210,11 @@ class Controller:
     async def _deliver(self, publication: Publication, done: Done) -> None:
         """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
         digest, sync = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
-        await self.buffer.release(self._batches_left(publication.version))
+        await self.buffer.release(self._config.batches_left(publication.version))
         sync |= await self._engines.prove(publication, digest)
         sync |= {"sync/export_seconds": publication.seconds, "sync/bytes": float(publication.nbytes)}
         training = self._training.groups if self._training else []
-        self._samples.check([*self.buffer.members, *(group.group_id for group in training)])
+        self._samples.check([*self.buffer.members, *(group.group_id for group in training), *self._again])
         self._record(done, sync, digest)
 
     def _record(self, done: Done, sync: dict[str, float], digest: str) -> None:
@@ -214,12 +222,8 @@ class Controller:
         metrics = done.metrics | sync | self._keeper.metrics() | self._samples.metrics() | self._engines.metrics()
         metrics |= self._accounts.step(done.groups, done.replaced, metrics.get("train_tokens", 0.0))
         metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
-        self._rewards.state = {
-            "global_step": done.version,
-            "max_steps": self._config.run.steps,
-            "epoch": self._train.epoch,
-            "log_history": [{"step": done.version, "reward": metrics["reward"]}],
-        }
+        history = [{"step": done.version, "reward": metrics["reward"]}]
+        self._rewards.state = trainer_state(self._config, done.version, self._train.epoch, history)
         faults.point("controller.before_record")
         self._recorder.step(done.version, metrics, done.groups, digest)
         self._unrecorded.remove(done)
@@ -231,10 +235,6 @@ class Controller:
             # A stall that cancels this wait must find the delivery alive, to say that it is what hangs.
             await asyncio.shield(self._delivery)
 
-    def _batches_left(self, version: int) -> int:
-        """Batches still to be trained after policy ``version``."""
-        return -(-(self._config.run.steps - version) // self._config.updates_per_batch)
-
     # --- a run that can go on later ---
 
     async def _checkpoint(self) -> None:
@@ -243,17 +243,16 @@ class Controller:
 
     async def _rescue(self, cause: BaseException) -> None:
         """Save what the learner has learned before the run ends for a reason that is not the learner's."""
-        if isinstance(cause, LearnerFailed) or (isinstance(cause, Stalled) and self._training):
-            return
         try:
+            if isinstance(cause, LearnerFailed) or (isinstance(cause, Stalled) and self._training):
+                return await self._keeper.finish()
             if self._training is not None:
                 self._applied(self._training, (await self._training.call)[0])
+            await self._keeper.save_for_good(self._state(), self.buffer.queued())
             for done in list(self._unrecorded):  # Trained, but no engine has taken the weights.
                 self._record(done, {}, "")
-            await self._checkpoint()
-            await self._keeper.finish()
         except Exception as error:
-            print(f"warning[W903] nothing saved before the end: {one_line(error)}", flush=True)
+            print(f"warning[W903] not all was saved before the end: {one_line(error)}", flush=True)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -265,18 +264,27 @@ class Controller:
             "buffer": self.buffer.state(),
             "stopping": {name: value for name, value in vars(self._stopping).items() if name[0] != "_"},
             "failures": dict(self._failures.causes),
+            "trainer_state": self._rewards.state,
+            "num_tokens": self._accounts.seen,
         }
 
-    def restore(self, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
-        """Go on from a checkpoint: ``queued`` groups are trained as they are, unfinished ones rolled out again."""
+    def restore(self, state: dict[str, Any], queued: list[RolloutGroup] | None) -> None:
+        """Go on from a checkpoint: ``queued`` groups are trained as they are, unfinished ones rolled out again.
+
+        Without ``queued``, because the configuration has changed, all are, as it admits them.
+        """
         self.version = self._keeper.version = state["version"]
         self._train.cursor, self._evaluated = state["cursor"], state["evaluated"]
-        vars(self._stopping).update(state["stopping"])
+        self._stopping.restore(state["stopping"], self.version)
+        self._rewards.state, self._accounts.seen = state["trainer_state"], state["num_tokens"]
         self._failures.causes.update(state["failures"])
-        unfinished = sorted(set(self._samples.open) - {group.group_id for group in queued})
+        unfinished = sorted(set(self._samples.open) - {group.group_id for group in queued or ()})
         for group_id in unfinished:
             self._samples.lose(group_id)
-        self.buffer.restore(state["buffer"], queued, unfinished)
+        if queued is None:
+            self._again = unfinished
+        else:
+            self.buffer.restore(state["buffer"], queued, unfinished)
 
     async def _evaluate(self) -> None:
         """Score the held-out prompts with the weights that the engines hold; the best so far is kept."""
@@ -288,12 +296,3 @@ class Controller:
         self._evaluated = self.version
         if self._stopping.observe(metrics, self.version) and self.version:
             await self._checkpoint()
-
-    def _status(self) -> str:
-        """Who waits for whom, for the log of a run that stands still."""
-        delivering = self._delivery is not None and not self._delivery.done()
-        return (
-            f"no step finished within run.stall_timeout_s = {self._config.run.stall_timeout_s:g} s: policy version {self.version}, "
-            f"{self.buffer.ready} scored groups wait for the learner, {self.buffer.in_flight - self.buffer.ready} groups are generated, scored or trained, "
-            f"a publication is {'still on its way to an engine' if delivering else 'not under way'}"
-        )

@@ -22,6 +22,9 @@ class NoStopping:
         """Never an improvement worth a checkpoint."""
         return False
 
+    def restore(self, state: dict[str, Any], version: int) -> None:
+        """Nothing to remember."""
+
 
 class Patience:
     """Stops after ``patience`` evaluations in a row that did not beat the best by more than ``min_delta``.
@@ -57,8 +60,16 @@ class Patience:
             self.best, self.best_version, self.without = value, version, 0
         else:
             self.without += 1
-        self.stop = self.without >= self._patience and version >= self._min_steps
+        self._decide(version)
         return improved
+
+    def restore(self, state: dict[str, Any], version: int) -> None:
+        """Remember the evaluations before a checkpoint, and decide by the settings of today."""
+        vars(self).update(state)
+        self._decide(version)
+
+    def _decide(self, version: int) -> None:
+        self.stop = self.without >= self._patience and version >= self._min_steps
 
 
 EARLY_STOPPING: dict[str, Callable[..., Any]] = {"none": NoStopping, "patience": Patience}

@@ -5,12 +5,14 @@ A failed group is dropped, never scored 0; a refused step changes no weight. The
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.config import Reward
-from shared.errors import GroupFailed, InputError, LearnerFailed
+from rollout.buffer import RolloutBuffer
+from shared.config import Config, Reward
+from shared.errors import GroupFailed, InputError, LearnerFailed, Stalled
 from shared.types import Prompt, RolloutGroup, StepReport
 
 WINDOW = 200
@@ -72,6 +74,15 @@ class RefusedSteps:
                 f"(learner.max_skipped_steps); last groups: {ids} (saved: {place}); lower learner.lr or check the rewards"
             )
         return True
+
+
+def stalled(config: Config, version: int, buffer: RolloutBuffer, delivery: asyncio.Task[None] | None) -> Stalled:
+    """Who waits for whom, in a run that stands still."""
+    way = "still on its way to an engine" if delivery is not None and not delivery.done() else "not under way"
+    return Stalled(
+        f"no step finished within run.stall_timeout_s = {config.run.stall_timeout_s:g} s: policy version {version}, "
+        f"{buffer.status()}, a publication is {way}"
+    )
 
 
 class TooManyFailures(InputError):

@@ -10,6 +10,8 @@ from launch.partners import Learners, Recorder
 from shared.ledger import TimeLedger
 from shared.types import RolloutGroup
 
+DISK_LIMIT_S = 600.0
+
 
 class Keeper:
     """At most one checkpoint is on its way to the disk."""
@@ -19,7 +21,7 @@ class Keeper:
         self._learners, self._recorder, self._time = learners, recorder, ledger
         self.version = 0
         """Policy version of the last one that was begun; the model that a run begins with needs none."""
-        self._task: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[bool] | None = None
         self._pause: dict[str, float] = {}
 
     async def save(self, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
@@ -34,16 +36,32 @@ class Keeper:
                 draft = self._recorder.draft(version)
                 await self._learners.save(str(draft))
             except OSError as error:
+                self.version = 0
                 self._recorder.unsaved(version, error)
                 return
         self._pause = {"checkpoint/pause_seconds": time.monotonic() - started}
         self._task = asyncio.create_task(self._recorder.commit(draft, state, queued))
 
+    async def save_for_good(self, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
+        """The last checkpoint, once more should the disk not let it at first."""
+        for _ in range(2):
+            await self.save(state, queued)
+            await self.finish()
+            if self.version == state["version"]:
+                break
+
     async def finish(self) -> None:
-        """Wait until the last one is on the disk."""
-        if self._task is not None:
-            task, self._task = self._task, None
-            await task
+        """Wait until the last one is on the disk, or cannot be; then ``version`` is 0."""
+        if self._task is None:
+            return
+        task, self._task = self._task, None
+        written, version = False, self.version
+        try:
+            written = await asyncio.wait_for(asyncio.shield(task), DISK_LIMIT_S)
+        except TimeoutError:
+            self._recorder.unsaved(version, OSError(f"not on the disk after {DISK_LIMIT_S:g} s"))
+        finally:
+            self.version = version if written else 0
 
     def metrics(self) -> dict[str, float]:
         """Seconds that the learner stood still for the last one, once."""

@@ -26,6 +26,13 @@ class Parts:
     engines: EnginePool
     rewards: RewardPool
     learners: LearnerGroup
+    linked: bool
+    """Weights travel over a link that learner and engines have to join."""
+
+    async def link(self) -> None:
+        """Open it, if there is one; again whenever the learner is a new one."""
+        if self.linked:
+            await self.learners.connect(self.engines.connect, self.engines.workers)
 
 
 @asynccontextmanager
@@ -40,9 +47,8 @@ async def started(config: Config, needs: Needs) -> AsyncIterator[Parts]:
         # Closed, because it would start engines again for as long as it lives.
         with closing(EnginePool(config, reservation.engines, environment)) as engines:
             await asyncio.gather(engines.start(), learners.start(), rewards.start())
-            if needs.on_gpu and not needs.colocated:
-                workers = config.rollout.num_engines * config.rollout.tensor_parallel_size
-                await learners.connect(engines.connect, workers)
-            yield Parts(engines, rewards, learners)
+            parts = Parts(engines, rewards, learners, needs.on_gpu and not needs.colocated)
+            await parts.link()
+            yield parts
     finally:
         remove_segments(run_id)

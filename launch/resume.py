@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.stored_groups import read_groups
 from rollout.prompts import PromptStream
-from shared.checkpoints import newest, of_step
+from shared.checkpoints import all_of, newest, of_step
 from shared.config import Config
 from shared.errors import InputError, raise_all
 from shared.metrics import read_metrics
@@ -26,6 +26,16 @@ from shared.types import RolloutGroup
 STATE, QUEUED = "state/run.json", "state/queued.parquet"
 SETTLED = ("run.seed", "data.shuffle", "rollout.group_size")
 """Settings that must stay as they were: the order of the data and the shape of a group hang on them."""
+MAKES_GROUPS = [
+    ("reward", "functions"),
+    *(
+        ("rollout", name)
+        for name in ("max_staleness", "temperature", "top_p", "top_k", "min_p", "max_new_tokens", "stop")
+    ),
+    *(("learner", name) for name in ("prompts_per_step", "steps_per_batch", "epochs_per_batch")),
+    *(("algorithm", name) for name in ("truncation_penalty", "zero_variance", "max_resampled_groups")),
+]
+"""Settings with which groups that wait for the learner must have been made; with others they are made again."""
 NOTHING = {"bytes": 0, "sha256": hashlib.sha256().hexdigest(), "counts": {}, "reasons": {}, "open": []}
 """Mark of an empty sample ledger."""
 
@@ -48,8 +58,11 @@ class Point:
         """Policy version of its weights."""
         return int(self.state["version"])
 
-    def queued(self, stream: PromptStream) -> list[RolloutGroup]:
-        """The scored groups that waited for the learner."""
+    def queued(self, config: Config, stream: PromptStream) -> list[RolloutGroup] | None:
+        """The scored groups that waited for the learner; None if they are not what ``config`` would make."""
+        now, then = config.model_dump(), self.manifest["config"]
+        if any(now[section][name] != then[section][name] for section, name in MAKES_GROUPS):
+            return None
         return read_groups(self.place / QUEUED, stream.at) if (self.place / QUEUED).exists() else []
 
 
@@ -60,10 +73,12 @@ def find(config: Config, folder: Path, stream: PromptStream) -> Point | None:
     """
     choice, parent = config.run.resume, folder / "checkpoints"
     check_lock(folder)
-    if choice == "overwrite" or (choice in ("auto", "never") and not (folder / "metrics.jsonl").exists()):
+    lived = (folder / "metrics.jsonl").exists() or bool(all_of(parent))
+    if choice == "overwrite" or (choice in ("auto", "never") and not lived):
         return None
     if choice == "never":
-        found, fix = f"{len(read_metrics(folder))} recorded rows", "run.resume = auto or overwrite, or another name"
+        rows = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+        found, fix = f"{rows} recorded rows", "run.resume = auto or overwrite, or another name"
         raise InputError("E602", "run exists", f"run.output_dir = {folder}", found, "an empty directory", fix)
     found_place = newest(parent) if choice == "auto" else of_step(parent, int(choice))
     if found_place is None:
@@ -98,9 +113,8 @@ def model_digest(config: Config) -> str:
     return hashlib.sha256(f"{text}{facts}".encode()).hexdigest()
 
 
-def rewind_rows(folder: Path, version: int) -> int:
-    """Cut the rows of metrics.jsonl after policy ``version`` (all of them below 0), and the samples; how many."""
-    path = folder / "metrics.jsonl"
+def rewind_rows(path: Path, version: int) -> int:
+    """Move the rows of a file of JSON lines after step ``version`` to ``*.cut.jsonl``; how many."""
     if not path.exists():
         return 0
     kept: list[str] = []
@@ -108,14 +122,11 @@ def rewind_rows(folder: Path, version: int) -> int:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         (kept if line.endswith("\n") and json.loads(line)["step"] <= version else cut).append(line)
     if cut:
-        with (folder / "metrics.cut.jsonl").open("a", encoding="utf-8") as aside:
+        with path.with_suffix(".cut.jsonl").open("a", encoding="utf-8") as aside:
             aside.writelines(cut)
     draft = path.with_suffix(".new")
     draft.write_text("".join(kept), encoding="utf-8")
     draft.replace(path)
-    for sample in (folder / "samples").glob("step-*.parquet"):
-        if int(sample.stem.removeprefix("step-")) > version:
-            sample.unlink()
     return len(cut)
 
 

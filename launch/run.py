@@ -123,7 +123,8 @@ def train(config: Config, source: Path, dry_run: bool = False) -> None:
     point = find(prepared.config, output, stream)
     for warning in prepared.warnings:
         print(warning, flush=True)
-    if point is not None and point.version >= config.run.steps:
+    evaluated = point is not None and (not prepared.held_out or point.state["evaluated"] == point.version)
+    if point is not None and point.version >= config.run.steps and evaluated:
         print(f"{output}: complete at step {point.version}; raise run.steps to go on", flush=True)
         return
     session = Session(prepared, source.name, output, stream, point)
@@ -174,28 +175,25 @@ class Session:
         from shared.errors import LearnerLost, Stalled
 
         config, lost = self.prepared.config, 0
+        partners = (parts.engines, parts.rewards, parts.learners, folder)
         while True:
-            folder.rewind(self.point)
-            controller = Controller(
-                config, self.stream, self.prepared.held_out, parts.engines, parts.rewards, parts.learners, folder
-            )
-            if self.point is not None:
-                await parts.learners.load(str(self.point.place))
-                controller.restore(self.point.state, self.point.queued(self.stream))
             try:
+                if lost:
+                    await self._recover(folder, parts)
+                folder.rewind(self.point)
+                controller = Controller(config, self.stream, self.prepared.held_out, *partners)
+                if self.point is not None:
+                    await parts.learners.load(str(self.point.place))
+                    controller.restore(self.point.state, self.point.queued(config, self.stream))
                 return await controller.run()
             except LearnerLost as error:
                 lost += 1
                 if lost > config.run.max_restarts:
                     raise
-                print(
-                    f"warning[W902] learner lost at step {controller.version} ({lost} of {config.run.max_restarts} times) — {error}",
-                    flush=True,
-                )
+                print(f"warning[W902] learner lost ({lost} of {config.run.max_restarts} times) — {error}", flush=True)
             except Stalled:
                 print(f"what everyone does: {dump_stacks(folder.path)}", flush=True)
                 raise
-            await self._recover(folder, parts)
 
     async def _recover(self, folder: RunFolder, parts: Parts) -> None:
         from launch.resume import Point
@@ -203,6 +201,7 @@ class Session:
 
         started = time.monotonic()
         await asyncio.gather(parts.learners.restart(), parts.engines.reset())
+        await parts.link()
         found = newest(folder.path / "checkpoints")
         self.point = Point.at(*found) if found else None
         self.stream.cursor = 0

@@ -28,6 +28,11 @@ from shared.sample_ledger import SampleLedger
 from shared.types import Prompt, RolloutGroup
 
 PRINT_EVERY_S = 2.0
+OURS = (
+    *("checkpoints", "samples", "ledger", "failed", "tensorboard"),
+    *("config.toml", "metrics.jsonl", "metrics.cut.jsonl", "reward.png", "stacks.txt"),
+)
+"""What a run writes into its folder, beside the lock."""
 WEIGHTS = "ledger/weights.jsonl"
 """Digests of the published weights by step; of a step that was done twice, the last line counts."""
 
@@ -75,7 +80,12 @@ class RunFolder:
         """Make the folder that of ``point``: what was recorded after it is cut, kept aside and named."""
         version = point.version if point else -1
         self._metrics.close()
-        rows = rewind_rows(self.path, version)
+        rows = rewind_rows(self.path / "metrics.jsonl", version)
+        rewind_rows(self.path / WEIGHTS, version)
+        for sample in (self.path / "samples").glob("step-*.parquet"):
+            if int(sample.stem.removeprefix("step-")) > version:
+                sample.unlink()
+        aside = checkpoints.set_aside(self.path / "checkpoints", version)
         self._metrics = MetricsWriter(self.path, self._config.run.tensorboard)
         groups = self.samples.rewind(point.state["samples"] if point else NOTHING)
         self._last_sampled = max(version, 0)
@@ -83,18 +93,20 @@ class RunFolder:
             print(f"going on from {point.place}", flush=True)
         if rows or groups:
             print(f"cut: {rows} recorded rows and the fates of {groups} groups after it, to be done again", flush=True)
+        if aside:
+            print(f"set aside: {', '.join(aside)} in {self.path / 'checkpoints'}", flush=True)
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup], digest: str = "") -> None:
         """Record a finished step and print a line of progress every other second; ``digest`` is that of its weights."""
         now = time.monotonic()
         self._first = self._first or (step, now)
-        self._metrics.write(step, metrics)
-        with (self.path / WEIGHTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "digest": digest}) + "\n")
         every, last = self._config.run.samples_every, self._config.run.steps
         if every and (step // every > self._last_sampled // every or step >= last):
             self._last_sampled = step
             write_groups(self.path / "samples" / f"step-{step:06d}.parquet", groups, step)
+        with (self.path / WEIGHTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "digest": digest}) + "\n")
+        self._metrics.write(step, metrics)  # Last: a step that has its row has everything.
         if now - self._printed >= PRINT_EVERY_S or step == self._first[0] or step >= last:
             self._printed = now
             left = (now - self._first[1]) / max(step - self._first[0], 1) * (last - step)
@@ -114,13 +126,15 @@ class RunFolder:
             raise OSError(errno.ENOSPC, f"{free / 1e9:.3f} GB free, the last one took {size / 1e9:.3f} GB")
         return draft
 
-    async def commit(self, draft: Path, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
-        """Make ``draft`` a checkpoint, beside the run."""
+    async def commit(self, draft: Path, state: dict[str, Any], queued: list[RolloutGroup]) -> bool:
+        """Make ``draft`` a checkpoint, beside the run; False if the disk did not let it."""
         try:
             await asyncio.to_thread(self._commit, draft, state, queued)
-            self._unsaved = 0
         except OSError as error:
             self.unsaved(state["version"], error)
+            return False
+        self._unsaved = 0
+        return True
 
     def unsaved(self, step: int, error: OSError) -> None:
         """A checkpoint could not be written: the one before is kept. Raises ``InputError`` E601 at the second in a row."""
@@ -207,12 +221,13 @@ def dump_config(config: Config) -> str:
 
 
 def _empty(folder: Path) -> None:
-    """Remove everything but the lock that is held."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
+    """Remove what runs write, and nothing else: a wrong output_dir costs nobody's files."""
+    for name in OURS:
+        path = folder / name
+        if path.is_symlink() or path.is_file():
             path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
 
 
 def _versions() -> dict[str, str]:

@@ -51,12 +51,12 @@ def _row(group: RolloutGroup, i: int, step: int | None) -> dict[str, Any]:
         "advantage": None if group.advantages is None else float(group.advantages[i]),
     }
     row |= {f"rewards/{name}": float(values[i]) for name, values in group.reward_parts.items()}
-    row |= {column: str(values[i]) for column, values in group.extra.items()}
+    row |= {f"extra/{name}": str(values[i]) for name, values in group.extra.items()}
     return row | {
         "token_ids": completion.token_ids.tolist(),
         "rollout_logprobs": completion.logprobs.tolist(),
         "versions": [number for span in completion.version_spans for number in span],
-        "extra": json.dumps({"parts": list(group.reward_parts), "extra": list(group.extra), "metrics": group.metrics}),
+        "names": json.dumps({"parts": list(group.reward_parts), "extra": list(group.extra), "metrics": group.metrics}),
     }
 
 
@@ -71,14 +71,14 @@ def read_groups(path: Path, prompt_of: Callable[[int], Prompt]) -> list[RolloutG
 
 
 def _group(group_id: int, rows: list[dict[str, Any]], prompt: Prompt) -> RolloutGroup:
-    names = json.loads(rows[0]["extra"])
+    names = json.loads(rows[0]["names"])
     return RolloutGroup(
         group_id=group_id,
         prompt=prompt,
         completions=tuple(_completion(row) for row in rows),
         rewards=np.array([row["reward"] for row in rows], np.float32),
         reward_parts={name: np.array([row[f"rewards/{name}"] for row in rows], np.float32) for name in names["parts"]},
-        extra={name: [row[name] for row in rows] for name in names["extra"]},
+        extra={name: [row[f"extra/{name}"] for row in rows] for name in names["extra"]},
         metrics=names["metrics"],
     )
 

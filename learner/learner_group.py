@@ -7,6 +7,9 @@ the whole group at once; no rank is waited for after another has failed.
 from __future__ import annotations
 
 import asyncio
+import statistics
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -22,6 +25,7 @@ from shared.types import RolloutGroup, StepReport
 from shared.weights import Link, Publication, remove_segments
 
 START_TIMEOUT_S = 300.0
+KNOWN_STEPS, SHORTEST_LIMIT_S = 5, 120.0
 ECHO_S = 5.0
 """Longest wait for a death to be known after another rank has failed."""
 
@@ -40,6 +44,8 @@ class LearnerGroup:
         self._environment = environment | learner_environment(config)
         self._ranks: list[Any] = []
         self._lives = 0
+        self._durations: deque[float] = deque(maxlen=20)
+        """Seconds of the last steps."""
         self.slices: list[TimeSlice] = []
         """What the ranks did, as far as their answers told."""
 
@@ -63,10 +69,19 @@ class LearnerGroup:
 
         # One copy in the object store serves all ranks; a plain argument would be stored once per rank.
         shared = ray.put(groups) if len(self._ranks) > 1 else groups
-        answers = await self._call("train_and_publish", shared, canary)
+        started = time.monotonic()
+        answers = await self._call("train_and_publish", shared, canary, timeout_s=self._step_limit())
+        self._durations.append(time.monotonic() - started)
         self.slices += [report.times for report, _ in answers if report.times is not None]
         report: StepReport = answers[0][0]
         return report, self._merged([publication for _, publication in answers]) if report.applied else None
+
+    def _step_limit(self) -> float:
+        """Seconds after which a step is given up: ten times the usual, once that is known, or the configured limit."""
+        limit = self._config.learner.step_timeout_s
+        if len(self._durations) < KNOWN_STEPS:
+            return limit
+        return min(limit, max(SHORTEST_LIMIT_S, 10 * statistics.median(self._durations)))
 
     async def publish(self, canary: np.ndarray) -> Publication:
         """Snapshot the weights for the engines, with the log-probs of the ``canary`` tokens ``[T]``."""

@@ -33,7 +33,7 @@ def gather_state(learner: Learner) -> dict[str, Tensor]:
             value = _full(learner, parameter, key)
             if number % learner.world_size == learner.rank:
                 share[f"{key}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if learner.reference is not None and learner.config.algorithm.reference_sync_steps:
+    if learner.reference is not None and learner.reference.moved:
         for number, (name, tensor) in enumerate(learner.reference.tensors()):
             if number % learner.world_size == learner.rank:
                 share[f"reference/{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -54,7 +54,7 @@ def write_state(learner: Learner, share: dict[str, Tensor], directory: str) -> N
         raise OSError(str(error)) from None
     if learner.rank == 0:
         moving = {
-            name: {field: getattr(coefficient, field) for field in coefficient.MOVING}
+            name: [type(coefficient).__name__, {field: getattr(coefficient, field) for field in coefficient.MOVING}]
             for name, coefficient in learner.coefficients.items()
         }
         numbers = {"policy_version": learner.policy_version, "adam_steps": _adam_steps(learner), "coefficients": moving}
@@ -74,11 +74,12 @@ def load_state(learner: Learner, directory: str) -> None:
             _put(learner, parameter, key, stored[f"{key}/{name}"])
     for state in _base_optimizer(learner).state.values():
         state["step"].fill_(numbers["adam_steps"])
-    if learner.reference is not None and learner.config.algorithm.reference_sync_steps:
+    if learner.reference is not None and "reference" in stored:
         learner.reference.load(lambda name: stored[f"reference/{name}"])
     learner.policy_version = numbers["policy_version"]
-    for name, moved in numbers["coefficients"].items():
-        vars(learner.coefficients[name]).update(moved)
+    for name, (kind, moved) in numbers["coefficients"].items():
+        if kind == type(learner.coefficients[name]).__name__:  # Another kind begins where its settings say.
+            vars(learner.coefficients[name]).update(moved)
     _restore_random_state(folder / f"random-{learner.rank:03d}.safetensors")
 
 
@@ -90,6 +91,9 @@ class _Stored:
 
         self._files = [safe_open(str(path), "pt") for path in sorted(folder.glob("part-*.safetensors"))]
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping.
+
+    def __contains__(self, kind: str) -> bool:
+        return any(name.startswith(f"{kind}/") for name in self._where)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._where[name].get_tensor(name)

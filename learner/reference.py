@@ -36,6 +36,8 @@ class Reference:
         else:
             self._engine = self._model.to(device)
         self._head = self._whole_head()
+        self.moved = False
+        """Whether it is not the model that the run began with."""
 
     @torch.no_grad()
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -59,7 +61,7 @@ class Reference:
         for (_, tensor), parameter in zip(full_tensors(policy), self._writable(), strict=True):
             mixed = parameter.float().lerp(tensor.to(parameter.device).float(), alpha)
             parameter.copy_(mixed)
-        self._head = self._whole_head()
+        self._head, self.moved = self._whole_head(), True
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -72,7 +74,7 @@ class Reference:
         """Become what ``tensors`` gave once; ``stored`` finds a tensor by name."""
         for name, parameter in self.tensors():
             parameter.copy_(stored(name))
-        self._head = self._whole_head()
+        self._head, self.moved = self._whole_head(), True
 
     def _writable(self) -> Iterator[Tensor]:
         for parameter in self._model.parameters():

@@ -48,6 +48,11 @@ class RolloutBuffer:
         """Scored groups that wait for the learner."""
         return sum(isinstance(group, RolloutGroup) for group in self._waiting.values())
 
+    def status(self) -> str:
+        """Where the groups are, for a log."""
+        elsewhere = self.in_flight - self.ready
+        return f"{self.ready} scored groups wait for the learner, {elsewhere} groups are generated, scored or trained"
+
     def metrics(self) -> dict[str, float]:
         """How full it is, and how many places stayed empty."""
         depth = {"buffer/ready": self.ready, "buffer/in_flight": self.in_flight, "groups/holes": self.holes}

@@ -48,6 +48,11 @@ class EnginePool:
         self.slices: list[TimeSlice] = []
         """What the engines did, as far as their answers told; ``lost`` between two lives."""
 
+    @property
+    def workers(self) -> int:
+        """Engine workers over all engines."""
+        return self._config.rollout.num_engines * self._config.rollout.tensor_parallel_size
+
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
         await self._fleet.start()
@@ -86,9 +91,7 @@ class EnginePool:
         """
         self._newest, self._refused = publication, set()
         replicas = [replica for replica in self._fleet.running() if not replica.catching_up]
-        if (
-            publication.collective
-        ):  # An engine that fails in a broadcast takes the link with it, for all: no other life.
+        if publication.collective:  # An engine that fails in a broadcast takes the link with it: no other life for it.
             await asyncio.gather(*(self._take(replica, publication) for replica in replicas))
         for replica in replicas if not publication.collective else ():
             update = asyncio.create_task(self._follow(replica))

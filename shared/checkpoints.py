@@ -128,6 +128,17 @@ def of_step(parent: Path, step: int) -> tuple[Path, dict[str, Any]]:
         raise InputError("E604", "checkpoint damaged", str(damage.file), damage.found, damage.expected, fix) from None
 
 
+def set_aside(parent: Path, version: int) -> list[str]:
+    """Rename checkpoints of steps after ``version``: the run takes another way from there. Their new names."""
+    moved = []
+    for place in all_of(parent):
+        if int(place.name.removeprefix(PREFIX)) > version:
+            aside = place.with_name(f"cut.{place.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(place.rename(aside).name)
+    return moved
+
+
 def prune(parent: Path, keep: int, spare: Path | None = None) -> None:
     """Remove all but the newest ``keep`` checkpoints; ``spare`` stays too."""
     for place in all_of(parent)[keep:]:

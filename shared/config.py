@@ -37,8 +37,9 @@ class Run(Section):
     """Write the step's completions to samples/ every so many steps; 0 writes none."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events."""
-    stall_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """End the run when no step finishes for this long (start-up has its own limit)."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """End the run when no step finishes for this long (start-up has its own limit): longer than learner.step_timeout_s and
+    twice rollout.request_timeout_s, which find who hangs and replace it."""
 
 
 class Model(Section):
@@ -273,6 +274,10 @@ class Config(Section):
     def updates_per_batch(self) -> int:
         """Optimizer steps on one generated batch."""
         return self.learner.steps_per_batch * self.learner.epochs_per_batch
+
+    def batches_left(self, version: int) -> int:
+        """Batches still to be trained after policy ``version``."""
+        return -(-(self.run.steps - version) // self.updates_per_batch)
 
     @property
     def needs_reference(self) -> bool:

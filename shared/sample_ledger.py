@@ -31,7 +31,9 @@ class SampleLedger:
     def __init__(self, path: Path) -> None:
         self._path = path
         content = path.read_bytes() if path.exists() else b""
-        self._bytes, self._hash = len(content), hashlib.sha256(content)
+        self._written = self._bytes = len(content)
+        """On the disk, and with what is still to be written."""
+        self._hash = hashlib.sha256(content)
         self._unwritten: list[bytes] = []
         self.counts: Counter[str] = Counter()
         """``unit/sampled``, ``unit/<fate>``; units are groups, samples and tokens."""
@@ -100,6 +102,8 @@ class SampleLedger:
     def mark(self) -> dict[str, Any]:
         """This moment, for a checkpoint; what is written after it can be cut off again."""
         self.flush()
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
         return {
             "bytes": self._bytes,
             "sha256": self._hash.hexdigest(),
@@ -123,15 +127,22 @@ class SampleLedger:
             with self._path.with_suffix(".cut.jsonl").open("ab") as aside:
                 aside.write(cut)
         os.truncate(self._path, mark["bytes"])
-        self._bytes, self._hash = mark["bytes"], digest
+        self._written = self._bytes = mark["bytes"]
+        self._hash = digest
         self.counts, self.reasons = Counter(mark["counts"]), Counter(mark["reasons"])
         self.open = {group_id: (samples, tokens) for group_id, samples, tokens in mark["open"]}
         return cut.count(b"\n")
 
     def flush(self) -> None:
-        """Write what came since the last time."""
+        """Write what came since the last time, whole or not at all. Raises ``OSError``."""
         with self._path.open("ab") as file:
-            file.writelines(self._unwritten)
+            try:
+                file.writelines(self._unwritten)
+                file.flush()
+            except OSError:
+                os.truncate(self._path, self._written)
+                raise
+        self._written = self._bytes
         self._unwritten.clear()
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -290,9 +290,10 @@ class FakeRecorder:
     def draft(self, step: int) -> Path:
         return self.folder / f"draft-{step}"
 
-    async def commit(self, draft: Path, state: dict[str, Any], queued: list[RolloutGroup]) -> None:
+    async def commit(self, draft: Path, state: dict[str, Any], queued: list[RolloutGroup]) -> bool:
         await asyncio.sleep(0)
         self.commits.append((draft, json.loads(json.dumps(state)), queued))
+        return True
 
     def unsaved(self, step: int, error: OSError) -> None:
         self.unsaved_steps.append(step)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from launch.controller import Controller
 from launch.failures import TooManyFailures
+from launch.run import Session
+from launch.run_folder import RunFolder
 from rollout.prompts import PromptStream
 from shared.errors import (
     EngineFailed,
@@ -21,6 +25,8 @@ from shared.errors import (
     Stalled,
     WeightProofFailed,
 )
+from shared.metrics import read_metrics
+from shared.sample_ledger import SampleLedger
 from tests.fakes import FakeEngines, FakeLearners, FakeRecorder, FakeRewards, make_config, make_prompt
 
 SLOW, FAST = 0.006, 0.0
@@ -416,3 +422,133 @@ async def test_groups_of_a_synchronous_run_have_seeds_of_their_own(bound, seeded
     assert (seeds[0] is not None) == seeded
     again = await Loop(**{"rollout.max_staleness": bound}).run()
     assert dict(again.engines.sampled) == dict(loop.engines.sampled)
+
+
+async def test_a_final_evaluation_that_fails_costs_no_step():
+    loop = Loop(held_out=2, **{"run.checkpoint_every": 0})
+    loop.rewards.fail = lambda group: GroupFailed(group, "t", "") if group < 0 and loop.learners.version == 5 else None
+    await fails_with(NothingToLearn, loop)
+    assert [state["version"] for _, state, _ in loop.recorder.commits] == [5]
+
+
+async def test_the_last_checkpoint_is_tried_twice():
+    loop = Loop(**{"run.checkpoint_every": 0})
+    tries = []
+    loop.learners.fail_save = lambda n: tries.append(n) or (OSError(28, "full") if len(tries) == 1 else None)
+    await loop.run()
+    assert (loop.recorder.unsaved_steps, [version for _, version in loop.learners.saved]) == ([5], [5])
+
+
+async def test_an_evaluation_that_a_failure_cut_off_is_made_up():
+    loop = Loop(held_out=1, **{"eval.every_steps": 2, "run.steps": 6})
+    state = loop.controller._state() | {"version": 4, "evaluated": 2, "cursor": 8}
+    loop.learners.version = loop.engines.version = 4
+    loop.controller.restore(state, [])
+    await loop.run()
+    assert [version for version, _ in loop.recorder.evaluations] == [4, 6]
+
+
+async def test_reward_functions_and_token_counts_go_on_where_they_were():
+    loop = await Loop().run()
+    state = loop.recorder.commits[-1][1]
+    assert state["trainer_state"]["global_step"] == 5
+    again = Loop(**{"run.steps": 6})
+    assert again.rewards.state["global_step"] == 0
+    again.controller._samples = again.recorder.samples = SampleLedger(loop.recorder.samples._path)
+    again.recorder.samples.rewind(state["samples"])
+    again.controller.restore(state, [])
+    assert again.rewards.state == state["trainer_state"]
+    again.learners.version = again.engines.version = 5
+    await again.run()
+    before, after = loop.recorder.steps[-1][1]["num_tokens"], again.recorder.steps[-1][1]["num_tokens"]
+    assert after > before
+
+
+async def test_a_checkpoint_on_its_way_is_on_the_disk_before_another_life_begins():
+    loop = Loop(
+        learners=FakeLearners(fail=lambda call: LearnerLost("died") if call == 2 else None),
+        **{"run.checkpoint_every": 2},
+    )
+    slow = loop.recorder.commit
+
+    async def commit(*arguments):
+        await asyncio.sleep(0.05)
+        return await slow(*arguments)
+
+    loop.recorder.commit = commit
+    await fails_with(LearnerLost, loop)
+    assert [state["version"] for _, state, _ in loop.recorder.commits] == [2]
+
+
+async def test_books_that_cannot_be_closed_cost_no_step(capsys):
+    loop = Loop()
+    calls = []
+
+    async def close_books():
+        calls.append(loop.learners.version)
+        if len(calls) == 2:
+            raise LearnerLost("times: no answer")
+
+    loop.learners.close_books = close_books
+    await loop.run()
+    assert calls == [0, 5]
+    assert [state["version"] for _, state, _ in loop.recorder.commits] == [5]
+    assert "warning[W901] times of some processes are missing: times: no answer" in capsys.readouterr().out
+
+
+# --- lives ---
+
+
+class Mortal(FakeLearners):
+    """Dies in the calls that ``deaths`` names: train, restart or load, each counted from 0."""
+
+    def __init__(self, deaths):
+        super().__init__()
+        self.deaths, self.counts = set(deaths), Counter()
+
+    def live(self, what):
+        number, self.counts[what] = self.counts[what], self.counts[what] + 1
+        if (what, number) in self.deaths:
+            raise LearnerLost(f"died in {what}")
+
+    async def train_step(self, groups, canary):
+        self.live("train")
+        return await super().train_step(groups, canary)
+
+    async def restart(self):
+        self.version = 0
+        self.live("restart")
+
+    async def load(self, directory):
+        self.live("load")
+
+
+@pytest.mark.parametrize(
+    ("deaths", "most", "ends"),
+    [
+        ([("train", 2)], 1, True),
+        ([("train", 2)], 0, False),
+        ([("train", 2), ("restart", 0)], 2, True),
+        ([("train", 2), ("train", 4)], 2, True),
+        ([("train", 2), ("train", 4)], 1, False),
+    ],
+)
+async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypatch, deaths, most, ends):
+    config = make_config(**{"run.steps": 4, "run.max_restarts": most, "reward.max_failed_share": 1.0})
+    stream = PromptStream([make_prompt(i) for i in range(7)], seed=0)
+    learners, engines = Mortal(deaths), FakeEngines()
+    engines.reset = lambda: asyncio.sleep(0)
+    folder = RunFolder(config, tmp_path / "run")
+    monkeypatch.setattr("launch.run_folder.draw_curves", lambda *_: None)
+    parts = SimpleNamespace(engines=engines, rewards=FakeRewards(), learners=learners, link=lambda: asyncio.sleep(0))
+    session = Session(SimpleNamespace(config=config, held_out=[]), "run.toml", folder.path, stream, None)
+    lives = asyncio.wait_for(session._lives(folder, parts), 10)
+    if ends:
+        await lives
+        assert learners.version == 4
+        assert folder.samples.counts["groups/trained"] == 8
+        assert [row["step"] for row in read_metrics(folder.path)] == [1, 2, 3, 4]
+    else:
+        with pytest.raises(LearnerLost):
+            await lives
+    folder.finish()

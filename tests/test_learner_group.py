@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 
 import numpy as np
 import pytest
@@ -32,9 +33,9 @@ def test_a_rank_publishes_an_applied_step_alone(monkeypatch, applied):
 def test_a_group_merges_publications_of_an_applied_step_alone(monkeypatch, applied):
     report = StepReport(1, applied, {})
     group = LearnerGroup.__new__(LearnerGroup)
-    group._ranks, group.slices = [None], []
+    group._ranks, group.slices, group._durations, group._config = [None], [], deque(), make_config()
 
-    async def call(self, *arguments):
+    async def call(self, *arguments, timeout_s=None):
         return [(report, PUBLICATION if applied else None), (report, None)]
 
     monkeypatch.setattr(LearnerGroup, "_call", call)
@@ -94,3 +95,13 @@ async def test_a_full_disk_is_an_oserror():
     error = RayTaskError("save", "traceback", OSError(28, "No space left on device"))
     with pytest.raises(OSError, match="No space left"):
         await group_of((0.0, error))._call("save", "x")
+
+
+@pytest.mark.parametrize(
+    ("durations", "limit"),
+    [([], 600), ([1.0] * 4, 600), ([1.0] * 5, 120), ([20.0] * 5, 200), ([20.0] * 4 + [500.0], 200), ([100.0] * 5, 600)],
+)
+def test_a_step_is_given_up_after_ten_times_the_usual(durations, limit):
+    group = group_of(limit=600.0)
+    group._durations = deque(durations)
+    assert group._step_limit() == limit

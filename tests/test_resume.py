@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.controller import Controller
-from launch.resume import check_lock, find, rewind_rows, take_lock
+from launch.resume import Point, check_lock, find, rewind_rows, take_lock
 from launch.run_folder import RunFolder
 from launch.stored_groups import read_groups, write_groups
 from rollout.prompts import PromptStream
@@ -101,7 +102,7 @@ def test_going_on_from_the_newest_checkpoint_is_the_default(place, capsys):
     lived(config, folder, queued=[group])
     point = find(config, folder, stream_of())
     assert (point.version, point.place) == (3, folder / "checkpoints" / "step-000003")
-    (again,) = point.queued(stream_of())
+    (again,) = point.queued(config, stream_of())
     assert again.group_id == 7
     assert again.prompt.prompt_id == stream_of().at(7).prompt_id
     capsys.readouterr()
@@ -180,6 +181,56 @@ def test_what_may_change_may_change(place):
     assert find(place(**changes)[0], folder, stream_of()).version == 3
 
 
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"learner.lr": 1e-3, "learner.num_ranks": 2, "run.steps": 7}, True),
+        ({"rollout.max_staleness": 0}, False),
+        ({"learner.prompts_per_step": 1}, False),
+        ({"rollout.temperature": 0.5}, False),
+        ({"reward.functions": [{"function": "length"}]}, False),
+    ],
+)
+def test_waiting_groups_that_another_configuration_would_make_otherwise_are_made_again(place, changes, same):
+    config, folder = place()
+    lived(config, folder, queued=[make_group(7, version=2)])
+    now = place(**changes)[0]
+    assert (find(now, folder, stream_of()).queued(now, stream_of()) is not None) == same
+
+
+def test_going_back_sets_the_later_checkpoints_aside(place, capsys):
+    """Else the newest would be one of a way that the run has left."""
+    config, folder = place()
+    lived(config, folder, version=5)
+    older, newer = folder / "checkpoints" / "step-000003", folder / "checkpoints" / "step-000005"
+    shutil.copytree(newer, older)
+    now = place(**{"run.resume": "3"})[0]
+    run = RunFolder(now, folder)
+    state = json.loads((older / "state" / "run.json").read_text()) | {"version": 3}
+    run.rewind(Point(older, {}, state))
+    assert "set aside: cut.step-000005 in" in capsys.readouterr().out
+    assert [path.name for path in checkpoints.all_of(folder / "checkpoints")] == ["step-000003"]
+    assert (folder / "checkpoints" / "cut.step-000005" / "MANIFEST.json").exists()
+    run.finish()
+
+
+def test_overwriting_removes_what_runs_write_and_nothing_else(place):
+    config, folder = place(**{"run.resume": "overwrite"})
+    (folder / "other-run" / "checkpoints").mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("x")
+    (folder / "checkpoints").symlink_to(elsewhere)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    RunFolder(config, folder).finish()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "other-run" / "checkpoints").is_dir()
+    assert (elsewhere / "kept").exists()
+    assert read_metrics(folder) == []
+
+
 # --- what is cut ---
 
 
@@ -188,15 +239,24 @@ def test_rows_after_the_version_are_cut_with_their_samples(place):
     lived(config, folder)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # The writer was killed in the middle of a line.
-    assert rewind_rows(folder, 3) == 3
+    assert rewind_rows(folder / "metrics.jsonl", 3) == 3
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]
+    point = find(config, folder, stream_of())
+    run = RunFolder(config, folder)
+    run.rewind(point)
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step-00000{i}.parquet" for i in (1, 2, 3)]
+    assert [json.loads(line)["step"] for line in (folder / "ledger" / "weights.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+    ]
+    run.finish()
 
 
 def test_nothing_to_cut_is_no_file(place):
     config, folder = place()
     lived(config, folder)
-    assert rewind_rows(folder, 99) == 0
+    assert rewind_rows(folder / "metrics.jsonl", 99) == 0
     assert not (folder / "metrics.cut.jsonl").exists()
 
 
@@ -352,6 +412,26 @@ class Lives:
 
 
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+async def test_with_another_batch_size_every_waiting_group_is_made_again_within_its_bound(tmp_path):
+    """Those of the old configuration may be too old, or too many at once, for the new one."""
+    lives = Lives(tmp_path, 3, **{"rollout.max_staleness": 3, "learner.prompts_per_step": 4, "run.steps": 8})
+    for _ in range(50):
+        if lives.checkpoint or await lives.live(0.02):
+            break
+    state, _ = lives.checkpoint
+    config = make_config(**{"rollout.max_staleness": 1, "learner.prompts_per_step": 1, "run.steps": 20})
+    recorder, learners, engines = FakeRecorder(tmp_path), FakeLearners(), FakeEngines()
+    controller = Controller(config, stream_of(), [], engines, FakeRewards(), learners, recorder)
+    recorder.samples.rewind(state["samples"])
+    again = sorted(recorder.samples.open)
+    learners.version = engines.version = state["version"]
+    controller.restore(state, None)
+    await asyncio.wait_for(controller.run(), 5)
+    assert max(learners.staleness) <= 1
+    assert learners.order[: len(again)] == again[: len(learners.order)]
+    assert learners.order == sorted(set(learners.order))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -163,8 +163,8 @@ def test_every_completion_is_a_row(tmp_path):
         "finish_reason": "stop",
         "tokens": 5,
         "advantage": None,
-        "note": "y",
-    } | {name: second[name] for name in ("token_ids", "rollout_logprobs", "versions", "extra")}
+        "extra/note": "y",
+    } | {name: second[name] for name in ("token_ids", "rollout_logprobs", "versions", "names")}
 
 
 def test_a_column_that_only_later_groups_logged_is_kept(tmp_path):
@@ -172,7 +172,7 @@ def test_a_column_that_only_later_groups_logged_is_kept(tmp_path):
     logged = RolloutGroup(1, plain.prompt, plain.completions, plain.rewards, plain.reward_parts, {"note": ["x", "y"]})
     write_groups(tmp_path / "s.parquet", [plain, logged], 1)
     notes = pyarrow.parquet.read_table(tmp_path / "s.parquet").to_pylist()
-    assert [row.get("note") for row in notes] == [None, None, "x", "y"]
+    assert [row.get("extra/note") for row in notes] == [None, None, "x", "y"]
 
 
 # --- metrics ---

@@ -137,3 +137,35 @@ def test_a_file_that_is_not_the_checkpoint_s_is_refused(ledger):
     ledger._path.write_text(ledger._path.read_text().replace("trained", "tr4ined"))
     with pytest.raises(LedgerBroken, match="not those that the checkpoint saw"):
         ledger.rewind(mark)
+
+
+def test_a_write_that_fails_half_way_is_taken_back(ledger, monkeypatch):
+    for group in range(3):
+        ledger.admit(group)
+    ledger.close(0, "trained", step=1)
+    ledger.flush()
+    ledger.close(1, "trained", step=2)
+    real = open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def writelines(self, lines):
+            self.file.write(lines[0][:10])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.open", lambda path, mode="r": Full(real(path, mode)))
+    with pytest.raises(OSError, match="No space"):
+        ledger.flush()
+    monkeypatch.undo()
+    mark = ledger.mark()
+    assert [row["group"] for row in lines(ledger)] == [0, 1]
+    assert SampleLedger(ledger._path).rewind(mark) == 0

@@ -71,3 +71,41 @@ def test_a_single_token_of_the_last_version_is_enough():
 
     asyncio.run(kv.measure((short,), rescore))
     assert kv.take() == (pytest.approx(0.2), True)
+
+
+def test_what_is_known_to_pass_the_limit_is_dropped_without_waiting_for_it():
+    """Else every second publication would let it through: after a drop there is nothing to measure."""
+    kv, dropped = StaleKV(0.05), [False]
+    kv.take()
+    for _ in range(10):
+        measure(kv, (CROSSING,), lambda t: (1, 0.0 if dropped[-1] else 0.2))
+        dropped.append(kv.take()[1])
+    assert dropped[1:] == [True] * 10
+
+
+def test_once_in_a_while_it_is_tried_again():
+    kv, dropped = StaleKV(0.05), [False]
+    kv.take()
+    for publication in range(60):
+        measure(kv, (CROSSING,), lambda t: (1, 0.0 if dropped[-1] or publication > 5 else 0.2))  # noqa: B023
+        dropped.append(kv.take()[1])
+    assert dropped[1:6] == [True] * 5
+    assert not any(dropped[30:])
+
+
+def test_a_token_outside_the_filter_counts_for_nothing():
+    kv = StaleKV(0.05)
+    measure(kv, (CROSSING,), lambda t: (1, -float("inf") if t == 5 else 0.01))
+    assert kv.take() == (pytest.approx(0.01), False)
+
+
+def test_a_measure_that_a_publication_overtook_counts_for_nothing():
+    kv = StaleKV(0.05)
+
+    async def rescore(completion, position):
+        if position == 4:
+            kv.take()
+        return 1, 9.0
+
+    asyncio.run(kv.measure((CROSSING,), rescore))
+    assert kv.take() == (0.0, False)

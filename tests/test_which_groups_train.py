@@ -73,7 +73,7 @@ async def test_no_more_groups_are_sampled_than_the_updates_left_need(bound):
 
 async def test_the_batches_left_are_rounded_up():
     loop = Loop(**{"run.steps": 12, "learner.steps_per_batch": 3})
-    assert [loop.controller._batches_left(version) for version in (0, 3, 4, 9, 11, 12)] == [4, 3, 3, 1, 1, 0]
+    assert [loop.config.batches_left(version) for version in (0, 3, 4, 9, 11, 12)] == [4, 3, 3, 1, 1, 0]
 
 
 async def test_an_update_that_was_refused_makes_a_batch_rise_by_less():
