@@ -24,6 +24,7 @@ from shared.errors import InputError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEMENT_TIMEOUT_S = 60.0
+TASKS_TIMEOUT_S = 1.0
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
 
@@ -151,12 +152,22 @@ def disconnect() -> None:
 
 @asynccontextmanager
 async def ray_session(config: Config) -> AsyncIterator[None]:
-    """Connected to Ray for the length of the block."""
+    """Connected to Ray for the length of the block; no task that it left behind outlives the connection."""
     connect(config)
     try:
         yield
     finally:
+        await _end_tasks()
         disconnect()
+
+
+async def _end_tasks() -> None:
+    """Cancel what still runs and see it end: a task that asked Ray something later would start a Ray of its own, and wait."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=TASKS_TIMEOUT_S)
 
 
 def check_resources(config: Config, origin: str) -> Needs:

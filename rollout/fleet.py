@@ -59,9 +59,11 @@ class Fleet:
         if self._supervisor is not None:
             self._supervisor.cancel()
         for replica in self._replicas:
-            if not replica.ended:
+            if replica.ended:
+                replica.kill()
+            else:
                 replica.end(EngineFailed(f"{replica.name} is closed"))
-            replica.kill()
+                replica.release()
 
     def running(self) -> list[Replica]:
         """Engines that have started and are not lost."""

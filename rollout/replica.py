@@ -220,14 +220,23 @@ class Replica:
         self._end.set_exception(error)
         self._end.exception()  # Nobody may be waiting.
 
+    def release(self) -> None:
+        """End a process that is as it should be: Ray knows this end for one that was wanted."""
+        import ray
+
+        if self._place is not None and self._place.node == ray.get_runtime_context().get_node_id():
+            _kill_children(self._place.pid)
+        self._place = None
+        ray.kill(self._actor)
+
     def kill(self) -> None:
         """End its process, and on this node at once: Ray takes five seconds where the process is stopped."""
         import ray
 
-        ray.kill(self._actor)  # First, so that Ray knows this end for one that was wanted.
         if self._place is not None and not self._gone and self._place.node == ray.get_runtime_context().get_node_id():
             _kill(self._place.pid)
         self._place = None  # Another process may have the number from now on.
+        ray.kill(self._actor)
 
 
 def _reason(error: Exception) -> str:
@@ -245,15 +254,24 @@ def _forget(call: asyncio.Future[Any]) -> None:
 def _cancel(reference: Any) -> None:
     import ray
 
-    ray.cancel(reference)
+    if ray.is_initialized():  # Else the call would start another Ray.
+        ray.cancel(reference)
 
 
 def _kill(pid: int) -> None:
     """End a process and its children, which nobody else would end."""
     import psutil
 
+    _kill_children(pid)
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(pid)
-        for one in (*process.children(recursive=True), process):
+        psutil.Process(pid).kill()
+
+
+def _kill_children(pid: int) -> None:
+    """vLLM's own processes, where it has some."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
+                child.kill()

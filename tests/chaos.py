@@ -66,8 +66,13 @@ class Run:
         raise AssertionError(f"nothing said of {words!r} within {timeout_s:g} s:\n{self.text[-3000:]}")
 
     def wait(self, timeout_s: float) -> int:
-        """The exit code."""
-        code = self.process.wait(timeout_s)
+        """The exit code; one that does not end in time is shown with what it does."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            spy = [str(Path(sys.executable).with_name("py-spy")), "dump", "--pid", str(self.process.pid)]
+            stacks = subprocess.run(spy, capture_output=True, text=True, timeout=30, check=False).stdout
+            raise AssertionError(f"still there after {timeout_s:g} s:\n{self.text[-3000:]}\n{stacks}") from None
         self._listener.join(5)
         return code
 

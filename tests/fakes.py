@@ -392,6 +392,7 @@ def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, spawn: Callable
         remote=remote,
         kill=kill,
         cancel=lambda reference: reference.cancel(),
+        is_initialized=lambda: True,
         get_runtime_context=lambda: types.SimpleNamespace(get_node_id=lambda: "this node"),
         exceptions=exceptions,
         calls=calls,
