@@ -249,10 +249,13 @@ def test_vllm_is_built_and_stepped_with_its_own_number_of_threads(monkeypatch):
     import torch
 
     fake, seen = FakeLLM(), []
-    before = torch.get_num_threads()
-    monkeypatch.setattr(in_process, "build", lambda arguments: seen.append(torch.get_num_threads()) or fake)
-    InProcessLLM({}, "engine-0", before + 2).shutdown()
-    assert seen == [before + 2]
+    # Once vLLM has run in a process, torch's own setting is inert there; in the actor it comes first.
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda threads: seen.append((threading.current_thread().name, threads))
+    )
+    monkeypatch.setattr(in_process, "build", lambda arguments: seen.append("built") or fake)
+    InProcessLLM({}, "engine-0", 3).shutdown()
+    assert seen == [("vllm", 3), "built"]
 
 
 @pytest.mark.parametrize(("executor", "called"), [("UniProcExecutor", True), ("MultiprocExecutor", False)])

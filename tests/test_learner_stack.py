@@ -261,7 +261,7 @@ def test_the_saved_policy_loads_in_transformers(train, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    weights, _ = train(save=str(tmp_path / "hf"))
+    weights, _ = train(save=str(tmp_path))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     state = model.state_dict()
     assert all(np.array_equal(state[name].numpy(), value) for name, value in weights.items())

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from shared.config_loader import load_config, recipes
-from shared.ledger import TimeBook
 from shared.types import RolloutGroup
-from tests.fakes import FakePart
+from tests.fakes import FakePart, FakeRecorder
 
 pytestmark = pytest.mark.stack
 QUICKSTART = str(Path(__file__).parent.parent / "launch" / "configs" / "quickstart.toml")
@@ -33,6 +32,9 @@ class LocalEngine(FakePart):
         self.version = publication.version
         return {}
 
+    def metrics(self):
+        return {}
+
     async def prove(self, publication, _):
         return {"sync/canary_gap": await self.engine.prove(publication.canary, publication.version)}
 
@@ -51,6 +53,9 @@ class LocalLearner(FakePart):
 
     async def publish(self, canary):
         return self.learner.publish(canary)
+
+    async def save(self, directory):
+        self.learner.save(directory)
 
     async def send(self, publication):
         return publication.digest
@@ -71,17 +76,8 @@ class LocalRewards(FakePart):
         return {}
 
 
-class Rows:
-    """Keeps what the controller records."""
-
-    def __init__(self):
-        self.steps, self.evaluations, self.book = [], [], TimeBook()
-
-    def step(self, step, metrics, _):
-        self.steps.append({"step": step} | metrics)
-
-    def evaluated(self, _, metrics):
-        self.evaluations.append(metrics["eval/reward"])
+class Rows(FakeRecorder):
+    """Keeps what the controller records, and accepts no failure."""
 
     def summary(self, summary):
         assert all(process["residue"] < 0.005 for process in summary["processes"].values())
@@ -142,9 +138,11 @@ def test_a_recipe_learns(stack, recipe):
         run(Controller(config, stream, ready.held_out, engines, LocalRewards(config), learner, rows).run())
     finally:
         learner.learner._sender.close()
-    assert rows.steps[-1]["policy_version"] == STEPS
-    assert all(np.isfinite([row["loss"], row["grad_norm"], row["entropy"]]).all() for row in rows.steps)
-    assert rows.evaluations[-1] > rows.evaluations[0] + 0.2
+    steps = [metrics for _, metrics, _ in rows.steps]
+    assert steps[-1]["policy_version"] == STEPS
+    assert all(np.isfinite([row["loss"], row["grad_norm"], row["entropy"]]).all() for row in steps)
+    scores = [metrics["eval/reward"] for _, metrics in rows.evaluations]
+    assert scores[-1] > scores[0] + 0.2
 
 
 def test_the_learner_applies_the_engines_filter(stack):
