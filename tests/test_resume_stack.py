@@ -143,7 +143,7 @@ def test_a_learner_that_is_lost_is_built_again_and_the_run_goes_on_bit_for_bit(t
     changes = {"learner.step_timeout_s": 8.0} if fault == "stop" else {}
     process = train(folder, faults=f"learner.before_step:7:{fault}", **changes)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "warning[W902] learner lost at step 6 (1 of 5 times)" in process.stdout
+    assert "warning[W902] learner lost (1 of 5 times) — " in process.stdout
     assert f"going on from {folder}/checkpoints/step-000005" in process.stdout
     assert weights(folder) == weights(whole)
     assert record(folder) == record(whole)
