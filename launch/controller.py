@@ -262,6 +262,7 @@ class Controller:
             "evaluated": self._evaluated,
             "samples": self._samples.mark(),
             "buffer": self.buffer.state(),
+            "again": self._again.copy(),
             "stopping": {name: value for name, value in vars(self._stopping).items() if name[0] != "_"},
             "failures": dict(self._failures.causes),
             "trainer_state": self._rewards.state,
@@ -281,10 +282,9 @@ class Controller:
         unfinished = sorted(set(self._samples.open) - {group.group_id for group in queued or ()})
         for group_id in unfinished:
             self._samples.lose(group_id)
-        if queued is None:
-            self._again = unfinished
-        else:
-            self.buffer.restore(state["buffer"], queued, unfinished)
+        self._again = unfinished if queued is None else state["again"]
+        if queued is not None:
+            self.buffer.restore(state["buffer"], queued, set(unfinished) - set(self._again))
 
     async def _evaluate(self) -> None:
         """Score the held-out prompts with the weights that the engines hold; the best so far is kept."""

@@ -34,7 +34,7 @@ OURS = (
 )
 """What a run writes into its folder, beside the lock."""
 WEIGHTS = "ledger/weights.jsonl"
-"""Digests of the published weights by step; of a step that was done twice, the last line counts."""
+"""Digests of the published weights by step."""
 
 
 def resolve_output(output_dir: str) -> Path:

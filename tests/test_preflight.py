@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 
@@ -205,3 +206,23 @@ def test_workers_import_millrace_from_where_the_driver_did(monkeypatch):
 def test_engines_on_the_same_cores_are_warned_of(config, tmp_path, cores, warned):
     changes = {"rollout.num_engines": 2, "rollout.cpu_cores": cores}
     assert any("W505" in line for line in prepare(config(**changes), "run.toml", tmp_path).warnings) == warned
+
+
+async def test_no_task_outlives_the_connection_to_ray(monkeypatch):
+    """One that asked Ray something after its end would start another Ray and wait for ever."""
+    events = []
+
+    async def left_behind():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)
+            events.append("asked Ray")
+
+    monkeypatch.setattr(cluster, "connect", lambda config: events.append("connected"))
+    monkeypatch.setattr(cluster, "disconnect", lambda: events.append("disconnected"))
+    async with cluster.ray_session(None):
+        task = asyncio.create_task(left_behind())
+        await asyncio.sleep(0)
+    assert events == ["connected", "asked Ray", "disconnected"]
+    assert task.cancelled()

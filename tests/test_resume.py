@@ -45,6 +45,7 @@ STATE = {
     "data": stream_of().digest,
     "evaluated": 0,
     "buffer": {"barren": 0, "resampled": 0, "empty": []},
+    "again": [],
     "stopping": {},
     "failures": {},
 }
@@ -428,6 +429,12 @@ async def test_with_another_batch_size_every_waiting_group_is_made_again_within_
     again = sorted(recorder.samples.open)
     learners.version = engines.version = state["version"]
     controller.restore(state, None)
+    # Cut off at once, and once more: what is still to be made again is no burst then either.
+    state = json.loads(json.dumps(controller._state()))
+    assert state["again"] == again
+    controller = Controller(config, stream_of(), [], engines, FakeRewards(), learners, recorder)
+    controller.restore(state, [])
+    assert controller.buffer.in_flight == 0
     await asyncio.wait_for(controller.run(), 5)
     assert max(learners.staleness) <= 1
     assert learners.order[: len(again)] == again[: len(learners.order)]
