@@ -43,10 +43,8 @@ class EnginePool:
         self._updates: set[asyncio.Task[None]] = set()
         self._sampling: set[asyncio.Future[tuple[Completion, ...]]] = set()
         self._redispatched = 0
-        self._told: dict[str, float] = {}
-        """Where the slices of each engine end."""
         self.slices: list[TimeSlice] = []
-        """What the engines did, as far as their answers told; ``lost`` between two lives."""
+        """What the engines did, as far as their answers told."""
 
     @property
     def workers(self) -> int:
@@ -153,11 +151,13 @@ class EnginePool:
         calls = [replica.ask("times", timeout_s=limit) for replica in self._fleet.running()]
         for answer in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(answer, TimeSlice):
-                self._note(answer)
+                self.slices.append(answer)
         now = time.time()
         for index, health in enumerate(self._fleet.health):
             if health.state == "retired":
-                self._note(TimeSlice(f"engine-{index}", now, now, ()))
+                self.slices.append(
+                    TimeSlice(f"engine-{index}", now, now, (("start", now, now),))
+                )  # Of no life any more.
 
     def close(self) -> None:
         """Kill the engines."""
@@ -206,7 +206,7 @@ class EnginePool:
             self._fleet.lose(replica, error)
 
     async def _take(self, replica: Replica, publication: Publication) -> None:
-        self._note(await replica.take(publication))
+        self.slices.append(await replica.take(publication))
         self._fleet.notify()
 
     async def _prove(self, replica: Replica, publication: Publication, digest: str) -> None:
@@ -251,11 +251,3 @@ class EnginePool:
         self._refused.add(replica.index)
         if self._fleet.all_left_in(self._refused):
             self._fleet.fail(error)
-
-    def _note(self, times: TimeSlice) -> None:
-        """Keep a slice; what an engine did between its last answer and its next life is in no other."""
-        end = self._told.get(times.process, times.start)
-        if times.start > end:
-            self.slices.append(TimeSlice(times.process, end, times.start, (("lost", end, times.start),)))
-        self.slices.append(times)
-        self._told[times.process] = times.end

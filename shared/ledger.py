@@ -86,14 +86,14 @@ class TimeBook:
             self._trace.write("[\n")  # The format allows a missing end: a killed run leaves a file that opens.
 
     def add(self, piece: TimeSlice) -> None:
-        """Account for ``piece``."""
+        """Account for ``piece``; one that starts a process anew ends the time for which that was lost."""
         if piece.process not in self.totals:
             self.totals[piece.process] = defaultdict(float)
             self._event({"name": "thread_name", "ph": "M", "args": {"name": piece.process}}, piece.process)
         start, last = self._walls.get(piece.process, (piece.start, piece.start))
         self._walls[piece.process] = (start, piece.end)
         intervals = piece.intervals
-        if intervals and intervals[0][0] == "start" and piece.start > last:  # A new process in place of a lost one.
+        if intervals and intervals[0][0] == "start" and piece.start > last:
             intervals = (("lost", last, piece.start), *intervals)
         for state, begin, end in intervals:
             self.totals[piece.process][state] += end - begin

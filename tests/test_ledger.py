@@ -124,3 +124,13 @@ def test_a_change_of_state_costs_microseconds():
             pass
     ledger.take()
     assert (time.perf_counter() - started) / 1000 < 100e-6
+
+
+def test_between_two_lives_a_process_is_lost_and_a_missing_slice_is_no_life():
+    book = TimeBook()
+    book.add(TimeSlice("learner-0", 0.0, 10.0, (("start", 0.0, 4.0), ("forward", 4.0, 10.0))))
+    book.add(TimeSlice("learner-0", 13.0, 20.0, (("start", 13.0, 18.0), ("forward", 18.0, 20.0))))
+    assert book.totals["learner-0"] == {"start": 9.0, "forward": 8.0, "lost": 3.0}
+    assert book.residues()["learner-0"] == 0
+    book.add(TimeSlice("learner-0", 25.0, 40.0, (("forward", 25.0, 40.0),)))
+    assert book.residues()["learner-0"] == 5 / 40
