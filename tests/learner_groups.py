@@ -37,6 +37,19 @@ def nan_loss(log_ratio, advantages, mask, *, logprobs=None):
     return logprobs * torch.nan
 
 
+def learner_config(model_dir, ranks, model=None, algorithm=None, **learner):
+    """A configuration table for ``make_groups``'s groups on ``ranks`` ranks."""
+    return {
+        "run": {"steps": 10},
+        "model": {"path": str(model_dir)} | (model or {}),
+        "data": {"train": "unused"},
+        "rollout": {"group_size": 4, "max_prompt_tokens": 8, "max_new_tokens": 8},
+        "reward": {"functions": [{"function": "exact_match"}]},
+        "algorithm": {"kl": {"coef": 0.05}} | (algorithm or {}),
+        "learner": {"prompts_per_step": 6, "lr": 1e-3, "num_ranks": ranks} | learner,
+    }
+
+
 class Ranks:
     """``count`` processes that run ``program``: one per rank, for DeepSpeed joins one process group per process.
 

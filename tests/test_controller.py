@@ -552,3 +552,41 @@ async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypat
         with pytest.raises(LearnerLost):
             await lives
     folder.finish()
+
+
+async def test_a_commit_that_fails_at_the_end_is_tried_again():
+    loop = Loop(**{"run.checkpoint_every": 0})
+    answers = iter([False, True])
+
+    async def commit(draft, state, queued):
+        return next(answers)
+
+    loop.recorder.commit = commit
+    await loop.run()
+    assert [version for _, version in loop.learners.saved] == [5, 5]
+
+
+async def test_a_step_in_the_learner_s_hands_counts_when_the_engines_are_gone():
+    engines = FakeEngines(receive_delay=0.0)
+    loop = Loop(engines, learners=FakeLearners(delay=0.05), **{"rollout.max_staleness": 3, "run.steps": 50})
+    loop.learners.during = lambda: setattr(engines, "fail", lambda _: FleetExhausted("gone")) or loop.learners.version
+    await fails_with(FleetExhausted, loop)
+    (_, state, _) = loop.recorder.commits[-1]
+    assert state["version"] == loop.learners.version == len(loop.recorder.steps) >= 1
+
+
+async def test_what_was_evaluated_and_what_failed_is_remembered():
+    patience = {"eval.early_stopping": {"name": "patience", "patience": 2}}
+    loop = Loop(held_out=1, **patience)
+    state = loop.controller._state() | {
+        "stopping": {"best": 0.5, "best_version": 3, "without": 1},
+        "failures": {"E304": 2},
+    }
+    loop.controller.restore(state | {"version": 4}, [])
+    again = loop.controller._state()
+    assert again["stopping"] == {"best": 0.5, "best_version": 3, "without": 1, "stop": False}
+    assert again["failures"] == {"E304": 2}
+    # One more without a gain ends the run; with less patience it would have ended before.
+    strict = Loop(held_out=1, **{"eval.early_stopping": {"name": "patience", "patience": 1}})
+    strict.controller.restore(state | {"version": 4}, [])
+    assert strict.controller._state()["stopping"]["stop"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from learner.losses import AGGREGATIONS
-from tests.learner_groups import Ranks, make_groups
+from tests.learner_groups import Ranks, learner_config, make_groups
 
 pytestmark = pytest.mark.stack
 
@@ -66,15 +66,7 @@ def train(tmp_path_factory, model_dir):
     groups: dict[int, Ranks] = {}
 
     def run(ranks: int = 1, learner: dict | None = None, algorithm: dict | None = None, steps: int = 2, **options):
-        config = {
-            "run": {"steps": 10},
-            "model": {"path": str(model_dir)} | options.pop("model", {}),
-            "data": {"train": "unused"},
-            "rollout": {"group_size": 4, "max_prompt_tokens": 8, "max_new_tokens": 8},
-            "reward": {"functions": [{"function": "exact_match"}]},
-            "algorithm": {"kl": {"coef": 0.05}} | (algorithm or {}),
-            "learner": {"prompts_per_step": 6, "lr": 1e-3, "num_ranks": ranks} | (learner or {}),
-        }
+        config = learner_config(model_dir, ranks, options.pop("model", None), algorithm, **(learner or {}))
         if ranks not in groups:
             groups[ranks] = Ranks(work, ranks, RANK)
         out = str(work / "weights")

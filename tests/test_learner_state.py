@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.learner_groups import Ranks
+from tests.learner_groups import Ranks, learner_config
 
 pytestmark = pytest.mark.stack
 
@@ -51,16 +51,8 @@ def train(tmp_path_factory, model_dir):
     groups: dict[int, Ranks] = {}
 
     def run(ranks: int, begin: int, end: int, learner: dict | None = None, algorithm: dict | None = None, **options):
-        model = {"path": str(model_dir)} | options.pop("model", {})
-        config = {
-            "run": {"steps": 10},
-            "model": model,
-            "data": {"train": "unused"},
-            "rollout": {"group_size": 4, "max_prompt_tokens": 8, "max_new_tokens": 8},
-            "reward": {"functions": [{"function": "exact_match"}]},
-            "algorithm": {"kl": {"coef": 0.05}} | (algorithm or {}),
-            "learner": {"prompts_per_step": 6, "lr": 1e-2, "weight_decay": 0.1, "num_ranks": ranks} | (learner or {}),
-        }
+        settings = {"lr": 1e-2, "weight_decay": 0.1} | (learner or {})
+        config = learner_config(model_dir, ranks, options.pop("model", None), algorithm, **settings)
         if ranks not in groups:
             groups[ranks] = Ranks(work, ranks, RANK)
         out = str(work / "weights")
