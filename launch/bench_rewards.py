@@ -120,9 +120,10 @@ def _modes(options: argparse.Namespace) -> list[str]:
 async def _run(config: Config, options: argparse.Namespace, modes: list[str]) -> tuple[float, int]:
     """Seconds to score every group, and how many were dropped; every good one must have its values."""
     from launch.cluster import worker_environment
+    from launch.ray_actors import RaySlot
     from rollout.reward_pool import RewardPool
 
-    pool = RewardPool(config, worker_environment())
+    pool = RewardPool(config, [RaySlot({})] * config.reward.workers, worker_environment())
     groups = options.completions // options.group_size
     ids = np.arange(20, dtype=np.int32)
     answers = tuple(Completion(ids, np.zeros(20, np.float32), "x" * (i + 1), "stop") for i in range(options.group_size))

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import SAFE, refuse_open_dashboard
+from launch.placement import ACCELERATOR, SOME, Needs, Node, accelerator_of_ranks, check, table
+from launch.ray_actors import RaySlot
 from shared.config import Config
 from shared.errors import InputError, one_line
 
@@ -28,73 +30,30 @@ TASKS_TIMEOUT_S = 1.0
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Ray resources of a run: one bundle per engine, one per learner rank."""
-
-    engine: dict[str, float]
-    engines: int
-    rank: dict[str, float]
-    ranks: int
-    colocated: bool = False
-    """Engine and rank of the same number share a bundle, hence a GPU."""
-
-    @classmethod
-    def of(cls, config: Config, on_gpu: bool) -> Needs:
-        """What ``config`` takes. Reward workers are light and take no reserved resource."""
-        tp = config.rollout.tensor_parallel_size
-        if config.rollout.colocate:
-            engine, rank = {"GPU": 0.5, "CPU": 1.0}, {"GPU": 0.5, "CPU": 1.0}
-        elif on_gpu:
-            engine, rank = {"GPU": float(tp), "CPU": 1.0}, {"GPU": 1.0, "CPU": 1.0}
-        else:
-            engine = {"CPU": float(config.rollout.cpu_threads * tp)}
-            rank = {"CPU": float(config.learner.cpu_threads)}
-        return cls(engine, config.rollout.num_engines, rank, config.learner.num_ranks, config.rollout.colocate)
-
-    @property
-    def on_gpu(self) -> bool:
-        """True if engines and learner get GPUs."""
-        return "GPU" in self.engine
-
-    def total(self, resource: str) -> float:
-        """Sum over the bundles."""
-        return self.engine.get(resource, 0) * self.engines + self.rank.get(resource, 0) * self.ranks
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of one actor: a bundle of a placement group, or a part of it."""
-
-    group: Any
-    bundle: int
-    resources: dict[str, float]
-
-    def options(self) -> dict[str, Any]:
-        """Options of ``ray.remote`` that put an actor here."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        return {
-            "num_cpus": self.resources.get("CPU", 0),
-            "num_gpus": self.resources.get("GPU", 0),
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, self.bundle),
-        }
-
-
 @dataclass
 class Reservation:
-    """Placement groups that hold the run's resources, and the slots in them."""
+    """The places of a run's actors; each engine's is its own to give back."""
 
-    groups: list[Any]
-    engines: list[Slot]
-    ranks: list[Slot]
+    engines: list[RaySlot]
+    ranks: list[RaySlot]
+    rewards: list[RaySlot]
+    needs: Needs
+
+    def another_engine(self) -> RaySlot:
+        """A place for one engine more: there as soon as the cluster has it."""
+        from ray.util import placement_group
+
+        self.engines.append(RaySlot(self.needs.engine, placement_group([self.needs.engine], strategy="STRICT_PACK")))
+        return self.engines[-1]
+
+    def on(self, node: str) -> RaySlot:
+        """A place on ``node`` that takes nothing for itself."""
+        return RaySlot({}, node=node)
 
     def release(self) -> None:
-        """Give everything back."""
-        from ray.util import remove_placement_group
-
-        for group in self.groups:
-            remove_placement_group(group)
+        """Give the places back; a group that is gone already is no trouble."""
+        for slot in {id(slot.group): slot for slot in (*self.ranks, *self.engines)}.values():
+            slot.free()
 
 
 def connect(config: Config) -> None:
@@ -170,52 +129,52 @@ async def _end_tasks() -> None:
         await asyncio.wait(left, timeout=TASKS_TIMEOUT_S)
 
 
-def check_resources(config: Config, origin: str) -> Needs:
-    """The run's needs, compared with the cluster. Raises ``InputError`` E501 with a table."""
+def nodes() -> list[Node]:
+    """The nodes that are alive."""
     import ray
 
-    have = ray.cluster_resources()
-    on_gpu = have.get("GPU", 0) > 0
-    needs = Needs.of(config, on_gpu)
-    for resource in ("GPU", "CPU"):
-        needed, there = needs.total(resource), have.get(resource, 0)
-        if needed > there:
-            per_engine, ranks = needs.engine.get(resource, 0), needs.rank.get(resource, 0) * needs.ranks
-            found = f"{there:g} in the cluster"
-            expected = f"{needed:g} (engines {needs.engines} x {per_engine:g}, learner {ranks:g})"
-            fit = int((there - ranks) // per_engine) if per_engine else 0
-            fix = f"rollout.num_engines = {fit}" if fit >= 1 else f"a cluster with at least {needed:g} {resource}s"
-            raise InputError("E501", f"not enough {resource}s", f"{origin}:rollout.num_engines", found, expected, fix)
+    return [Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def check_resources(config: Config, origin: str) -> Needs:
+    """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table."""
+    there = nodes()
+    needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in there))
+    check(needs, there, config, origin)
     return needs
 
 
 async def reserve(needs: Needs) -> Reservation:
-    """Reserve one placement group per engine and one for the learner. Raises ``InputError`` E501 when they stay pending.
+    """Reserve a place for every engine and one for the learner. Raises ``InputError`` E501 when they stay pending.
 
     Colocated, there is one group with a bundle for every pair of engine and rank.
     """
+    import ray
     from ray.util import placement_group
 
     if needs.colocated:
         pair = {name: needs.engine[name] + needs.rank[name] for name in needs.engine}
         learner = placement_group([pair] * needs.ranks, strategy="PACK")
-        groups, engines = [learner], [Slot(learner, i, needs.engine) for i in range(needs.engines)]
+        engines = [RaySlot(needs.engine, learner, i) for i in range(needs.engines)]
     else:
-        learner = placement_group([needs.rank] * needs.ranks, strategy="PACK")
+        accelerator = accelerator_of_ranks(needs, nodes())
+        mark = {f"{ACCELERATOR}{accelerator}": SOME} if accelerator else {}
+        learner = placement_group([needs.rank | mark] * needs.ranks, strategy="PACK")
         own = [placement_group([needs.engine], strategy="STRICT_PACK") for _ in range(needs.engines)]
-        groups, engines = [learner, *own], [Slot(group, 0, needs.engine) for group in own]
-    reservation = Reservation(groups, engines, [Slot(learner, rank, needs.rank) for rank in range(needs.ranks)])
+        engines = [RaySlot(needs.engine, group) for group in own]
+    ranks = [RaySlot(needs.rank, learner, rank) for rank in range(needs.ranks)]
+    reservation = Reservation(engines, ranks, [RaySlot({})] * needs.rewards, needs)
     try:
-        await asyncio.wait_for(asyncio.gather(*(group.ready() for group in reservation.groups)), PLACEMENT_TIMEOUT_S)
+        pending = asyncio.gather(*(slot.ready() for slot in (*ranks, *engines)))
+        await asyncio.wait_for(pending, PLACEMENT_TIMEOUT_S)
     except TimeoutError:
         reservation.release()
         found, expected = (
             f"resources still taken after {PLACEMENT_TIMEOUT_S:g} s",
             f"{needs.total('CPU'):g} CPUs and {needs.total('GPU'):g} GPUs free",
         )
-        raise InputError(
-            "E501", "not enough resources", "cluster", found, expected, "end the other jobs, or ask for less"
-        ) from None
+        fix, shown = "end the other jobs, or ask for less", table(needs, nodes(), ray.available_resources())
+        raise InputError("E501", "not enough resources", "cluster", found, expected, fix, shown) from None
     return reservation
 
 

@@ -19,8 +19,9 @@ from launch.run import guarded, parse
 from launch.score import read_rows
 from rollout.reward_loading import isolation_of, reward_name
 from rollout.reward_worker import RewardWorker
-from shared.config import Config, Reward, RewardFunction
+from shared.config import Config
 from shared.config_loader import load_config
+from shared.config_reward import Reward, RewardFunction
 from shared.errors import InputError, InputErrors, RewardFailed
 from shared.types import Prompt
 

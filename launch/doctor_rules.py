@@ -10,7 +10,8 @@ import numpy as np
 
 from launch.doctor_samples import Sample, target_length
 from rollout.reward_worker import Scores
-from shared.config import Config, RewardFunction
+from shared.config import Config
+from shared.config_reward import RewardFunction
 
 ERROR, WARNING = "error", "warning"
 HUGE = 1000.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rollout.reward_loading import default_column
-from shared.config import RewardFunction
+from shared.config_reward import RewardFunction
 from shared.types import Completion, Prompt
 
 ANSWER_COLUMNS = ("answer", "solution", "target", "ground_truth", "gold", "label")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rollout.buffer import RolloutBuffer
-from shared.config import Config, Reward
+from shared.config import Config
+from shared.config_reward import Reward
 from shared.errors import GroupFailed, InputError, LearnerFailed, Stalled
 from shared.types import Prompt, RolloutGroup, StepReport
 

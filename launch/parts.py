@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from launch.cluster import Needs, reserve, worker_environment
+from launch.cluster import reserve, worker_environment
+from launch.placement import Needs
 from learner.learner_group import LearnerGroup
 from rollout.engine_pool import EnginePool
 from rollout.reward_pool import RewardPool
 from shared.config import Config
-from shared.weights import remove_segments
+from shared.weights import NCCL_BACKEND, backend_of, remove_segments
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ async def started(config: Config, needs: Needs) -> AsyncIterator[Parts]:
     try:
         reservation = await reserve(needs)
         environment = worker_environment()
-        rewards = RewardPool(config, environment)
+        rewards = RewardPool(config, reservation.rewards, environment)
         learners = LearnerGroup(config, run_id, reservation.ranks, environment)
-        # Closed, because it would start engines again for as long as it lives.
-        with closing(EnginePool(config, reservation.engines, environment)) as engines:
+        engines = EnginePool(config, reservation, environment)
+        try:
             await asyncio.gather(engines.start(), learners.start(), rewards.start())
-            parts = Parts(engines, rewards, learners, needs.on_gpu and not needs.colocated)
+            parts = Parts(engines, rewards, learners, backend_of(config, needs.on_gpu) == NCCL_BACKEND)
             await parts.link()
             yield parts
+        finally:  # It would start engines again for as long as it lives.
+            await engines.close()
     finally:
         remove_segments(run_id)

@@ -81,15 +81,14 @@ def digests(run: Path) -> dict[int, str]:
 
 async def replay(config: Config, stream: PromptStream, files: dict[int, Path], expected: dict[int, str]) -> None:
     """Train on every file's groups in turn. Raises ``Diverged`` at the first step with other weights."""
-    import ray
-
-    from launch.cluster import Needs, ray_session, reserve, worker_environment
+    from launch.cluster import nodes, ray_session, reserve, worker_environment
+    from launch.placement import Needs
     from learner.learner_group import LearnerGroup
     from shared.weights import remove_segments
 
     run_id = uuid.uuid4().hex[:12]
     async with ray_session(config):
-        needs = Needs.of(config, ray.cluster_resources().get("GPU", 0) > 0)
+        needs = Needs.of(config, any(node.count("GPU") for node in nodes()))
         reservation = await reserve(replace(needs, engines=0, colocated=False))
         learners = LearnerGroup(config, run_id, reservation.ranks, worker_environment())
         try:

@@ -27,7 +27,7 @@ from shared import faults
 from shared.config import Config
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, Prompt, RolloutGroup, StepReport
-from shared.weights import Canary, Link, Publication
+from shared.weights import IPC_BACKEND, SHM_BACKEND, Canary, Link, Publication, backend_of
 
 
 class Learner:
@@ -246,9 +246,10 @@ class Learner:
         """Make room for publications; ``run_id`` names their shared memory."""
         first = self.rank == 0
         self._sender: ShmSender | IpcSender | NcclSender
-        if self.device.type == "cpu":
+        backend = backend_of(self.config, self.device.type != "cpu")
+        if backend == SHM_BACKEND:
             self._sender = ShmSender(self.engine, run_id, first)
-        elif self.config.rollout.colocate:
+        elif backend == IPC_BACKEND:
             self._sender = IpcSender(self.engine, self.device)
         else:
             self._sender = NcclSender(self.engine, first)

@@ -1,4 +1,4 @@
-"""The learner's ranks as one object: spawns them as Ray actors and calls them together.
+"""The learner's ranks as one object: spawns them and calls them together.
 
 Invariant: every rank gets the same call with the same groups, and a rank that dies or exceeds its deadline fails
 the whole group at once; no rank is waited for after another has failed.
@@ -10,7 +10,7 @@ import asyncio
 import statistics
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 
 from learner.distributed import free_port, learner_environment
 from learner.learner import Learner
+from shared.actors import Actor, ActorDied, ActorUnreachable, Slot
 from shared.config import Config
-from shared.errors import LearnerFailed, LearnerLost, one_line
+from shared.errors import LearnerFailed, LearnerLost, MillraceError
 from shared.ledger import TimeSlice
 from shared.types import RolloutGroup, StepReport
 from shared.weights import Link, Publication, remove_segments
@@ -30,7 +31,7 @@ ECHO_S = 5.0
 """Longest wait for a death to be known after another rank has failed."""
 
 
-def _master_address() -> tuple[str, int]:
+def _free_address() -> tuple[str, int]:
     import ray
 
     return ray.util.get_node_ip_address(), free_port()
@@ -39,11 +40,11 @@ def _master_address() -> tuple[str, int]:
 class LearnerGroup:
     """``config.learner.num_ranks`` learners; ``slots`` holds the place of each in the cluster."""
 
-    def __init__(self, config: Config, run_id: str, slots: list[Any], environment: dict[str, str]) -> None:
+    def __init__(self, config: Config, run_id: str, slots: Sequence[Slot], environment: dict[str, str]) -> None:
         self._config, self._run_id, self._slots = config, run_id, slots
         self._environment = environment | learner_environment(config)
-        self._ranks: list[Any] = []
-        self._lives = 0
+        self._ranks: list[Actor] = []
+        self._lives, self._node = 0, ""
         self._durations: deque[float] = deque(maxlen=20)
         """Seconds of the last steps."""
         self.slices: list[TimeSlice] = []
@@ -51,24 +52,18 @@ class LearnerGroup:
 
     async def start(self) -> None:
         """Spawn the ranks and wait until each holds its share of the model."""
-        import ray
-
-        count = self._config.learner.num_ranks
-        probe = ray.remote(_master_address).options(**self._options(0) | {"num_gpus": 0, "num_cpus": 0})
-        master = await asyncio.wait_for(probe.remote(), START_TIMEOUT_S)
-        actor = ray.remote(Learner)
-        for rank in range(count):
-            options = self._options(rank) | {"max_restarts": 0, "max_concurrency": 1}
-            self._ranks.append(actor.options(**options).remote(self._config, rank, count, master))
+        master = await self._free_address()
+        for rank, slot in enumerate(self._slots):
+            arguments = self._config, rank, len(self._slots), master
+            self._ranks.append(slot.spawn(Learner, *arguments, environment=self._environment))
         self._lives += 1
         await self._call("open_sender", f"{self._run_id}-{self._lives}", timeout_s=START_TIMEOUT_S)
+        self._node = await self._ranks[0].node()
 
     async def train_step(self, groups: list[RolloutGroup], canary: np.ndarray) -> tuple[StepReport, Publication | None]:
         """All updates on ``groups``, and the publication of the new weights unless none was applied."""
-        import ray
-
-        # One copy in the object store serves all ranks; a plain argument would be stored once per rank.
-        shared = ray.put(groups) if len(self._ranks) > 1 else groups
+        # One copy serves all ranks; a plain argument would be stored once per rank.
+        shared = self._slots[0].share(groups) if len(self._ranks) > 1 else groups
         started = time.monotonic()
         answers = await self._call("train_and_publish", shared, canary, timeout_s=self._step_limit())
         self._durations.append(time.monotonic() - started)
@@ -94,14 +89,11 @@ class LearnerGroup:
         if any(other is not None and other.digest != first.digest for other in others):
             raise LearnerFailed(f"learner ranks hold different weights of version {first.version}")
         handles = {gpu: h for p in publications if p is not None for gpu, h in p.handles.items()}
-        return replace(first, handles=handles)
+        return replace(first, handles=handles, node=self._node)
 
     async def connect(self, engines_connect: Callable[[Link], Awaitable[None]], workers: int) -> None:
         """Open a link with ``workers`` engine workers, which join it through ``engines_connect`` at the same time."""
-        import ray
-
-        probe = ray.remote(_master_address).options(**self._options(0) | {"num_gpus": 0, "num_cpus": 0})
-        host, port = await asyncio.wait_for(probe.remote(), START_TIMEOUT_S)
+        host, port = await self._free_address()
         link = Link(host, port, workers)
         await asyncio.gather(self._call("connect", link, timeout_s=START_TIMEOUT_S), engines_connect(link))
 
@@ -130,14 +122,12 @@ class LearnerGroup:
 
     def close(self) -> None:
         """Kill the ranks."""
-        import ray
-
         for rank in self._ranks:
-            ray.kill(rank)
+            rank.kill()
 
     async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
         limit = timeout_s or self._config.learner.step_timeout_s
-        calls = [asyncio.ensure_future(getattr(rank, method).remote(*arguments)) for rank in self._ranks]
+        calls = [rank.call(method, *arguments).answer for rank in self._ranks]
         try:
             return list(await asyncio.wait_for(asyncio.gather(*calls), limit))
         except TimeoutError:
@@ -152,15 +142,11 @@ class LearnerGroup:
             raise
 
     def _raise(self, method: str, error: Exception, failures: list[BaseException]) -> None:
-        from ray.exceptions import RayActorError, RayTaskError
+        if isinstance(error, MillraceError | OSError):
+            raise error
+        if deaths := [failure for failure in failures if isinstance(failure, ActorDied | ActorUnreachable)]:
+            raise LearnerLost(f"{method}: a learner rank died: {deaths[0]}") from error
 
-        from shared.errors import MillraceError
-
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, MillraceError | OSError):
-            raise cause from error
-        if deaths := [failure for failure in failures if isinstance(failure, RayActorError)]:
-            raise LearnerLost(f"{method}: a learner rank died: {one_line(deaths[0], 400)}") from error
-
-    def _options(self, rank: int) -> dict[str, Any]:
-        return self._slots[rank].options() | {"runtime_env": {"env_vars": self._environment}}
+    async def _free_address(self) -> tuple[str, int]:
+        """Host of the first rank, and a port there."""
+        return await asyncio.wait_for(self._slots[0].run(_free_address), START_TIMEOUT_S)

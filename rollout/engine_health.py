@@ -47,9 +47,9 @@ TABLE: dict[State, dict[Event, State]] = {
 class EngineHealth:
     """One slot of the fleet, over all its lives."""
 
-    def __init__(self, max_restarts: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """``max_restarts`` lives beyond the first; ``clock`` is monotonic, in seconds."""
-        self._max_restarts, self._clock = max_restarts, clock
+    def __init__(self, max_restarts: int, clock: Callable[[], float] | None = None) -> None:
+        """``max_restarts`` lives beyond the first; ``clock`` is monotonic, in seconds, by default the system's."""
+        self._max_restarts, self._clock = max_restarts, clock or time.monotonic
         self.state: State = "starting"
         self.restarts = 0
         """Lives begun after the first."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 from rollout.engine import Sampling
 from rollout.fleet import Fleet
-from rollout.replica import Replica, Unanswered, Unreachable
+from rollout.replica import Replica, Unanswered, Unreachable, stage_limit
+from rollout.weight_relay import Relays
+from shared.actors import Places
 from shared.config import Config
-from shared.errors import EngineFailed, GroupFailed, WeightProofFailed
+from shared.errors import EngineFailed, GroupFailed, InputError, WeightProofFailed
 from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
 from shared.weights import Link, Publication
@@ -32,11 +33,13 @@ def _worst(reports: list[dict[str, float]]) -> dict[str, float]:
 
 
 class EnginePool:
-    """``config.rollout.num_engines`` engines; ``slots`` holds the place of each in the cluster."""
+    """``config.rollout.num_engines`` engines and, as room appears, up to ``max_engines``; or as many as ``scale`` says."""
 
-    def __init__(self, config: Config, slots: list[Any], environment: dict[str, str]) -> None:
-        self._config = config
-        self._fleet = Fleet(config, slots, environment, self._follow)
+    def __init__(self, config: Config, places: Places, environment: dict[str, str]) -> None:
+        self._config, self._places = config, places
+        self._relays = Relays(places, environment)
+        self._fleet = Fleet(config, places.engines, environment, self._follow)
+        self._traffic = self._fleet.traffic
         self._newest: Publication | None = None
         self._refused: set[int] = set()
         """Engines that do not take ``_newest``."""
@@ -49,11 +52,29 @@ class EnginePool:
     @property
     def workers(self) -> int:
         """Engine workers over all engines."""
-        return self._config.rollout.num_engines * self._config.rollout.tensor_parallel_size
+        return len(self._fleet.running()) * self._config.rollout.tensor_parallel_size
 
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
         await self._fleet.start()
+        for _ in range(self._config.rollout.max_engines - self._fleet.size):
+            self._fleet.add(self._places.another_engine())
+
+    async def scale(self, engines: int) -> str:
+        """Bring the fleet to so many ``engines``; new ones serve as soon as they hold the newest weights.
+
+        Returns what was begun. Raises ``InputError`` where the number cannot change.
+        """
+        if engines < 1 or not self._fleet.replaceable or self._config.rollout.colocate:
+            expected = ">= 1" if engines < 1 else "engines that are not tied to a device link or to learner ranks"
+            fix = "--engines 1" if engines < 1 else 'rollout.weights = "host"'
+            raise InputError("E507", "cannot scale", "command line:--engines", str(engines), expected, fix)
+        before = self._fleet.size
+        names = [self._fleet.add(self._places.another_engine()) for _ in range(engines - before)]
+        leaving = [self._fleet.remove(self._config.rollout.request_timeout_s) for _ in range(before - engines)]
+        names += await asyncio.gather(*leaving)
+        verb = "starting" if engines > before else "gone"
+        return f"{before} -> {engines} engines" + (f"; {verb}: {', '.join(names)}" if names else "")
 
     async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
         """Sample one prompt on the least busy engine, and again on another if that one is lost.
@@ -77,9 +98,9 @@ class EnginePool:
         self._fleet.replaceable = False
         per_engine = self._config.rollout.tensor_parallel_size
         limit = self._config.rollout.start_timeout_s
-        await asyncio.gather(
-            *(r.ask("connect", link, 1 + r.index * per_engine, timeout_s=limit) for r in self._fleet.running())
-        )
+        ranks = range(1, 1 + self.workers, per_engine)
+        members = zip(self._fleet.running(), ranks, strict=True)
+        await asyncio.gather(*(r.ask("connect", link, rank, timeout_s=limit) for r, rank in members))
 
     async def receive(self, publication: Publication) -> dict[str, float]:
         """Bring the engines to ``publication``; on return all that serve sample with it. Returns the slowest's figures.
@@ -96,13 +117,14 @@ class EnginePool:
             self._updates.add(update)
             update.add_done_callback(self._updates.discard)
 
-        def holding() -> list[Replica]:
-            awaited = any(r.publication is not publication and self._fleet.is_trusted(r) for r in replicas)
-            return [] if awaited else [r for r in self._fleet.running() if r.publication is publication]
-
-        there = await self._fleet.until(holding)
+        scope = set(replicas)
+        there = await self._traffic.passed(
+            self._fleet.running(),
+            awaited=lambda r: r in scope and r.trusted and r.publication is not publication,
+            passed=lambda r: r.runs and r.publication is publication,
+        )
         for replica in replicas:
-            if replica not in there:
+            if replica.publication is not publication:
                 self._fleet.tell(replica, "outdated")
         return _worst([replica.taken for replica in there])
 
@@ -114,13 +136,13 @@ class EnginePool:
         if publication.collective:
             await asyncio.gather(*(self._prove(r, publication, digest) for r in self._fleet.running()))
 
-        def proved() -> list[Replica]:
-            there = [r for r in self._fleet.running() if r.publication is publication]
-            awaited = any(not r.proved and self._fleet.is_trusted(r) for r in there)
-            return [] if awaited else [r for r in there if r.proved]
-
         assert publication.digest in ("", digest)
-        return _worst([replica.proof for replica in await self._fleet.until(proved)])
+        proved = await self._traffic.passed(
+            self._fleet.running(),
+            awaited=lambda r: r.trusted and r.publication is publication and not r.proved,
+            passed=lambda r: r.runs and r.publication is publication and r.proved,
+        )
+        return _worst([replica.proof for replica in proved])
 
     async def reset(self) -> None:
         """Forget all weights, requests, keys and values: version numbers may name other weights from now on.
@@ -132,15 +154,15 @@ class EnginePool:
         for work in dropped:
             work.cancel()
         for replica in self._fleet.running():
-            replica.proved = False
+            replica.doubt()
             self._fleet.tell(replica, "outdated")
         await asyncio.gather(*(self._reset(replica) for replica in self._fleet.running()))
 
     def metrics(self) -> dict[str, float]:
         """Engines that serve now, and what losses have cost since the start."""
         return {
-            "engines/healthy": float(sum(map(self._fleet.is_healthy, self._fleet.running()))),
-            "engines/restarts": float(sum(health.restarts for health in self._fleet.health)),
+            "engines/healthy": float(self._traffic.serving),
+            "engines/restarts": float(self._fleet.restarts),
             "engines/redispatched": float(self._redispatched),
             "engines/recovery_seconds": self._fleet.recovery_s,
         }
@@ -153,15 +175,13 @@ class EnginePool:
             if isinstance(answer, TimeSlice):
                 self.slices.append(answer)
         now = time.time()
-        for index, health in enumerate(self._fleet.health):
-            if health.state == "retired":
-                self.slices.append(
-                    TimeSlice(f"engine-{index}", now, now, (("start", now, now),))
-                )  # Of no life any more.
+        # Of no life any more.
+        self.slices += [TimeSlice(name, now, now, (("start", now, now),)) for name in self._fleet.retired()]
 
-    def close(self) -> None:
-        """Kill the engines."""
+    async def close(self) -> None:
+        """Kill the engines, and remove the weights from other hosts."""
         self._fleet.close()
+        await self._relays.close()
 
     # --- groups ---
 
@@ -171,15 +191,14 @@ class EnginePool:
             replica = await self._idlest(group_id, limit)
             dispatched = time.monotonic()
             try:
-                completions = await replica.generate(prompt, sampling, limit)
-                self._fleet.tell(replica, "progressed")
-                await self._fleet.until(replica.settled)
+                with self._traffic.occupied(replica):
+                    completions = await self._answer(replica, prompt, sampling)
                 if not replica.ended:
                     return completions
             except EngineFailed as error:
                 self._fleet.lose(replica, error)
             except Unreachable:
-                if self._fleet.is_healthy(replica):
+                if replica.serves:
                     self._fleet.tell(replica, "probe_missed")
             except Unanswered:
                 self._fleet.tell(replica, "overdue" if replica.finished_at > dispatched else "stuck")
@@ -189,11 +208,21 @@ class EnginePool:
                     raise GroupFailed(group_id, "generation_timeout", detail) from None
             self._redispatched += 1
 
+    async def _answer(self, replica: Replica, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
+        """What ``replica`` samples, once its weights are proved or it is lost."""
+        completions = await replica.generate(prompt, sampling, self._config.rollout.request_timeout_s)
+        self._fleet.tell(replica, "progressed")
+        if not replica.proved:
+            await self._traffic.unless_failed(replica.settled())
+        return completions
+
     async def _idlest(self, group_id: int, limit_s: float) -> Replica:
         """The healthy engine with the fewest requests, as soon as there is one."""
+        if self._traffic.serving:
+            return await self._traffic.idlest()
         try:
             async with asyncio.timeout(limit_s):
-                return await self._fleet.until(self._fleet.idlest)
+                return await self._traffic.idlest()
         except TimeoutError:
             raise GroupFailed(group_id, "generation_timeout", f"no engine was healthy for {limit_s:g} s") from None
 
@@ -206,8 +235,14 @@ class EnginePool:
             self._fleet.lose(replica, error)
 
     async def _take(self, replica: Replica, publication: Publication) -> None:
-        self.slices.append(await replica.take(publication))
-        self._fleet.notify()
+        node = await replica.node()
+        here = await self._relays.bring(publication, node, stage_limit(publication))
+        try:
+            self.slices.append(await replica.take(publication, here))
+        except WeightProofFailed:
+            self._relays.forget(node)
+            raise
+        self._traffic.notify(replica)
 
     async def _prove(self, replica: Replica, publication: Publication, digest: str) -> None:
         await replica.prove(publication, digest)
@@ -215,7 +250,7 @@ class EnginePool:
             return
         self._refused.discard(replica.index)
         self._fleet.tell(replica, "synced")
-        self._fleet.notify()
+        self._traffic.notify(replica)
 
     async def _follow(self, replica: Replica) -> None:
         """Bring one engine to the newest publication, whatever the others do; one that fails is lost."""
@@ -225,7 +260,7 @@ class EnginePool:
         except (EngineFailed, WeightProofFailed) as error:
             self._fleet.lose(replica, error)
         except Exception as error:  # A fault of ours: whoever waits must hear of it.
-            self._fleet.fail(error)
+            self._traffic.fail(error)
         finally:
             replica.catching_up = False
 
@@ -250,4 +285,4 @@ class EnginePool:
         """An engine does not take the newest publication. If none does, it is the weights and not the engines."""
         self._refused.add(replica.index)
         if self._fleet.all_left_in(self._refused):
-            self._fleet.fail(error)
+            self._traffic.fail(error)

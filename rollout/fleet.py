@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 
 from rollout.engine_health import EngineHealth, Event
 from rollout.replica import Replica, Unanswered
+from rollout.traffic import Traffic
+from shared.actors import Slot
 from shared.config import Config
 from shared.errors import EngineFailed, FleetExhausted, one_line
 
 PROBE_EVERY_S, PROBE_LIMIT_S = 1.0, 5.0
+PLACE_TOLD_EVERY_S = 10.0
 
-T = TypeVar("T")
+
+@dataclass(eq=False)
+class _Member:
+    """One engine over all its lives."""
+
+    index: int
+    slot: Slot
+    health: EngineHealth
+    replica: Replica | None = None
+    """The last life."""
+    lost: tuple[float, Exception] | None = None
+    """On its way back, or retired: since when (monotonic), and why it was lost last."""
+    keeper: asyncio.Task[None] | None = None
 
 
 class Fleet:
@@ -27,139 +42,179 @@ class Fleet:
     def __init__(
         self,
         config: Config,
-        slots: list[Any],
+        slots: Iterable[Slot],
         environment: dict[str, str],
         follow: Callable[[Replica], Awaitable[None]],
     ) -> None:
         """``follow`` brings a new life to the newest weights, or loses it."""
-        self._config, self._slots, self._environment, self._follow = config, slots, environment, follow
-        self.health = [EngineHealth(config.run.max_restarts) for _ in range(config.rollout.num_engines)]
-        self._replicas: list[Replica] = []
-        """The last life of each."""
-        self._lost: dict[int, tuple[float, Exception]] = {}
-        """Engines on their way back, or retired: since when (monotonic), and why they were lost last."""
+        self._config, self._environment, self._follow = config, environment, follow
+        self._members: dict[int, _Member] = {}
+        self._indices = 0
+        """Names are not used twice."""
+        self.traffic = Traffic()
         self.replaceable = True
         """False where an engine has a place in a link that no other can take."""
-        self.recovery_s = 0.0
-        """From the last loss that was made good to serving again."""
-        self._failure: Exception | None = None
-        self._changed = asyncio.Event()
-        self._supervisor: asyncio.Task[None] | None = None
+        self.restarts, self.recovery_s = 0, 0.0
+        """Lives begun after the first; seconds from the last loss that was made good to serving again."""
+        for slot in slots:
+            self._enlist(slot)
 
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
-        self._replicas = [self._spawn(index) for index in range(len(self.health))]
-        await asyncio.gather(*(r.start(self._config.rollout.start_timeout_s) for r in self._replicas))
-        for replica in self._replicas:
+        replicas = [self._spawn(member) for member in self._members.values()]
+        await asyncio.gather(*(r.start(self._config.rollout.start_timeout_s) for r in replicas))
+        for replica, member in zip(replicas, self._members.values(), strict=True):
             self.tell(replica, "ready")
-        self._supervisor = asyncio.create_task(self._supervise())
+            member.keeper = asyncio.create_task(self._guarded(self._keep(member)))
 
     def close(self) -> None:
         """Kill the engines."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-        for replica in self._replicas:
-            if replica.ended:
-                replica.kill()
-            else:
-                replica.end(EngineFailed(f"{replica.name} is closed"))
-                replica.release()
+        for member in self._members.values():
+            self._end(member, "is closed")
+
+    # --- its size ---
+
+    @property
+    def size(self) -> int:
+        """Engines that are not retired."""
+        return len(self._in_service())
+
+    def add(self, slot: Slot) -> str:
+        """One engine more, in ``slot``; it serves as soon as it holds the newest weights. Returns its name."""
+        member = self._enlist(slot)
+        member.keeper = asyncio.create_task(self._guarded(self._join(member)))
+        return f"engine-{member.index}"
+
+    async def remove(self, limit_s: float) -> str:
+        """One engine less: one that does not serve, or the youngest once its requests are done. Returns its name.
+
+        After ``limit_s`` what it still samples goes to others.
+        """
+        found = self._in_service()
+        assert len(found) > 1, "the last engine stays"
+        member = next((m for m in reversed(found) if m.replica is None or not m.replica.serves), found[-1])
+        del self._members[member.index]
+        if (replica := member.replica) is not None and replica.serves:
+            await self.traffic.drained(replica, limit_s)
+        self._end(member, "was taken out of service")
+        member.slot.free()
+        return f"engine-{member.index}"
 
     def running(self) -> list[Replica]:
         """Engines that have started and are not lost."""
-        return [replica for replica in self._replicas if self.health[replica.index].runs]
+        return [m.replica for m in self._members.values() if m.replica is not None and m.replica.runs]
 
-    def idlest(self) -> Replica | None:
-        """The healthy engine with the fewest requests."""
-        return min(filter(self.is_healthy, self._replicas), key=lambda replica: replica.outstanding, default=None)
-
-    def is_healthy(self, replica: Replica) -> bool:
-        """Whether it may be given requests."""
-        return not replica.ended and self.health[replica.index].state == "healthy"
-
-    def is_trusted(self, replica: Replica) -> bool:
-        """Whether there is reason to wait for it: it runs and nothing is suspected."""
-        return not replica.ended and self.health[replica.index].state in ("stale", "healthy")
-
-    async def until(self, look: Callable[[], T | None]) -> T:
-        """What ``look`` finds, now or after a change. Raises what ends the fleet."""
-        while True:
-            if self._failure is not None:
-                raise self._failure
-            if found := look():
-                return found
-            await self._changed.wait()
-
-    def notify(self) -> None:
-        """Something changed: whoever waits looks again."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def fail(self, error: Exception) -> None:
-        """Nothing can go on: whoever waits gets ``error``."""
-        self._failure = error
-        self.notify()
+    def retired(self) -> list[str]:
+        """Engines that have no life left."""
+        return [f"engine-{m.index}" for m in self._members.values() if m.health.state == "retired"]
 
     def all_left_in(self, places: set[int]) -> bool:
-        """Whether every engine that is not retired is among ``places``."""
-        return {index for index, health in enumerate(self.health) if health.state != "retired"} <= places
+        """Whether every engine that has begun, and is not retired, is among ``places``."""
+        return {member.index for member in self._in_service() if member.replica is not None} <= places
+
+    # --- what happens to them ---
 
     def tell(self, replica: Replica, event: Event, why: str = "") -> None:
         """What happened to ``replica``; ``why`` is the reason should that be its end."""
         if replica.ended:
             return
-        before, after = self.health[replica.index].state, self.health[replica.index].on(event)
+        before, after = replica.health.state, replica.health.on(event)
         if after == "dead":
             self.lose(replica, EngineFailed(f"{replica.name} {why}"))
-        elif after == "healthy" and replica.index in self._lost:
-            since, _ = self._lost.pop(replica.index)
-            self.recovery_s = time.monotonic() - since
-            print(f"{replica.name} serves again after {self.recovery_s:.1f} s, {self._who_serves()}", flush=True)
-        if after != before:
-            self.notify()
+        elif after != before:
+            if after == "healthy":
+                self._serves(replica)
+            else:
+                self.traffic.shut(replica)
+            self.traffic.notify(replica)
 
     def lose(self, replica: Replica, error: Exception) -> None:
         """Quarantine an engine: whoever waits for it hears of it, and its keeper gives it another life."""
         if replica.ended:
             return
-        health = self.health[replica.index]
-        if health.state != "dead":
-            health.on("died")
-        since, _ = self._lost.get(replica.index, (time.monotonic(), None))
-        self._lost[replica.index] = since, error
+        if replica.health.state != "dead":
+            replica.health.on("died")
+        if member := self._members.get(replica.index):
+            since, _ = member.lost or (time.monotonic(), None)
+            member.lost = since, error
         replica.end(EngineFailed(one_line(error, 400)))
-        left = f"{health.restarts_left} restarts left"
+        self.traffic.shut(replica)
+        left = f"{replica.health.restarts_left} restarts left"
         print(f"{replica.name} lost, {self._who_serves()}, {left}: {one_line(error, 400)}", flush=True)
         if not self.replaceable:
-            self.fail(error)
-        self.notify()
+            self.traffic.fail(error)
+        self.traffic.notify(replica)
+
+    def _serves(self, replica: Replica) -> None:
+        member = self._members.get(replica.index)
+        if member is None:  # On its way out.
+            return
+        self.traffic.open(replica)
+        if member.lost is not None:
+            self.recovery_s, member.lost = time.monotonic() - member.lost[0], None
+            print(f"{replica.name} serves again after {self.recovery_s:.1f} s, {self._who_serves()}", flush=True)
 
     def _who_serves(self) -> str:
-        return f"{sum(health.state == 'healthy' for health in self.health)} of {len(self.health)} engines serve"
+        return f"{self.traffic.serving} of {len(self._members)} engines serve"
 
-    def _spawn(self, index: int) -> Replica:
-        return Replica(self._config, index, self._slots[index], self._environment)
+    def _in_service(self) -> list[_Member]:
+        return [member for member in self._members.values() if member.health.state != "retired"]
 
-    async def _supervise(self) -> None:
+    # --- their lives ---
+
+    def _enlist(self, slot: Slot) -> _Member:
+        member = _Member(self._indices, slot, EngineHealth(self._config.run.max_restarts))
+        self._members[member.index] = member
+        self._indices += 1
+        return member
+
+    def _spawn(self, member: _Member) -> Replica:
+        member.replica = Replica(self._config, member.index, member.slot, self._environment, member.health)
+        return member.replica
+
+    async def _guarded(self, life: Awaitable[None]) -> None:
         try:
-            await asyncio.gather(*(self._keep(index) for index in range(len(self.health))))
+            await life
         except Exception as error:  # A fault of ours: whoever waits must hear of it.
-            self.fail(error)
+            self.traffic.fail(error)
 
-    async def _keep(self, index: int) -> None:
-        """Engine ``index``, watched, and given another life whenever it is lost, until it has none left."""
-        health = self.health[index]
-        await self._watch(self._replicas[index])
-        while health.on("restarted") == "restarting":
-            await asyncio.sleep(health.backoff_s)
-            replica = self._replicas[index] = self._spawn(index)
-            await asyncio.gather(self._bring_back(replica), self._watch(replica))
-        if self.all_left_in(set()):
-            why = "; ".join(one_line(error) for _, (_, error) in sorted(self._lost.items()))
+    async def _join(self, member: _Member) -> None:
+        await self._live(member)
+        await self._keep(member)
+
+    async def _keep(self, member: _Member) -> None:
+        """An engine, watched, and given another life whenever it is lost, until it has none left."""
+        assert member.replica is not None
+        await self._watch(member.replica)
+        while member.health.on("restarted") == "restarting":
+            self.restarts += 1
+            await asyncio.sleep(member.health.backoff_s)
+            await self._live(member)
+        if not self._in_service():
+            why = "; ".join(one_line(m.lost[1]) for m in self._members.values() if m.lost)
             restarts = self._config.run.max_restarts
-            self.fail(FleetExhausted(f"no engine is left, run.max_restarts = {restarts} each; {why}"))
+            self.traffic.fail(FleetExhausted(f"no engine is left, run.max_restarts = {restarts} each; {why}"))
 
-    async def _bring_back(self, replica: Replica) -> None:
+    async def _live(self, member: _Member) -> None:
+        """One life, as soon as its place is there."""
+        await self._place(member)
+        replica = self._spawn(member)
+        await asyncio.gather(self._bring_up(replica), self._watch(replica))
+
+    async def _place(self, member: _Member) -> None:
+        place, waited = asyncio.ensure_future(member.slot.ready()), 0.0
+        try:
+            while not (await asyncio.wait((place,), timeout=PLACE_TOLD_EVERY_S))[0]:
+                waited += PLACE_TOLD_EVERY_S
+                print(
+                    f"engine-{member.index} waits for resources, {waited:.0f} s so far, {self._who_serves()}",
+                    flush=True,
+                )
+            place.result()
+        finally:
+            place.cancel()
+
+    async def _bring_up(self, replica: Replica) -> None:
         try:
             await replica.start(self._config.rollout.start_timeout_s)
         except EngineFailed as error:
@@ -171,8 +226,8 @@ class Fleet:
     async def _watch(self, replica: Replica) -> None:
         """Probe an engine until it is lost, then see to its end."""
         while not await replica.ends_within(PROBE_EVERY_S):
-            if not self.health[replica.index].runs:
-                continue  # It starts, with a deadline of its own.
+            if not replica.runs or (replica.serves and time.monotonic() - replica.finished_at < PROBE_EVERY_S):
+                continue  # It starts, with a deadline of its own; or has just shown that it lives.
             try:
                 await replica.try_ask("health", timeout_s=PROBE_LIMIT_S)
                 self.tell(replica, "probe_ok", "answers probes, but two requests in a row exceeded their deadline")
@@ -181,3 +236,14 @@ class Fleet:
             except Unanswered as error:
                 self.tell(replica, "probe_missed", str(error))
         replica.kill()
+
+    def _end(self, member: _Member, why: str) -> None:
+        if member.keeper is not None:
+            member.keeper.cancel()
+        replica = member.replica
+        if replica is not None and replica.ended:
+            replica.kill()
+        elif replica is not None:
+            replica.end(EngineFailed(f"{replica.name} {why}"))
+            self.traffic.notify(replica)
+            replica.release()

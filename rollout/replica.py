@@ -7,13 +7,13 @@ nothing that its actor still answers reaches anyone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from rollout.engine import Engine, Received, Sampling
+from rollout.engine_health import EngineHealth
 from rollout.vllm_setup import engine_environment
+from shared.actors import ActorDied, ActorUnreachable, Slot
 from shared.config import Config
 from shared.errors import EngineFailed, MillraceError, WeightProofFailed, one_line
 from shared.ledger import TimeSlice
@@ -33,49 +33,30 @@ class Unanswered(Exception):
 
 
 class Unreachable(Unanswered):
-    """Ray could not reach an engine; that may pass."""
-
-
-class _Place(NamedTuple):
-    """Where an actor's process lives."""
-
-    pid: int
-    node: str
-
-
-def _place(_: Any) -> _Place:
-    import ray
-
-    return _Place(os.getpid(), ray.get_runtime_context().get_node_id())
+    """An engine could not be reached; that may pass."""
 
 
 class Replica:
     """An engine actor in ``slot``, from its spawn to its end."""
 
-    def __init__(self, config: Config, index: int, slot: Any, environment: dict[str, str]) -> None:
-        import ray
-
+    def __init__(
+        self, config: Config, index: int, slot: Slot, environment: dict[str, str], health: EngineHealth
+    ) -> None:
+        """``health`` is that of the place, over all its lives."""
         self._config = config
-        self.index, self.name = index, f"engine-{index}"
-        options = slot.options() | {
-            "max_restarts": 0,
-            "max_concurrency": 4096,
-            "runtime_env": {"env_vars": environment | engine_environment(config, index)},
-        }
-        self._actor = ray.remote(Engine).options(**options).remote(config, index)
-        self._place: _Place | None = None
-        self._gone = False
-        """Ray says that the process has ended."""
-        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.index, self.name, self.health = index, f"engine-{index}", health
+        environment = environment | engine_environment(config, index)
+        self._actor = slot.spawn(Engine, config, index, environment=environment, concurrency=4096)
+        self.end_of_life: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outstanding = 0
+        """Requests that it has; kept by ``Traffic``."""
         self.finished_at = 0.0
         """When a request finished last, on the monotonic clock."""
         self.catching_up = False
         """Takes publications by itself, not together with the others."""
         self.publication: Publication | None = None
         """The one taken last."""
-        self.proved = False
-        """Whether the weights loaded now are proved."""
+        self._proved = asyncio.Event()
         self._digests: set[str] = set()
         """Of the bytes that its workers took last."""
         self.taken: dict[str, float] = {}
@@ -90,28 +71,58 @@ class Replica:
     @property
     def ended(self) -> bool:
         """True once it is lost."""
-        return self._end.done()
+        return self.end_of_life.done()
+
+    @property
+    def runs(self) -> bool:
+        """True if it has started and is not lost."""
+        return not self.ended and self.health.runs
+
+    @property
+    def serves(self) -> bool:
+        """True if it may be given requests."""
+        return not self.ended and self.health.state == "healthy"
+
+    @property
+    def trusted(self) -> bool:
+        """Whether there is reason to wait for it: it runs and nothing is suspected."""
+        return not self.ended and self.health.state in ("stale", "healthy")
+
+    @property
+    def proved(self) -> bool:
+        """Whether the weights loaded now are proved."""
+        return self._proved.is_set()
+
+    def doubt(self) -> None:
+        """What it holds counts as not proved."""
+        self._proved.clear()
 
     async def start(self, timeout_s: float) -> None:
         """Wait until the engine answers. Raises ``EngineFailed``."""
         await self.ask("health", timeout_s=timeout_s)
-        self._place = await self.ask("__ray_call__", _place, timeout_s=timeout_s)
 
     async def generate(self, prompt: Prompt, sampling: Sampling, timeout_s: float) -> tuple[Completion, ...]:
         """Sample one prompt. Raises ``EngineFailed``, ``Unreachable`` or, after ``timeout_s``, ``Unanswered``."""
         arguments = prompt.token_ids, sampling, self.version
-        self.outstanding += 1
-        try:
-            completions: tuple[Completion, ...] = await self.try_ask("generate", *arguments, timeout_s=timeout_s)
-        finally:
-            self.outstanding -= 1
+        completions: tuple[Completion, ...] = await self.try_ask("generate", *arguments, timeout_s=timeout_s)
         self.finished_at = time.monotonic()
         return completions
 
-    async def take(self, publication: Publication) -> TimeSlice:
-        """Pause, receive, resume. Raises ``EngineFailed``, or ``WeightProofFailed`` after ``ROUND_TRIES`` refusals."""
-        started, self.proved = time.monotonic(), False
-        received = await self._receive_round(publication)
+    async def node(self) -> str:
+        """Where in the cluster it lives. Raises ``EngineFailed``."""
+        try:
+            return await self._actor.node()
+        except (ActorDied, ActorUnreachable) as error:
+            raise EngineFailed(f"{self.name} died: {error}") from None
+
+    async def take(self, publication: Publication, here: Publication) -> TimeSlice:
+        """Pause, receive, resume; ``here`` is the ``publication`` as this host has it.
+
+        Raises ``EngineFailed``, or ``WeightProofFailed`` after ``ROUND_TRIES`` refusals.
+        """
+        started = time.monotonic()
+        self.doubt()
+        received = await self._receive_round(here)
         self.publication, self._digests = publication, received.digests
         self.taken = {
             "sync/seconds": time.monotonic() - started,
@@ -140,7 +151,7 @@ class Replica:
                 f"{where}: canary log-probs differ from the learner's "
                 f"by {gap:.3g} nats, allowed {self._config.canary_tolerance:g}"
             )
-        self.proved = True
+        self._proved.set()
         self.proof = {"sync/proof_seconds": time.monotonic() - started, "sync/canary_gap": gap}
 
     async def _receive_round(self, publication: Publication) -> Received:
@@ -173,105 +184,67 @@ class Replica:
         A caller that goes away, in time or cancelled, takes a ``generate`` with it; other calls go on to their end.
         """
         if self.ended:
-            self._end.result()
-        reference = getattr(self._actor, method).remote(*arguments)
-        call = asyncio.ensure_future(reference)
+            self.end_of_life.result()
+        answer, abort = self._actor.call(method, *arguments)
         try:
-            await asyncio.wait((call, self._end), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if call.done() and not self.ended:
-                return self._result(call, method)
+            await asyncio.wait((answer, self.end_of_life), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done() and not self.ended:
+                return self._result(answer, method)
         finally:
-            if not call.done() and method == "generate":
-                _cancel(reference)
-            call.cancel()
-            call.add_done_callback(_forget)
+            if not answer.done() and method == "generate":
+                abort()
+            answer.cancel()
+            answer.add_done_callback(_forget)
         if self.ended:
-            self._end.result()
+            self.end_of_life.result()
         raise Unanswered(f"did not answer {method} within {timeout_s:g} s")
 
-    def _result(self, call: asyncio.Future[Any], method: str) -> Any:
-        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
-
+    def _result(self, answer: asyncio.Future[Any], method: str) -> Any:
         try:
-            return call.result()
-        except ActorUnavailableError as error:
-            raise Unreachable(f"could not be reached for {method}: {one_line(error, 400)}") from None
-        except RayActorError as error:
-            self._gone = True
-            raise EngineFailed(f"{self.name} died in {method}: {one_line(error, 400)}") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, MillraceError):
-                raise error.cause from error
-            if type(error.cause).__name__ == "EngineDeadError":
+            return answer.result()
+        except ActorUnreachable as error:
+            raise Unreachable(f"could not be reached for {method}: {error}") from None
+        except ActorDied as error:
+            raise EngineFailed(f"{self.name} died in {method}: {error}") from error
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":
                 raise EngineFailed(f"{self.name}: vLLM's engine process died in {method}") from error
             raise
 
-    def settled(self) -> bool:
-        """Whether it is known what becomes of results: the weights are proved, or the engine is lost."""
-        return self.proved or self.ended
+    async def settled(self) -> None:
+        """Wait until it is known what becomes of results: the weights are proved, or the engine is lost."""
+        if not self.proved and not self.ended:
+            proof = asyncio.ensure_future(self._proved.wait())
+            try:
+                await asyncio.wait((proof, self.end_of_life), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                proof.cancel()
 
     async def ends_within(self, seconds: float) -> bool:
         """Wait so long, or until it is lost; whether it is."""
-        await asyncio.wait((self._end,), timeout=seconds)
+        await asyncio.wait((self.end_of_life,), timeout=seconds)
         return self.ended
 
     def end(self, error: Exception) -> None:
         """From now on whoever waits for it, or asks it, gets ``error``."""
-        self._end.set_exception(error)
-        self._end.exception()  # Nobody may be waiting.
+        self.end_of_life.set_exception(error)
+        self.end_of_life.exception()  # Nobody may be waiting.
 
     def release(self) -> None:
-        """End a process that is as it should be: Ray knows this end for one that was wanted."""
-        import ray
-
-        if self._place is not None and self._place.node == ray.get_runtime_context().get_node_id():
-            _kill_children(self._place.pid)
-        self._place = None
-        ray.kill(self._actor)
+        """End a process that is as it should be."""
+        self._actor.release()
 
     def kill(self) -> None:
-        """End its process, and on this node at once: Ray takes five seconds where the process is stopped."""
-        import ray
-
-        if self._place is not None and not self._gone and self._place.node == ray.get_runtime_context().get_node_id():
-            _kill(self._place.pid)
-        self._place = None  # Another process may have the number from now on.
-        ray.kill(self._actor)
+        """End its process."""
+        self._actor.kill()
 
 
 def _reason(error: Exception) -> str:
-    """What the actor's code raised, without Ray's wrapping and traceback."""
-    cause = getattr(error, "cause", error)
-    return one_line(cause if isinstance(cause, MillraceError) else f"{type(cause).__name__}: {cause}", 400)
+    """What the actor's code raised."""
+    return one_line(error if isinstance(error, MillraceError) else f"{type(error).__name__}: {error}", 400)
 
 
 def _forget(call: asyncio.Future[Any]) -> None:
     """Nobody looks at what is late, also if it is an error."""
     if not call.cancelled():
         call.exception()
-
-
-def _cancel(reference: Any) -> None:
-    import ray
-
-    if ray.is_initialized():  # Else the call would start another Ray.
-        ray.cancel(reference)
-
-
-def _kill(pid: int) -> None:
-    """End a process and its children, which nobody else would end."""
-    import psutil
-
-    _kill_children(pid)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).kill()
-
-
-def _kill_children(pid: int) -> None:
-    """vLLM's own processes, where it has some."""
-    import psutil
-
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()

@@ -1,6 +1,6 @@
 """The reward workers as one object: groups are scored in parallel, each as soon as its last completion ends.
 
-``RewardPool`` owns the Ray actors. Invariants: a failure is never a reward of 0 (a failed call is repeated, then its
+Invariants: a failure is never a reward of 0 (a failed call is repeated, then its
 whole group fails with a cause); a worker that died or hangs is replaced, so capacity stays constant.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from rollout.code_tests import longest_s
 from rollout.reward_loading import isolation_of, reward_name
 from rollout.reward_worker import Group, RewardWorker, Scores
+from shared.actors import Actor, ActorDied, ActorUnreachable, Slot
 from shared.config import Config
 from shared.errors import GroupFailed, RewardFailed, one_line
 from shared.ledger import TimeSlice
@@ -38,12 +40,12 @@ class _Item:
 
 
 class RewardPool:
-    """``config.reward.workers`` workers; ``score`` is safe to call concurrently."""
+    """A worker in each of ``slots``; ``score`` is safe to call concurrently."""
 
-    def __init__(self, config: Config, environment: dict[str, str]) -> None:
-        self._settings, self._environment = config.reward, environment
+    def __init__(self, config: Config, slots: Sequence[Slot], environment: dict[str, str]) -> None:
+        self._settings, self._slots, self._environment = config.reward, slots, environment
         self._queue: asyncio.Queue[_Item] = asyncio.Queue()
-        self._actors = [self._spawn(f"reward-{i}") for i in range(config.reward.workers)]
+        self._actors = [self._spawn(i, f"reward-{i}") for i in range(len(slots))]
         self.slices: list[TimeSlice] = []
         """What the workers did, as far as their answers told."""
         self._serving: list[asyncio.Task[None]] = []
@@ -69,7 +71,7 @@ class RewardPool:
 
     async def start(self, timeout_s: float = 120.0) -> None:
         """Wait until every worker has imported its functions."""
-        await asyncio.wait_for(asyncio.gather(*(self._ask(a.ready.remote()) for a in self._actors)), timeout_s)
+        await asyncio.wait_for(asyncio.gather(*(a.call("ready").answer for a in self._actors)), timeout_s)
 
     async def score(self, group_id: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Scores:
         """Score one group. Raises ``GroupFailed`` when every try failed."""
@@ -99,18 +101,16 @@ class RewardPool:
 
     async def close_books(self) -> None:
         """Ask every worker for what is still missing in ``slices``; one that dies or hangs now has nothing to add."""
-        calls = [asyncio.wait_for(self._ask(actor.times.remote()), GRACE_S) for actor in self._actors]
+        calls = [asyncio.wait_for(actor.call("times").answer, GRACE_S) for actor in self._actors]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         self.slices += [answer for answer in answers if isinstance(answer, TimeSlice)]
 
     def close(self) -> None:
         """Kill the workers."""
-        import ray
-
         for task in self._serving:
             task.cancel()
         for actor in self._actors:
-            ray.kill(actor)
+            actor.kill()
 
     async def _serve(self, index: int) -> None:
         """Hand groups to worker ``index``, one call at a time."""
@@ -141,13 +141,13 @@ class RewardPool:
         actor = self._actors[index]
         try:
             groups = [item.group for item in items]
-            scores = await asyncio.wait_for(self._ask(actor.score.remote(groups, self.state)), self._limit_s)
+            scores = await asyncio.wait_for(actor.call("score", groups, self.state).answer, self._limit_s)
         except TimeoutError:
             self._replace(index)
             self._again(items, "timeout", f"> {self._limit_s:g} s (worker replaced)")
         except RewardFailed as failure:
             self._again(items, "timeout" if failure.code == "E305" else failure.code, str(failure), failure)
-        except _WorkerDied as error:
+        except (ActorDied, ActorUnreachable) as error:
             self._replace(index)
             self._again(items, "worker_died", one_line(error))
         else:
@@ -183,31 +183,11 @@ class RewardPool:
                 trace = (failure.sample, failure.text, failure.trace) if failure else (-1, "", "")
                 item.result.set_exception(GroupFailed(item.group[0], cause, detail, *trace))
 
-    async def _ask(self, reference: Any) -> Any:
-        """What an actor's call returned. Raises ``RewardFailed``, ``_WorkerDied``, or what our own code raised."""
-        from ray.exceptions import RayActorError, RayTaskError
-
-        try:
-            return await reference
-        except RayActorError as error:
-            raise _WorkerDied(one_line(error)) from None
-        except RayTaskError as error:
-            raise error.cause from None
-
-    def _spawn(self, name: str) -> Any:
-        import ray
-
-        options = {"num_cpus": 0, "max_restarts": 0, "runtime_env": {"env_vars": self._environment}}
-        return ray.remote(RewardWorker).options(**options).remote(self._settings, name=name)
+    def _spawn(self, index: int, name: str) -> Actor:
+        return self._slots[index].spawn(RewardWorker, self._settings, False, name, environment=self._environment)
 
     def _replace(self, index: int) -> None:
-        import ray
-
-        ray.kill(self._actors[index])
+        self._actors[index].kill()
         self.counters["worker_restarts"] += 1
         # A process of its own in the time ledger: the killed one's books end with its last answer.
-        self._actors[index] = self._spawn(f"reward-{index}.{self.counters['worker_restarts']}")
-
-
-class _WorkerDied(Exception):
-    """A reward actor is gone."""
+        self._actors[index] = self._spawn(index, f"reward-{index}.{self.counters['worker_restarts']}")

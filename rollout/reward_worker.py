@@ -23,7 +23,7 @@ from rollout.reward_loading import isolation_of, load_reward, reward_name
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from rollout.sandbox import CHILD_LIMITS, SANDBOX_LIMITS, Child, require_sandbox
 from shared import faults
-from shared.config import Reward, RewardFunction
+from shared.config_reward import Reward, RewardFunction
 from shared.errors import InputError, RewardFailed
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, FloatArray, Prompt

@@ -11,7 +11,7 @@ from typing import Any
 
 from rollout.in_process import InProcessLLM
 from shared.config import Config
-from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND
+from shared.weights import backend_of
 
 COLOCATED_SHARE = 0.4
 """Share of a GPU's memory that an engine takes beside a learner rank, unless rollout.vllm says otherwise."""
@@ -52,8 +52,7 @@ def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, 
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
-    on_cpu, colocated = current_platform.is_cpu(), config.rollout.colocate
-    backend = SHM_BACKEND if on_cpu else IPC_BACKEND if colocated else NCCL_BACKEND
+    on_cpu = bool(current_platform.is_cpu())
     arguments: dict[str, Any] = {
         "model": config.model.path,
         "tokenizer": config.model.tokenizer or config.model.path,
@@ -63,22 +62,23 @@ def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, 
         "load_format": load_format,
         "max_model_len": config.max_model_len,
         "tensor_parallel_size": config.rollout.tensor_parallel_size,
+        "pipeline_parallel_size": config.rollout.pipeline_parallel_size,
         "enable_prefix_caching": True,
         # Raw log-probs would be those before the temperature: not the distribution that was sampled.
         "logprobs_mode": "processed_logprobs",
-        "weight_transfer_config": WeightTransferConfig(backend=backend),
+        "weight_transfer_config": WeightTransferConfig(backend=backend_of(config, not on_cpu)),
         "worker_extension_cls": "rollout.weight_receiver.MillraceWorker",
         "disable_log_stats": True,
         "max_num_seqs": config.max_num_seqs,
     }
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
-        if config.rollout.tensor_parallel_size == 1:
+        if config.rollout.workers_per_engine == 1:
             # No worker process, and no message queue to it: a quarter faster, and starts sooner.
             from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
             arguments["distributed_executor_backend"] = UniProcExecutor
-    elif colocated:
+    elif config.rollout.colocate:
         arguments["gpu_memory_utilization"] = COLOCATED_SHARE
     return arguments | config.rollout.vllm
 

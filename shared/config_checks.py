@@ -79,11 +79,19 @@ def _sizes(c: Config, refuse: Refuse, disagree: Refuse) -> None:
 
 
 def _engines(c: Config, refuse: Refuse, disagree: Refuse) -> None:
-    ranks, tensor_parallel = c.learner.num_ranks, c.rollout.tensor_parallel_size
-    if c.rollout.colocate and (c.rollout.num_engines != ranks or tensor_parallel > 1):
-        found = f"{c.rollout.num_engines} engines of {tensor_parallel} GPUs, {ranks} learner ranks"
+    ranks, workers = c.learner.num_ranks, c.rollout.workers_per_engine
+    if c.rollout.colocate and (c.rollout.num_engines != ranks or workers > 1):
+        found = f"{c.rollout.num_engines} engines of {workers} GPUs, {ranks} learner ranks"
         keys, fix = "rollout.colocate, rollout.num_engines", f"rollout.num_engines = {ranks}"
         disagree(keys, found, "one engine of one GPU for every learner rank", fix)
+    most = c.rollout.max_engines
+    if 0 < most < c.rollout.num_engines:
+        least = f">= rollout.num_engines = {c.rollout.num_engines}, or 0"
+        disagree("rollout.max_engines", most, least, "rollout.max_engines = 0")
+    if c.rollout.colocate and (most or c.rollout.weights == "host"):
+        key = "max_engines" if most else "weights"
+        needed = "engines that stay where the learner is"
+        disagree(f"rollout.colocate, rollout.{key}", getattr(c.rollout, key), needed, "drop one of the two")
     if c.model.dtype == "float16":
         expected, fix = "bfloat16 or float32", 'model.dtype = "bfloat16"'
         refuse("E405", "dtype not supported", "model.dtype", "float16", expected, fix)

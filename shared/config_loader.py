@@ -12,9 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from shared.config import Config, RewardFunction
+from shared.config import Config
 from shared.config_algorithm import Section
 from shared.config_checks import disagreements
+from shared.config_reward import RewardFunction
 from shared.errors import InputError, nearest, raise_all
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "configs" / "recipes"

@@ -23,13 +23,16 @@ class InputError(MillraceError):
 
     exit_code = 2
 
-    def __init__(self, code: str, what: str, place: str, found: str, expected: str, fix: str) -> None:
-        super().__init__(code, what, place, found, expected, fix)
+    def __init__(self, code: str, what: str, place: str, found: str, expected: str, fix: str, table: str = "") -> None:
+        super().__init__(code, what, place, found, expected, fix, table)
         self.code, self.what, self.place = code, what, place
         self.found, self.expected, self.fix = found, expected, fix
+        self.table = table
+        """Lines that follow the message."""
 
     def __str__(self) -> str:
-        return f"error[{self.code}] {self.what} — {self.place}. Found {self.found}, expected {self.expected}. Fix: {self.fix}"
+        line = f"error[{self.code}] {self.what} — {self.place}. Found {self.found}, expected {self.expected}. Fix: {self.fix}"
+        return f"{line}\n{self.table}" if self.table else line
 
 
 class RewardFailed(InputError):

@@ -34,7 +34,9 @@ class TimeSlice:
 class TimeLedger:
     """What one process does, as a sequence of states; used by one thread."""
 
-    def __init__(self, process: str, state: str = "start", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, process: str, state: str = "start", clock: Callable[[], float] | None = None) -> None:
+        """``clock`` is monotonic, in seconds; by default the system's."""
+        clock = clock or time.monotonic
         self._process, self._clock = process, clock
         # Monotonic inside a process, so that nothing ever runs backwards; comparable between them, for one timeline.
         self._offset = time.time() - clock()
@@ -79,6 +81,8 @@ class TimeBook:
         """``trace``: a JSON file that is appended to as slices arrive; readable at any moment."""
         self.totals: dict[str, dict[str, float]] = {}
         """Process -> state -> seconds."""
+        self._threads: dict[str, int] = {}
+        """Numbers of the processes in the trace."""
         self._walls: dict[str, tuple[float, float]] = {}
         self._row: dict[str, float] = defaultdict(float)
         self._trace = trace.open("w", encoding="utf-8") if trace is not None else None
@@ -89,6 +93,7 @@ class TimeBook:
         """Account for ``piece``; one that starts a process anew ends the time for which that was lost."""
         if piece.process not in self.totals:
             self.totals[piece.process] = defaultdict(float)
+            self._threads[piece.process] = len(self._threads)
             self._event({"name": "thread_name", "ph": "M", "args": {"name": piece.process}}, piece.process)
         start, last = self._walls.get(piece.process, (piece.start, piece.start))
         self._walls[piece.process] = (start, piece.end)
@@ -128,4 +133,4 @@ class TimeBook:
 
     def _event(self, event: dict[str, object], process: str) -> None:
         if self._trace is not None:
-            self._trace.write(json.dumps(event | {"pid": 1, "tid": list(self.totals).index(process)}) + ",\n")
+            self._trace.write(json.dumps(event | {"pid": 1, "tid": self._threads[process]}) + ",\n")

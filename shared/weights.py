@@ -20,17 +20,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.config import Config
+
 if TYPE_CHECKING:
     import torch
 
 SHM_DIR = Path("/dev/shm")
 SHM_PREFIX = "millrace-"
 SHM_BACKEND = "millrace_shm"
-"""Weights through shared memory: engines on CPUs."""
+"""Weights through shared memory, a snapshot: engines on CPUs, and on GPUs where they come and go."""
 NCCL_BACKEND = "millrace_nccl"
 """Weights over vLLM's NCCL broadcast: engines on GPUs of their own."""
 IPC_BACKEND = "millrace_ipc"
 """Weights in a CUDA buffer that both processes map: an engine that shares its GPU with a learner rank."""
+
+
+def backend_of(config: Config, on_gpu: bool) -> str:
+    """How weights travel in a run of ``config``."""
+    if not on_gpu or config.rollout.weights == "host":
+        return SHM_BACKEND
+    return IPC_BACKEND if config.rollout.colocate else NCCL_BACKEND
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,8 @@ class Publication:
     canary: Canary
     seconds: float = 0.0
     """Time the learner spent gathering and writing."""
+    node: str = ""
+    """Node of the cluster that has the segment."""
     handles: dict[str, list[Any]] = field(default_factory=dict)
     """For the IPC backend: GPU UUID -> handle of the buffer with the bytes on that GPU (see ``pack_handle``)."""
 

@@ -17,6 +17,7 @@ import numpy as np
 import tomli_w
 
 from rollout.reward_pool import Scores
+from shared.actors import Call
 from shared.config import Config
 from shared.ledger import TimeBook
 from shared.sample_ledger import SampleLedger
@@ -350,55 +351,76 @@ instance = Brevity(1)
 """
 
 
-# --- Ray ---
+# --- actors ---
 
 
-class RayActorError(Exception):
-    """As ``ray.exceptions.RayActorError``."""
+class FakeActor:
+    """Answers a call with what its async method of that name returns or raises; a killed one answers no more."""
+
+    killed = False
+
+    def call(self, method: str, *arguments: Any) -> Call:
+        work = asyncio.ensure_future(getattr(self, method)(*arguments))
+        work.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+        async def answer() -> Any:
+            return await asyncio.shield(work)
+
+        return Call(asyncio.ensure_future(answer()), work.cancel)
+
+    async def node(self) -> str:
+        return ""
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def release(self) -> None:
+        self.kill()
 
 
-class ActorUnavailableError(RayActorError):
-    """As ``ray.exceptions.ActorUnavailableError``: the actor may be back later."""
+class FakeSlot:
+    """A place whose actors ``spawn`` makes from the arguments; ``there`` is set while the place exists."""
+
+    def __init__(self, spawn: Callable[..., Any]) -> None:
+        self._spawn, self.there, self.freed = spawn, asyncio.Event(), False
+        self.there.set()
+
+    async def ready(self) -> None:
+        await self.there.wait()
+
+    def spawn(self, kind: type, *arguments: Any, environment: dict[str, str], concurrency: int = 1) -> Any:
+        return self._spawn(*arguments)
+
+    def free(self) -> None:
+        self.freed = True
 
 
-class RayTaskError(Exception):
-    """As ``ray.exceptions.RayTaskError``: what an actor's method raised lies in ``cause``."""
+class FakePlaces:
+    """Places for engines that ``spawn`` makes; further ones are there at once unless ``full``."""
 
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
+    def __init__(self, engines: int, spawn: Callable[..., Any]) -> None:
+        self._spawn, self.full = spawn, False
+        self.engines = [FakeSlot(spawn) for _ in range(engines)]
+
+    def another_engine(self) -> FakeSlot:
+        self.engines.append(FakeSlot(self._spawn))
+        if self.full:
+            self.engines[-1].there.clear()
+        return self.engines[-1]
 
 
-def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, spawn: Callable[..., Any] | None = None) -> Any:
-    """Put a module ``ray`` in place that knows a cluster's size and, given ``spawn``, makes actors with it."""
+def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, nodes: list[dict[str, float]] | None = None) -> Any:
+    """Put a module ``ray`` in place that knows a cluster's ``nodes``, by default one, and makes no actor."""
     calls: Counter[str] = Counter()
-
-    def init(**_: Any) -> None:
-        calls["init"] += 1
-
-    def remote(_: type) -> Any:
-        assert spawn is not None, "an actor was created"
-        calls["actors"] += 1
-        return types.SimpleNamespace(options=lambda **__: types.SimpleNamespace(remote=spawn))
-
-    def kill(actor: Any) -> None:
-        calls["killed"] += 1
-        actor.killed = True
-
-    errors = (RayActorError, ActorUnavailableError, RayTaskError)
-    exceptions = types.SimpleNamespace(**{error.__name__: error for error in errors})
+    have = [{"CPU": cpus} | ({"GPU": gpus} if gpus else {})] if nodes is None else nodes
     module = types.SimpleNamespace(
-        init=init,
-        remote=remote,
-        kill=kill,
-        cancel=lambda reference: reference.cancel(),
-        is_initialized=lambda: True,
-        get_runtime_context=lambda: types.SimpleNamespace(get_node_id=lambda: "this node"),
-        exceptions=exceptions,
+        init=lambda **_: calls.update(["init"]),
         calls=calls,
         shutdown=lambda: calls.update(["shutdown"]),
-        cluster_resources=lambda: {"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+        nodes=lambda: [
+            {"Alive": True, "NodeManagerAddress": f"10.0.0.{i}", "Resources": resources}
+            for i, resources in enumerate(have, 1)
+        ],
     )
     monkeypatch.setitem(sys.modules, "ray", module)
-    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
     return module

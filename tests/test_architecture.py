@@ -43,14 +43,9 @@ HEAVY = {
         "launch/prebuild.py",
     },
     "ray": {
-        "rollout/replica.py",
-        "rollout/reward_pool.py",
         "learner/learner_group.py",
-        "launch/run.py",
-        "launch/replay.py",
         "launch/cluster.py",
-        "launch/bench_rewards.py",
-        "launch/score.py",
+        "launch/ray_actors.py",
     },
 }
 # What shared may import beside the standard library, numpy and pydantic, and how.

@@ -4,46 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import random
-import types
 
 import numpy as np
 import pytest
 
-from rollout import engine_health, fleet, replica
+from rollout import engine_health, fleet
 from rollout.engine import Received, Sampling
 from rollout.engine_pool import EnginePool
+from shared.actors import ActorDied, ActorUnreachable, Call
 from shared.errors import EngineFailed, FleetExhausted, GroupFailed, WeightProofFailed
 from shared.ledger import TimeBook, TimeLedger
 from shared.types import VersionSpan
 from shared.weights import NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication, TensorMeta
-from tests.fakes import (  # fmt: skip
-    ActorUnavailableError,
-    RayActorError,
-    RayTaskError,
-    fake_ray,
-    make_completion,
-    make_config,
-    make_prompt,
-)
+from tests.fakes import FakeActor, FakePlaces, make_completion, make_config, make_prompt
 
 SAMPLING = Sampling(1, 4, 1.0)
 
 
-class Reference:
-    """As Ray's: who stops waiting for it does not stop the call."""
-
-    def __init__(self, call):
-        self._task = asyncio.ensure_future(call)
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-    def __await__(self):
-        return asyncio.shield(self._task).__await__()
-
-    def cancel(self):
-        self._task.cancel()
+async def shielded(work):
+    return await asyncio.shield(work)
 
 
-class Actor:
+class Actor(FakeActor):
     """One life of a scripted engine."""
 
     def __init__(self, world, index):
@@ -67,23 +49,23 @@ class Actor:
 
     @killed.setter
     def killed(self, value):
-        if not self.death.done():
+        if value and not self.death.done():
             self.death.set_result(None)
 
     def die(self):
         self.killed = True
 
-    def __getattr__(self, method):
-        if method.startswith("do_"):
-            raise AttributeError(method)
-        return types.SimpleNamespace(remote=lambda *arguments: Reference(self._call(method, arguments)))
+    def call(self, method, *arguments):
+        work = asyncio.ensure_future(self._call(method, arguments))
+        work.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return Call(asyncio.ensure_future(shielded(work)), work.cancel)
 
     async def _call(self, method, arguments):
         work = asyncio.ensure_future(self._work(method, arguments))
         try:
             await asyncio.wait((work, self.death), return_when=asyncio.FIRST_COMPLETED)
             if self.death.done() and not (self.late and method == "generate"):
-                raise RayActorError("killed")
+                raise ActorDied("killed")
             return await work
         except asyncio.CancelledError:
             self.aborted += method == "generate"
@@ -95,13 +77,10 @@ class Actor:
         await asyncio.sleep(0)
         if script := self.fail.get(method):
             raise script.pop(0) if len(script) > 1 else script[0]
-        answer = await getattr(self, f"do_{method}" if method != "__ray_call__" else "do_call")(*arguments)
+        answer = await getattr(self, f"do_{method}")(*arguments)
         while self.stopped:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         return answer
-
-    async def do_call(self, function):
-        return replica._Place(10**9 + self.index, "another node")
 
     async def do_health(self):
         await self.world.start_gate.wait()
@@ -152,11 +131,6 @@ class World:
         return [actor for actor in self.actors if actor.index == index][-1]
 
 
-class Slot:
-    def options(self):
-        return {}
-
-
 @pytest.fixture
 async def make(monkeypatch):
     """``make(engines, **changes) -> (pool, world)``: started, with publication 0 proved unless told otherwise."""
@@ -169,9 +143,9 @@ async def make(monkeypatch):
     async def build(engines=2, published=True, prepare=lambda world: None, **changes):
         world = World()
         prepare(world)
-        fake_ray(monkeypatch, spawn=lambda config, index: Actor(world, index))
+        places = world.places = FakePlaces(engines, lambda config, index: Actor(world, index))
         config = make_config(**{"rollout.num_engines": engines, "rollout.request_timeout_s": 5.0} | changes)
-        pool = EnginePool(config, [Slot()] * engines, {})
+        pool = EnginePool(config, places, {})
         pools.append(pool)
         await pool.start()
         if published:
@@ -180,7 +154,7 @@ async def make(monkeypatch):
 
     yield build
     for pool in pools:
-        pool.close()
+        await pool.close()
 
 
 def publication(version, backend=SHM_BACKEND):
@@ -235,9 +209,9 @@ async def test_groups_go_to_the_engine_with_the_fewest(make):
 @pytest.mark.parametrize(
     "failure",
     [
-        RayActorError("gone"),
-        RayTaskError(EngineFailed("engine-0: vLLM failed in a step: RuntimeError: kernel")),
-        RayTaskError(type("EngineDeadError", (Exception,), {})()),
+        ActorDied("gone"),
+        EngineFailed("engine-0: vLLM failed in a step: RuntimeError: kernel"),
+        type("EngineDeadError", (Exception,), {})(),
     ],
 )
 async def test_the_groups_of_a_lost_engine_go_to_another_at_once(make, failure, capsys):
@@ -357,7 +331,7 @@ async def test_who_goes_away_aborts_the_request(make):
 
 async def test_an_engine_out_of_reach_is_suspect_and_its_groups_go_elsewhere(make):
     pool, world = await make()
-    world.last(0).fail["generate"] = [ActorUnavailableError("partition")]
+    world.last(0).fail["generate"] = [ActorUnreachable("partition")]
     assert texts(await asyncio.gather(*ask(pool, *range(8)))) == ["1.0"] * 8
     world.last(0).fail.clear()
     await until(lambda: recovered(pool, restarts=0))
@@ -365,8 +339,8 @@ async def test_an_engine_out_of_reach_is_suspect_and_its_groups_go_elsewhere(mak
 
 async def test_a_fault_of_ours_travels(make):
     pool, world = await make()
-    world.last(0).fail["generate"] = [RayTaskError(ValueError("ours"))]
-    with pytest.raises(RayTaskError, match="ours"):
+    world.last(0).fail["generate"] = [ValueError("ours")]
+    with pytest.raises(ValueError, match="ours"):
         await ask(pool, 0)[0]
     assert recovered(pool, restarts=0)
 
@@ -384,7 +358,7 @@ async def test_when_no_engine_is_left_all_who_wait_hear_the_last_failure_of_each
     for life in range(max_restarts + 1):
         await until(lambda: all(world.last(i).life == life and world.last(i).requests for i in (0, 1)))  # noqa: B023
         for index in (0, 1):
-            world.last(index).fail["generate"] = [RayActorError(f"blow {life}")]
+            world.last(index).fail["generate"] = [ActorDied(f"blow {life}")]
             world.last(index).die()
     receiving = asyncio.create_task(pool.receive(publication(1)))
     outcomes = await asyncio.gather(*tasks, receiving, return_exceptions=True)
@@ -400,7 +374,7 @@ async def test_when_no_engine_is_left_all_who_wait_hear_the_last_failure_of_each
 
 async def test_a_life_that_does_not_start_counts_as_one(make):
     pool, world = await make(**{"run.max_restarts": 2})
-    world.fail = {(0, life): {"health": [RayActorError("no memory")]} for life in (1, 2)}
+    world.fail = {(0, life): {"health": [ActorDied("no memory")]} for life in (1, 2)}
     world.last(0).die()
     await until(lambda: world.last(0).life == 2 and world.last(0).killed)
     assert recovered(pool, restarts=2, healthy=1)
@@ -411,7 +385,7 @@ async def test_a_life_that_does_not_start_counts_as_one(make):
     ("prepare", "message"),
     [
         (lambda world: world.start_gate.clear(), "engine-0 did not answer health within 0.05 s"),
-        (lambda world: world.fail.update({(0, 0): {"health": [RayActorError("no model")]}}), "engine-0 died in health"),
+        (lambda world: world.fail.update({(0, 0): {"health": [ActorDied("no model")]}}), "engine-0 died in health"),
     ],
 )
 async def test_a_fleet_that_does_not_start_says_why_at_once(make, prepare, message):
@@ -430,7 +404,7 @@ async def test_a_fault_in_the_supervision_reaches_those_who_wait(make, monkeypat
 # --- weights ---
 
 
-REFUSAL = RayTaskError(WeightProofFailed("segment: hashed x, the learner sent d1"))
+REFUSAL = WeightProofFailed("segment: hashed x, the learner sent d1")
 
 
 async def test_results_wait_for_the_proof_of_the_weights_that_sampled_them(make):
@@ -476,11 +450,11 @@ async def test_one_engine_that_fails_a_publication_is_quarantined_and_takes_it_i
     if failure == "refuses":
         first.fail["receive"] = [REFUSAL]
     elif failure == "dies":
-        first.fail["receive"] = [RayActorError("gone")]
+        first.fail["receive"] = [ActorDied("gone")]
     elif failure == "proof dies":
-        first.fail["prove"] = [RayActorError("gone")]
+        first.fail["prove"] = [ActorDied("gone")]
     elif failure == "bug in proof":
-        first.fail["prove"] = [RayTaskError(IndexError("x"))]
+        first.fail["prove"] = [IndexError("x")]
     elif failure == "other bytes":
         world.altering.add((0, 0, 1))
     else:
@@ -610,7 +584,7 @@ async def test_a_publication_that_is_no_snapshot_fails_with_its_engine(make):
     pool, world = await make()
     await pool.connect(Link("host", 1, 2))
     assert [actor.rank for actor in world.actors] == [1, 2]
-    world.last(0).fail["receive"] = [RayTaskError(ValueError("nccl"))]
+    world.last(0).fail["receive"] = [ValueError("nccl")]
     with pytest.raises(WeightProofFailed, match="engine-0 refused version 1 1 times"):
         await pool.receive(publication(1, NCCL_BACKEND))
     world.last(1).die()
@@ -698,36 +672,9 @@ async def test_the_time_of_a_lost_engine_is_accounted_for(make):
     assert walls["engine-0"] == pytest.approx(walls["engine-1"], abs=0.02)
 
 
-@pytest.mark.parametrize(("node", "killed"), [("this node", True), ("another node", False)])
-async def test_only_processes_of_this_node_are_killed_by_number(make, monkeypatch, node, killed):
-    pids = []
-    monkeypatch.setattr(replica, "_kill", pids.append)
-    monkeypatch.setattr(Actor, "do_call", lambda self, _: asyncio.sleep(0, replica._Place(77, node)))
-    _, world = await make(1)
-    world.last(0).stopped = True
-    await until(lambda: world.last(0).life == 1)
-    assert pids == ([77] if killed else [])
-
-
-def test_a_process_is_killed_with_its_children():
-    import subprocess
-    import sys
-
-    import psutil
-
-    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    child = psutil.Process(int(parent.stdout.readline()))
-    replica._kill(parent.pid)
-    parent.wait(5)
-    psutil.wait_procs([child], timeout=5)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-    replica._kill(parent.pid)  # Nothing is left to kill.
-
-
 async def test_closing_ends_the_supervision(make):
     pool, world = await make()
-    pool.close()
+    await pool.close()
     await asyncio.sleep(0.05)
     assert len(world.actors) == 2
     assert all(actor.killed for actor in world.actors)

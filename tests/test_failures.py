@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from launch.failures import FailureBudget, TooManyFailures, sample_file
-from shared.config import Reward
+from shared.config_reward import Reward
 from shared.errors import GroupFailed, InputError
 from tests.fakes import make_prompt
 

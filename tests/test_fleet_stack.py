@@ -40,11 +40,14 @@ class Fleet:
         await self.pool.prove(publication, publication.digest)
 
     def replica(self, index):
-        return self.pool._fleet._replicas[index]
+        return self.pool._fleet._members[index].replica
+
+    def pid(self, index):
+        return self.replica(index)._actor._process.result().pid
 
     async def inside(self, index, function):
         """Call ``function(engine)`` in the engine's process."""
-        return await self.replica(index)._actor.__ray_call__.remote(function)
+        return await self.replica(index)._actor.call("__ray_call__", function).answer
 
     @asynccontextmanager
     async def traffic(self):
@@ -88,7 +91,7 @@ class Fleet:
         await self.pool.close_books()
         self.pool.slices.clear()
         restarts, lost = self.pool.metrics()["engines/restarts"], self.replica(0)
-        pid = lost._place.pid
+        pid = lost._actor._process.result().pid
         async with self.traffic():
             begun = time.time()
             await fault()
@@ -138,7 +141,8 @@ class Fleet:
 async def fleet(model_dir):
     import ray
 
-    from launch.cluster import Needs, connect, reserve, worker_environment
+    from launch.cluster import connect, reserve, worker_environment
+    from launch.placement import Needs
     from rollout import fleet as lives
     from rollout.engine_pool import EnginePool
     from rollout.replica import Replica
@@ -161,17 +165,17 @@ async def fleet(model_dir):
         begun = time.monotonic()
         await start(replica, timeout_s)
         fleet.starts.append(time.monotonic() - begun)
-        fleet.pids.add(replica._place.pid)
+        fleet.pids.add((await replica._actor._process).pid)
 
     patch.setattr(Replica, "start", timed)
     connect(config)
     reservation = await reserve(Needs.of(config, on_gpu=False))
-    fleet = Fleet(EnginePool(config, reservation.engines, worker_environment()), Policy(model_dir))
+    fleet = Fleet(EnginePool(config, reservation, worker_environment()), Policy(model_dir))
     await fleet.pool.start()
     print("started", fleet.starts)
     await fleet.publish()
     yield fleet
-    fleet.pool.close()
+    await fleet.pool.close()
     ray.shutdown()
     patch.undo()
     for segment in fleet.policy.segments:
@@ -198,7 +202,7 @@ def arm(value):
 
 async def test_a_killed_engine_comes_back(fleet):
     async def fault():
-        os.kill(fleet.replica(0)._place.pid, signal.SIGKILL)
+        os.kill(fleet.pid(0), signal.SIGKILL)
 
     await fleet.recovery(2, fault)
     assert fleet.pool.metrics()["engines/redispatched"] > 0
@@ -207,7 +211,7 @@ async def test_a_killed_engine_comes_back(fleet):
 @pytest.mark.chaos
 async def test_a_stopped_engine_is_replaced(fleet):
     async def fault():
-        os.kill(fleet.replica(0)._place.pid, signal.SIGSTOP)
+        os.kill(fleet.pid(0), signal.SIGSTOP)
 
     await fleet.recovery(2, fault)  # Suspect after one probe; dead after three.
 
@@ -284,13 +288,13 @@ async def test_who_goes_away_aborts_the_request_in_vllm(fleet):
 async def test_with_no_restart_left_all_who_wait_hear_why_and_no_process_is_left(fleet):
     from rollout.engine import Sampling
 
-    for health in fleet.pool._fleet.health:
+    for health in (member.health for member in fleet.pool._fleet._members.values()):
         health._max_restarts = health.restarts
     waiting = [asyncio.create_task(fleet.pool.generate(-i, PROMPT, Sampling(4, 40, 1.0))) for i in range(8)]
     await asyncio.sleep(0.05)
     begun = time.monotonic()
     for index in (0, 1):
-        os.kill(fleet.replica(index)._place.pid, signal.SIGKILL)
+        os.kill(fleet.pid(index), signal.SIGKILL)
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
     seconds = time.monotonic() - begun
     failures = [outcome for outcome in outcomes if not isinstance(outcome, tuple)]

@@ -58,7 +58,7 @@ def refused(result: tuple[int, str, str], code: str, where: str) -> None:
     """Exit code 2 and exactly one error, of the one form, with ``code`` at ``where``."""
     exit_code, _, err = result
     assert "Traceback" not in err
-    *lines, last = err.splitlines()
+    *lines, last = [line for line in err.splitlines() if not line.startswith("  ")]  # Without the table.
     assert (exit_code, last) == (2, "exit code 2")
     assert [FORM.fullmatch(line) is not None for line in lines] == [True], lines
     assert lines[0].startswith(f"error[{code}] ")

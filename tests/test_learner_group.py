@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from learner.learner import Learner
 from learner.learner_group import LearnerGroup
+from shared.actors import ActorDied
 from shared.errors import LearnerLost
 from shared.types import StepReport
 from shared.weights import Canary, Publication
-from tests.fakes import make_config
+from tests.fakes import FakeActor, make_config
 
 CANARY = np.array([5, 6], np.int32)
 PUBLICATION = Publication(1, "millrace_shm", "s", (), "digest", Canary(CANARY, np.zeros(1, np.float32)))
@@ -34,6 +36,7 @@ def test_a_group_merges_publications_of_an_applied_step_alone(monkeypatch, appli
     report = StepReport(1, applied, {})
     group = LearnerGroup.__new__(LearnerGroup)
     group._ranks, group.slices, group._durations, group._config = [None], [], deque(), make_config()
+    group._node = "here"
 
     async def call(self, *arguments, timeout_s=None):
         return [(report, PUBLICATION if applied else None), (report, None)]
@@ -41,24 +44,21 @@ def test_a_group_merges_publications_of_an_applied_step_alone(monkeypatch, appli
     monkeypatch.setattr(LearnerGroup, "_call", call)
     found, publication = asyncio.run(group.train_step([], CANARY))
     assert found is report
-    assert (publication == PUBLICATION) if applied else publication is None
+    assert (publication == replace(PUBLICATION, node="here")) if applied else publication is None
 
 
-class Rank:
+class Rank(FakeActor):
     """A rank whose calls end as told."""
 
     def __init__(self, outcome):
         self.outcome = outcome
 
-    def __getattr__(self, method):
-        async def answer(*_):
-            delay, result = self.outcome
-            await asyncio.sleep(delay)
-            if isinstance(result, BaseException):
-                raise result
-            return result
-
-        return type("Method", (), {"remote": staticmethod(answer)})
+    async def save(self, *_):
+        delay, result = self.outcome
+        await asyncio.sleep(delay)
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
 
 def group_of(*outcomes, limit=5.0):
@@ -69,9 +69,7 @@ def group_of(*outcomes, limit=5.0):
 
 
 async def test_a_death_is_told_even_if_the_collective_of_another_rank_breaks_first():
-    from ray.exceptions import RayActorError
-
-    group = group_of((0.0, RuntimeError("connection closed by peer")), (0.05, RayActorError(error_msg="rank 1 died")))
+    group = group_of((0.0, RuntimeError("connection closed by peer")), (0.05, ActorDied("rank 1 died")))
     with pytest.raises(LearnerLost, match="a learner rank died: rank 1 died"):
         await group._call("save", "x")
 
@@ -90,9 +88,7 @@ async def test_a_rank_that_hangs_is_lost_at_the_deadline():
 
 
 async def test_a_full_disk_is_an_oserror():
-    from ray.exceptions import RayTaskError
-
-    error = RayTaskError("save", "traceback", OSError(28, "No space left on device"))
+    error = OSError(28, "No space left on device")
     with pytest.raises(OSError, match="No space left"):
         await group_of((0.0, error))._call("save", "x")
 

@@ -10,7 +10,7 @@ import pytest
 from rollout.reward_calls import invoke_now
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
 from rollout.rewards import BUILTINS
-from shared.config import RewardFunction
+from shared.config_reward import RewardFunction
 from shared.errors import InputError
 from tests.fakes import REWARD_CODE
 

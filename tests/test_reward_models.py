@@ -14,7 +14,7 @@ import torch
 from rollout.reward_calls import CallFailed, invoke
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from rollout.reward_worker import RewardWorker
-from shared.config import Reward, RewardFunction
+from shared.config_reward import Reward, RewardFunction
 from shared.errors import InputError, RewardFailed
 from tests.fakes import make_completion, make_prompt
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import types
 
 import numpy as np
 import pytest
 
 from rollout.reward_pool import GRACE_S, RewardPool, Scores
+from shared.actors import ActorDied
 from shared.errors import GroupFailed, RewardFailed
 from shared.types import Completion, Prompt
-from tests.fakes import RayActorError, RayTaskError, fake_ray, make_completion, make_config
+from tests.fakes import FakeActor, FakeSlot, make_completion, make_config
 
 
 def completions(*texts: str) -> tuple[Completion, ...]:
@@ -22,13 +22,14 @@ def prompt(**columns) -> Prompt:
     return Prompt(0, np.zeros(1, np.int32), "q", columns)
 
 
-class Actor:
+class Actor(FakeActor):
     """An actor whose calls follow ``script``: an exception to raise, ``"hang"``, or a warning that comes with scores."""
 
     def __init__(self, script: list, calls: list):
-        self.killed = False
-        self.score = types.SimpleNamespace(remote=lambda groups, _: self._call(groups, script, calls))
-        self.ready = types.SimpleNamespace(remote=lambda: asyncio.sleep(0, True))
+        self.score = lambda groups, _: self._call(groups, script, calls)
+
+    async def ready(self):
+        return True
 
     async def _call(self, groups, script, calls):
         calls.append([group_id for group_id, *_ in groups])
@@ -41,22 +42,22 @@ class Actor:
         if isinstance(step, Exception):
             raise step
         if self.killed:
-            raise RayActorError("killed")
+            raise ActorDied("killed")
         warnings = [step] if step != "ok" else []
         parts = [{"exact_match": np.full(len(c), group_id, np.float32)} for group_id, _, c in groups]
         return [Scores(part, seconds={"exact_match": 0.25}, warnings=warnings) for part in parts]
 
 
 @pytest.fixture
-def make(monkeypatch):
+async def make():
     """``make(script, **changes) -> (pool, actors, calls)``: every actor that it ever had, and the groups of every call."""
     pools = []
 
     def pool(script: list, **changes):
         actors, calls = [], []
-        fake_ray(monkeypatch, spawn=lambda *_, **__: actors.append(Actor(script, calls)) or actors[-1])
+        slot = FakeSlot(lambda *_: actors.append(Actor(script, calls)) or actors[-1])
         config = make_config(**{"reward.timeout_s": 0.05} | changes)
-        pools.append(RewardPool(config, {}))
+        pools.append(RewardPool(config, [slot] * config.reward.workers, {}))
         return pools[-1], actors, calls
 
     yield pool
@@ -65,9 +66,9 @@ def make(monkeypatch):
             task.cancel()
 
 
-BAD = RayTaskError(RewardFailed("E304", "reward raised", "f, sample 1 of group 7", "ValueError", "a number", "correct it", 1, "bad text", "the trace"))  # fmt: skip
-SLOW = RayTaskError(RewardFailed("E305", "reward too slow", "f", "> 1 s", "<= 1", "speed it up", -1, "", ""))
-GONE = RayActorError("gone")
+BAD = RewardFailed("E304", "reward raised", "f, sample 1 of group 7", "ValueError", "a number", "correct it", 1, "bad text", "the trace")  # fmt: skip
+SLOW = RewardFailed("E305", "reward too slow", "f", "> 1 s", "<= 1", "speed it up", -1, "", "")
+GONE = ActorDied("gone")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ async def test_the_failure_carries_its_sample_text_and_trace(make):
 
 
 async def test_a_bug_of_ours_is_no_group_failure(make):
-    pool, _, _ = make([RayTaskError(AttributeError("ours"))])
+    pool, _, _ = make([AttributeError("ours")])
     with pytest.raises(AttributeError, match="ours"):
         await pool.score(1, prompt(), completions("a"))
     assert (await pool.score(2, prompt(), completions("a"))).parts["exact_match"].tolist() == [2]
@@ -238,13 +239,14 @@ async def test_with_ray_hangs_and_crashes_lose_nothing(tmp_path):
     import ray
 
     from launch.cluster import connect, worker_environment
+    from launch.ray_actors import RaySlot
 
     (tmp_path / "marked.py").write_text(CODE)
     function = {"function": f"{tmp_path / 'marked.py'}:marked", "isolation": "subprocess", "timeout_s": 0.3}
     config = make_config(**{"reward.functions": [function], "reward.workers": 2, "reward.retries": 0})
     modes = ["hang" if i % 20 == 3 else "crash" if i % 20 == 13 else "good" for i in range(200)]
     connect(config)
-    pool = RewardPool(config, worker_environment())
+    pool = RewardPool(config, [RaySlot({})] * 2, worker_environment())
 
     def ask(i: int, mode: str):
         return pool.score(i, prompt(mode=mode, number=float(i)), completions(*("x" * j for j in range(4))))

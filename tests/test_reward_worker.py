@@ -12,7 +12,7 @@ import pytest
 from launch.preflight import check_columns
 from rollout import reward_worker, sandbox
 from rollout.reward_worker import RewardWorker, Scores, penalise_truncated
-from shared.config import Reward, RewardFunction
+from shared.config_reward import Reward, RewardFunction
 from shared.errors import InputError, InputErrors, RewardFailed
 from shared.types import Completion, Prompt
 from tests.fakes import REWARD_CODE, make_completion, make_config

@@ -11,7 +11,7 @@ import pytest
 
 from rollout.reward_loading import load_reward
 from rollout.rewards import BUILTINS, extract_number, last_boxed, text_of
-from shared.config import RewardFunction
+from shared.config_reward import RewardFunction
 
 DATA = Path(__file__).resolve().parent.parent / "launch" / "data" / "gsm8k" / "sample.jsonl"
 TARGET = ["x" * 14, "x" * 20, "x" * 27]

@@ -6,15 +6,14 @@ import asyncio
 import json
 import subprocess
 import sys
-import types
 
 import pytest
 
 from launch import score
 from rollout.reward_worker import RewardWorker
-from shared.errors import InputError, RewardFailed
+from shared.errors import InputError
 from tests.conftest import ROOT
-from tests.fakes import RayTaskError, fake_ray, write_rows
+from tests.fakes import FakeActor, fake_ray, write_rows
 
 CODE = """
 def lengths(completions, **kwargs): return [float(len(c)) for c in completions]
@@ -28,25 +27,24 @@ def picky(completions, **kwargs):
 """
 
 
-class LocalActor:
-    """A worker in this process, in the clothes of a Ray actor."""
+class LocalActor(FakeActor):
+    """A worker in this process."""
 
-    def __init__(self, settings, name) -> None:
-        self.worker = RewardWorker(settings, name=name)
-        self.ready = types.SimpleNamespace(remote=lambda: asyncio.sleep(0, True))
-        self.score = types.SimpleNamespace(remote=self._score)
+    def __init__(self, *arguments) -> None:
+        self.worker = RewardWorker(*arguments)
 
-    async def _score(self, groups, state):
-        try:
-            return await asyncio.to_thread(self.worker.score, groups, state)
-        except RewardFailed as failure:
-            raise RayTaskError(failure) from None
+    async def ready(self):
+        return True
+
+    async def score(self, groups, state):
+        return await asyncio.to_thread(self.worker.score, groups, state)
 
 
 @pytest.fixture
 def verb(tmp_path, monkeypatch, capsys):
     """``verb(rows, *arguments) -> (exit code, output, errors)`` in this process, beside ``r.py``."""
-    fake_ray(monkeypatch, spawn=LocalActor)
+    fake_ray(monkeypatch)
+    monkeypatch.setattr("launch.ray_actors.RaySlot.spawn", lambda slot, kind, *arguments, **_: LocalActor(*arguments))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.py").write_text(CODE)
 

@@ -1,0 +1,179 @@
+"""Ray's side of ``shared/actors.py``: actors in the bundles of placement groups, and Ray's exceptions in our own words."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from shared.actors import ActorDied, ActorUnreachable, Call
+from shared.errors import one_line
+
+
+class _Process(NamedTuple):
+    """Where an actor lives."""
+
+    pid: int
+    node: str
+
+
+class RayActor:
+    """An actor of Ray's; on this node its process is known by number, so that it can be ended at once."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._gone = False
+        """Ray says that the process has ended: another may have its number."""
+        self._process = self.call("__ray_call__", _process).answer
+        self._process.add_done_callback(_forget)
+
+    def call(self, method: str, *arguments: Any) -> Call:
+        """See ``Actor``."""
+        reference = getattr(self._handle, method).remote(*arguments)
+        return Call(asyncio.ensure_future(self._answer(reference)), partial(_cancel, reference))
+
+    def offer(self, method: str, *arguments: Any) -> Any:
+        """See ``Actor``: a reference, which Ray resolves where the call is."""
+        return getattr(self._handle, method).remote(*arguments)
+
+    async def node(self) -> str:
+        """See ``Actor``."""
+        process: _Process = await asyncio.shield(self._process)
+        return process.node
+
+    def kill(self) -> None:
+        """See ``Actor``; Ray alone takes five seconds where the process is stopped."""
+        import ray
+
+        if (pid := self._pid_here()) is not None:
+            kill_process(pid)
+        ray.kill(self._handle)
+
+    def release(self) -> None:
+        """See ``Actor``: Ray knows this end for one that was wanted."""
+        import ray
+
+        if (pid := self._pid_here()) is not None:
+            kill_children(pid)
+        ray.kill(self._handle)
+
+    async def _answer(self, reference: Any) -> Any:
+        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+
+        try:
+            return await reference
+        except ActorUnavailableError as error:
+            raise ActorUnreachable(one_line(error, 400)) from None
+        except RayActorError as error:
+            self._gone = True
+            raise ActorDied(one_line(error, 400)) from None
+        except RayTaskError as error:
+            raise error.cause from error
+
+    def _pid_here(self) -> int | None:
+        import ray
+
+        known = self._process.done() and not self._process.cancelled() and not self._process.exception()
+        if self._gone or not known:
+            return None
+        process, self._gone = self._process.result(), True
+        return process.pid if process.node == ray.get_runtime_context().get_node_id() else None
+
+
+@dataclass(frozen=True)
+class RaySlot:
+    """Resources in a bundle of a placement group; without a group, on ``node``, or else where Ray has least to do."""
+
+    resources: dict[str, float]
+    group: Any = None
+    bundle: int = 0
+    node: str = ""
+
+    async def ready(self) -> None:
+        """See ``Slot``."""
+        if self.group is not None:
+            await self.group.ready()
+
+    def spawn(self, kind: type, *arguments: Any, environment: dict[str, str], concurrency: int = 1) -> RayActor:
+        """See ``Slot``."""
+        import ray
+
+        options = self._options(self.resources) | {
+            "max_restarts": 0,
+            "max_concurrency": concurrency,
+            "runtime_env": {"env_vars": environment},
+        }
+        return RayActor(ray.remote(kind).options(**options).remote(*arguments))
+
+    def run(self, function: Callable[[], Any]) -> Awaitable[Any]:
+        """See ``Slot``; takes none of its resources."""
+        import ray
+
+        answer: Awaitable[Any] = ray.remote(function).options(**self._options({})).remote()
+        return answer
+
+    def share(self, value: Any) -> Any:
+        """See ``Slot``: in the object store."""
+        import ray
+
+        return ray.put(value)
+
+    def free(self) -> None:
+        """See ``Slot``."""
+        from ray.util import remove_placement_group
+
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+    def _options(self, resources: dict[str, float]) -> dict[str, Any]:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+        where: Any = "SPREAD"
+        if self.group is not None:
+            where = PlacementGroupSchedulingStrategy(self.group, self.bundle)
+        elif self.node:
+            where = NodeAffinitySchedulingStrategy(self.node, soft=False)
+        taken = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
+        return taken | {"scheduling_strategy": where}
+
+
+def kill_process(pid: int) -> None:
+    """End a process and its children, which nobody else would end."""
+    import psutil
+
+    kill_children(pid)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).kill()
+
+
+def kill_children(pid: int) -> None:
+    """vLLM's own processes, where it has some."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def _process(_: Any) -> _Process:
+    import ray
+
+    return _Process(os.getpid(), ray.get_runtime_context().get_node_id())
+
+
+def _forget(answer: asyncio.Future[Any]) -> None:
+    """An actor that never came up is somebody else's news."""
+    if not answer.cancelled():
+        answer.exception()
+
+
+def _cancel(reference: Any) -> None:
+    import ray
+
+    if ray.is_initialized():  # Else the call would start another Ray.
+        ray.cancel(reference)

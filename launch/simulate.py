@@ -1,0 +1,185 @@
+"""``millrace simulate [CONFIG.toml] --engines N``: the real controller, buffer, pools and ledgers with simulated engines.
+
+Engines, learner and reward workers only let time pass, as ``--timings`` says (measured by ``millrace plan --save``), in
+virtual time. Prints what the control plane costs on this machine, in CPU time, and how fast the run would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from launch.run import guarded
+from launch.timings import Timings
+from shared.config import Config
+from shared.config_loader import load_config
+from shared.errors import InputError
+
+WARM_UP = 0.2
+"""Share of the steps that is left out of the rates."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the verb and return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return guarded(given or ["--engines", "8"], _simulate, help_text=_parser().format_help())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("millrace simulate", description=__doc__, exit_on_error=False)
+    parser.add_argument("config", nargs="?", help="a run's configuration; by default groups of 8, a few per engine")
+    parser.add_argument("--engines", type=int, help="engines (default: the configuration's, or 8)")
+    parser.add_argument("--ranks", type=int, help="learner ranks (default: the configuration's, or as many as keep up)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--groups-per-engine", type=int, default=4, help="without a configuration: prompts in a step")
+    parser.add_argument("--timings", type=Path, help="JSON of launch/timings.py, as millrace plan --save writes it")
+    parser.add_argument("--json", action="store_true", help="print one JSON line last")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _simulate(arguments: list[str]) -> None:
+    try:
+        options = _parser().parse_args(arguments)
+    except (argparse.ArgumentError, SystemExit) as error:
+        fix = "millrace simulate --help"
+        raise InputError("E106", "bad option", "command line", str(error), "see --help", fix) from None
+    if options.engines is not None and options.engines < 1:
+        found, fix = str(options.engines), "--engines 8"
+        raise InputError("E102", "bad value", "command line:--engines", found, ">= 1", fix)
+    timings = Timings.load(options.timings) if options.timings else Timings()
+    result = simulate(_config(options, timings), timings)
+    for name, value in result.items():
+        print(f"{name:32} {value:,.4g}" if isinstance(value, float) else f"{name:32} {value}")
+    if options.json:
+        print(json.dumps(result), flush=True)
+
+
+def _config(options: argparse.Namespace, timings: Timings) -> Config:
+    if options.config:
+        config = load_config([options.config])
+        engines = options.engines or config.rollout.num_engines
+        ranks = options.ranks or config.learner.num_ranks
+    else:
+        engines, ranks = options.engines or 8, options.ranks
+        prompts, group = engines * options.groups_per_engine, 8
+        if ranks is None:  # A learner that keeps up with engines that are never without work.
+            rate = engines * group * options.groups_per_engine * 2
+            busy = rate / timings.decode_s(2 * group * options.groups_per_engine)
+            ranks = max(1, min(round(busy * timings.train_token_s), prompts * group // 2))
+        while prompts * group % ranks:
+            ranks += 1
+        table: dict[str, Any] = {
+            "model": {"path": "simulated"},
+            "data": {"train": "simulated"},
+            "rollout": {"group_size": group, "max_staleness": 1},
+            "reward": {"functions": [{"function": "length"}], "workers": max(1, engines // 20), "groups_per_call": 8},
+            "learner": {"prompts_per_step": prompts},
+        }
+        config = Config.model_validate(table)
+    run = {"steps": options.steps * config.updates_per_batch, "samples_every": 0, "checkpoint_every": 0}
+    changes = {
+        "run": config.run.model_copy(update=run),
+        "rollout": config.rollout.model_copy(update={"num_engines": engines, "max_engines": 0}),
+        "learner": config.learner.model_copy(update={"num_ranks": ranks}),
+        "eval": config.eval.model_copy(update={"every_steps": 0}),
+    }
+    return config.model_copy(update=changes)
+
+
+def simulate(config: Config, timings: Timings) -> dict[str, Any]:
+    """One run in virtual time: its step time, rates and shares, and what the control plane cost on this machine."""
+    from launch import virtual_time
+
+    with tempfile.TemporaryDirectory(prefix="millrace-simulate-") as folder:
+        return virtual_time.run(_run(config, timings, Path(folder)))
+
+
+async def _run(config: Config, timings: Timings, path: Path) -> dict[str, Any]:
+    from launch.controller import Controller
+    from launch.run_folder import RunFolder
+    from launch.simulated import SimulatedPlaces
+    from learner.learner_group import LearnerGroup
+    from rollout.engine_pool import EnginePool
+    from rollout.prompts import PromptStream
+    from rollout.reward_pool import RewardPool
+    from shared.types import Prompt
+
+    class Folder(RunFolder):
+        """Records every step; there is nothing to save."""
+
+        rows: list[dict[str, float]]
+        marks: list[tuple[float, float, float]]
+        """Of each step: CPU seconds, real seconds, virtual seconds."""
+
+        def step(self, step: int, metrics: dict[str, float], *rest: Any) -> None:
+            super().step(step, metrics, *rest)
+            self.rows.append(metrics)
+            self.marks.append((_cpu_s(), time.perf_counter(), time.monotonic()))
+
+        async def commit(self, *_: Any) -> bool:
+            return True
+
+    rng = np.random.default_rng(config.run.seed)
+    sizes = rng.poisson(timings.prompt_tokens, 4096).clip(1, config.rollout.max_prompt_tokens)
+    prompts = [Prompt(i, np.zeros(size, np.int32), "") for i, size in enumerate(sizes)]
+    places = SimulatedPlaces(timings, config)
+    folder = Folder(config, path)
+    folder.rows, folder.marks = [], []
+    engines, learners = EnginePool(config, places, {}), LearnerGroup(config, "simulated", places.ranks, {})
+    rewards = RewardPool(config, places.rewards, {})
+    await asyncio.gather(engines.start(), learners.start(), rewards.start())
+    stream = PromptStream(prompts, config.run.seed)
+    try:
+        await Controller(config, stream, [], engines, rewards, learners, folder).run()
+    finally:
+        await engines.close()
+        rewards.close()
+        folder.samples.flush()
+    return _summary(config, folder.rows, folder.marks)
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _summary(config: Config, rows: list[dict[str, float]], marks: list[tuple[float, float, float]]) -> dict[str, Any]:
+    first = max(1, round(len(marks) * WARM_UP))
+    (cpu_a, real_a, virtual_a), (cpu_b, real_b, virtual_b) = marks[first - 1], marks[-1]
+    steps = len(marks) - first
+    groups = config.groups_per_batch * steps
+    samples = groups * config.rollout.group_size
+    kept = rows[first:]
+
+    def share(kind: str, states: tuple[str, ...]) -> float:
+        found = [(name, row[name]) for row in kept for name in row if name.startswith(f"time/{kind}")]
+        total = sum(seconds for _, seconds in found)
+        return sum(seconds for name, seconds in found if name.endswith(states)) / total if total else 0.0
+
+    return {
+        "engines": config.rollout.num_engines,
+        "ranks": config.learner.num_ranks,
+        "groups": groups,
+        "controller_us_per_group": 1e6 * (cpu_b - cpu_a) / groups,
+        "completions_per_s": samples / (real_b - real_a),
+        "simulated_step_s": (virtual_b - virtual_a) / steps,
+        "simulated_samples_per_s": samples / (virtual_b - virtual_a),
+        "simulated_engine_busy": share("engine-", ("/generate",)),
+        "simulated_learner_busy": share("learner-", ("/backward", "/gather")),
+        "staleness_mean": float(np.mean([row["staleness/mean"] for row in kept])),
+        "staleness_max": float(max(row["staleness/max"] for row in kept)),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
