@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
 
+from launch.options import Options
 from launch.run import guarded
 from shared.errors import InputError, nearest
 
@@ -27,13 +27,12 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(given, _bench, help_text=_parser(chosen).format_help())
 
 
-def _parser(workload: str) -> argparse.ArgumentParser:
+def _parser(workload: str) -> Options:
     module = importlib.import_module(WORKLOADS[workload])
-    parser = argparse.ArgumentParser(f"millrace bench {workload}", description=module.__doc__, exit_on_error=False)
+    parser = Options(f"bench {workload}", module.__doc__)
     parser.add_argument("workload", choices=list(WORKLOADS))
     module.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON line last")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
@@ -45,19 +44,10 @@ def _bench(arguments: list[str]) -> None:
         raise InputError(
             "E107", "unknown bench workload", "command line", workload, expected, f"millrace bench {guess}"
         )
-    try:
-        options, rest = _parser(workload).parse_known_args(arguments)
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise _bad_option(str(error)) from None
-    if rest:
-        raise _bad_option(" ".join(rest))
+    options = _parser(workload).parse_args(arguments)
     result = importlib.import_module(WORKLOADS[workload]).run(options)
     if options.json:
         print(json.dumps(result), flush=True)
-
-
-def _bad_option(found: str) -> InputError:
-    return InputError("E106", "bad option", "command line", found, "see --help", "millrace bench WORKLOAD --help")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ class Session:
     async def run(self, began: float, dry_run: bool) -> None:
         """Start the parts and train; with ``dry_run`` stop before anything is started."""
         from launch.cluster import check_resources, ray_session
+        from launch.garbage import collected_by_the_clock
         from launch.parts import started
         from launch.run_folder import RunFolder, dump_config
 
@@ -162,7 +163,7 @@ class Session:
                 return
             folder = RunFolder(config, self.output)
             try:
-                async with started(config, needs) as parts:
+                async with started(config, needs) as parts, collected_by_the_clock():
                     print(f"engines, learner and reward workers up after {time.monotonic() - began:.0f} s", flush=True)
                     await self._lives(folder, parts)
             finally:

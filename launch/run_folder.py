@@ -193,12 +193,16 @@ class RunFolder:
         (self.path / "ledger" / "time.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
         print(f"{summary['verdict']}\n{self.samples.verdict()}", flush=True)
 
-    def finish(self) -> None:
-        """Close the sinks and draw the curve."""
+    def close(self) -> None:
+        """Close the sinks."""
         self.book.close()
         self._metrics.close()
         self.samples.flush()
         self._lock.close()
+
+    def finish(self) -> None:
+        """Close the sinks and draw the curve."""
+        self.close()
         draw_curves(read_metrics(self.path), self.path / "reward.png", self._config)
         print(f"run folder: {self.path} ({_clock(time.monotonic() - self._started)} in all)", flush=True)
 

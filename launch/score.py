@@ -6,7 +6,6 @@ Rows have ``prompt``, ``completion`` and any columns, plain or conversational. P
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.options import Options
 from launch.run import guarded
 from shared.config import Config
 from shared.errors import GroupFailed, InputError
@@ -27,8 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(sys.argv[1:] if arguments is None else arguments, _score, help_text=_parser().format_help())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("millrace score", description=__doc__, exit_on_error=False)
+def _parser() -> Options:
+    parser = Options("score", __doc__)
     parser.add_argument(
         "--reward",
         action="append",
@@ -41,18 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout-s", type=float, default=10.0, help="longest time of one call")
     parser.add_argument("--workers", type=int, default=1, help="reward workers")
     parser.add_argument("--json", action="store_true", help='print {"rewards": [...]} last')
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def _score(arguments: list[str]) -> None:
+    options = _parser().parse_args(arguments)
     try:
-        options = _parser().parse_args(arguments)
         table = tomllib.loads(f"args = {options.args}")["args"]
-    except (argparse.ArgumentError, SystemExit, tomllib.TOMLDecodeError) as error:
-        raise InputError(
-            "E106", "bad option", "command line", str(error), "see --help", "millrace score --help"
-        ) from None
+    except tomllib.TOMLDecodeError as error:
+        expected, fix = "a TOML table", '--args "{target = 200}"'
+        raise InputError("E106", "bad option", "command line:--args", str(error), expected, fix) from None
     rows = read_rows(Path(options.data))
     functions = []
     for name in options.reward:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.options import Options
 from launch.run import guarded
 from launch.timings import Timings
 from shared.config import Config
@@ -34,25 +35,20 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(given or ["--engines", "8"], _simulate, help_text=_parser().format_help())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("millrace simulate", description=__doc__, exit_on_error=False)
+def _parser() -> Options:
+    parser = Options("simulate", __doc__)
     parser.add_argument("config", nargs="?", help="a run's configuration; by default groups of 8, a few per engine")
     parser.add_argument("--engines", type=int, help="engines (default: the configuration's, or 8)")
     parser.add_argument("--ranks", type=int, help="learner ranks (default: the configuration's, or as many as keep up)")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=20, help="batches to train")
     parser.add_argument("--groups-per-engine", type=int, default=4, help="without a configuration: prompts in a step")
     parser.add_argument("--timings", type=Path, help="JSON of launch/timings.py, as millrace plan --save writes it")
     parser.add_argument("--json", action="store_true", help="print one JSON line last")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
 def _simulate(arguments: list[str]) -> None:
-    try:
-        options = _parser().parse_args(arguments)
-    except (argparse.ArgumentError, SystemExit) as error:
-        fix = "millrace simulate --help"
-        raise InputError("E106", "bad option", "command line", str(error), "see --help", fix) from None
+    options = _parser().parse_args(arguments)
     if options.engines is not None and options.engines < 1:
         found, fix = str(options.engines), "--engines 8"
         raise InputError("E102", "bad value", "command line:--engines", found, ">= 1", fix)
@@ -106,6 +102,7 @@ def simulate(config: Config, timings: Timings) -> dict[str, Any]:
 
 async def _run(config: Config, timings: Timings, path: Path) -> dict[str, Any]:
     from launch.controller import Controller
+    from launch.garbage import collected_by_the_clock
     from launch.run_folder import RunFolder
     from launch.simulated import SimulatedPlaces
     from learner.learner_group import LearnerGroup
@@ -140,11 +137,12 @@ async def _run(config: Config, timings: Timings, path: Path) -> dict[str, Any]:
     await asyncio.gather(engines.start(), learners.start(), rewards.start())
     stream = PromptStream(prompts, config.run.seed)
     try:
-        await Controller(config, stream, [], engines, rewards, learners, folder).run()
+        async with collected_by_the_clock():
+            await Controller(config, stream, [], engines, rewards, learners, folder).run()
     finally:
         await engines.close()
         rewards.close()
-        folder.samples.flush()
+        folder.close()
     return _summary(config, folder.rows, folder.marks)
 
 

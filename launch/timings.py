@@ -93,4 +93,5 @@ class Timings:
             good = isinstance(value, list) if name == "lengths" else isinstance(value, int | float) and value >= 0
             if not good:
                 raise InputError("E102", "bad value", f"{where}:{name}", repr(value), "a number >= 0", "seconds")
-        return cls(**{name: tuple(value) if name == "lengths" else value for name, value in table.items()})
+        values: dict[str, Any] = {name: tuple(v) if name == "lengths" else v for name, v in table.items()}
+        return cls(**values)

@@ -41,7 +41,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Virtual seconds."""
         return self._virtual.now
 
-    def run_in_executor(self, executor: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    def run_in_executor(self, executor: Any, function: Callable[..., Any], *arguments: Any) -> Any:  # type: ignore[override]
         """At once, in this thread: another would not know what time it is."""
         future = self.create_future()
         try:
