@@ -136,6 +136,13 @@ def nodes() -> list[Node]:
     return [Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def addresses() -> dict[str, str]:
+    """Node id -> address, of nodes alive or not."""
+    import ray
+
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+
+
 def check_resources(config: Config, origin: str) -> Needs:
     """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table."""
     there = nodes()

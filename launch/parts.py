@@ -11,13 +11,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from launch.cluster import reserve, worker_environment
+from launch.cluster import addresses, reserve, worker_environment
 from launch.placement import Needs
 from learner.learner_group import LearnerGroup
 from rollout.engine_pool import EnginePool
 from rollout.reward_pool import RewardPool
 from shared.config import Config
+from shared.errors import LearnerLost
 from shared.weights import NCCL_BACKEND, backend_of, remove_segments
+
+ROOM_TOLD_EVERY_S, ROOM_LIMIT_S = 10.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,34 @@ class Parts:
     learners: LearnerGroup
     linked: bool
     """Weights travel over a link that learner and engines have to join."""
+
+    async def rebuild_learner(self) -> None:
+        """New ranks for lost ones, and engines without weights. Where a lost host left no room for the ranks, engines make it.
+
+        Engines that made room come back when the cluster has grown again. Raises ``LearnerLost`` if there is no room.
+        """
+        wanted, waited = self.engines.size, 0.0
+        self.learners.end()
+        while not await self.learners.has_place(ROOM_TOLD_EVERY_S):
+            waited += ROOM_TOLD_EVERY_S
+            print(f"the learner waits for resources, {waited:.0f} s so far", flush=True)
+            if waited >= ROOM_LIMIT_S:
+                raise LearnerLost(f"no place for the learner's ranks within {ROOM_LIMIT_S:g} s")
+            if self.engines.scalable and self.engines.size > 1:
+                print(f"{await self.engines.scale(self.engines.size - 1)}: it makes room for the learner", flush=True)
+        await asyncio.gather(self.learners.start(), self.engines.reset())
+        if self.engines.size < wanted:
+            print(f"{await self.engines.scale(wanted)} as soon as there is room", flush=True)
+        await self.link()
+
+    async def where(self) -> str:
+        """Who lives on which host."""
+        hosts = addresses()
+        found: dict[str, list[str]] = {}
+        ranks = {f"learner-{i}": node for i, node in enumerate(await self.learners.nodes())}
+        for name, node in (ranks | await self.engines.nodes()).items():
+            found.setdefault(hosts.get(node, node), []).append(name)
+        return "; ".join(f"{host}: {', '.join(names)}" for host, names in sorted(found.items()))
 
     async def link(self) -> None:
         """Open it, if there is one; again whenever the learner is a new one."""

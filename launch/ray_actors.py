@@ -29,12 +29,13 @@ class RayActor:
         self._gone = False
         """Ray says that the process has ended: another may have its number."""
         self._process = self.call("__ray_call__", _process).answer
-        self._process.add_done_callback(_forget)
 
     def call(self, method: str, *arguments: Any) -> Call:
         """See ``Actor``."""
         reference = getattr(self._handle, method).remote(*arguments)
-        return Call(asyncio.ensure_future(self._answer(reference)), partial(_cancel, reference))
+        answer = asyncio.ensure_future(self._answer(reference))
+        answer.add_done_callback(_forget)
+        return Call(answer, partial(_cancel, reference))
 
     def offer(self, method: str, *arguments: Any) -> Any:
         """See ``Actor``: a reference, which Ray resolves where the call is."""
@@ -167,7 +168,7 @@ def _process(_: Any) -> _Process:
 
 
 def _forget(answer: asyncio.Future[Any]) -> None:
-    """An actor that never came up is somebody else's news."""
+    """Who made the call may have gone away: nobody looks at what is late, also if it is an error."""
     if not answer.cancelled():
         answer.exception()
 

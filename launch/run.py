@@ -148,6 +148,7 @@ class Session:
         from launch.garbage import collected_by_the_clock
         from launch.parts import started
         from launch.run_folder import RunFolder, dump_config
+        from launch.scale import obey
 
         config = self.prepared.config
         task = asyncio.current_task()
@@ -164,8 +165,11 @@ class Session:
             folder = RunFolder(config, self.output)
             try:
                 async with started(config, needs) as parts, collected_by_the_clock():
-                    print(f"engines, learner and reward workers up after {time.monotonic() - began:.0f} s", flush=True)
+                    took = f"{time.monotonic() - began:.0f} s"
+                    print(f"engines, learner and reward workers up after {took} ({await parts.where()})", flush=True)
+                    scaling = asyncio.create_task(obey(folder.path, parts.engines))
                     await self._lives(folder, parts)
+                    scaling.cancel()
             finally:
                 folder.finish()
 
@@ -201,8 +205,7 @@ class Session:
         from shared.checkpoints import newest
 
         started = time.monotonic()
-        await asyncio.gather(parts.learners.restart(), parts.engines.reset())
-        await parts.link()
+        await parts.rebuild_learner()
         found = newest(folder.path / "checkpoints")
         self.point = Point.at(*found) if found else None
         self.stream.cursor = 0

@@ -30,7 +30,15 @@ from shared.types import Prompt, RolloutGroup
 PRINT_EVERY_S = 2.0
 OURS = (
     *("checkpoints", "samples", "ledger", "failed", "tensorboard"),
-    *("config.toml", "metrics.jsonl", "metrics.cut.jsonl", "reward.png", "stacks.txt"),
+    *(
+        "config.toml",
+        "metrics.jsonl",
+        "metrics.cut.jsonl",
+        "reward.png",
+        "stacks.txt",
+        "scale.asked.json",
+        "scale.answered.json",
+    ),
 )
 """What a run writes into its folder, beside the lock."""
 WEIGHTS = "ledger/weights.jsonl"

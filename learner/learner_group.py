@@ -109,12 +109,24 @@ class LearnerGroup:
         """Go on from what ``save`` wrote."""
         await self._call("load", directory)
 
-    async def restart(self) -> None:
-        """New ranks in the places of the old ones, of which some may be dead or hang; they hold the model that a run begins with."""
+    def end(self) -> None:
+        """End the ranks, of which some may be dead or hang, and what they hold; ``start`` makes new ones in their places."""
         self.close()
         self._ranks = []
         remove_segments(f"{self._run_id}-{self._lives}")
-        await self.start()
+
+    async def has_place(self, limit_s: float) -> bool:
+        """Whether every rank has a place, now or within ``limit_s``: a host that is lost takes some away."""
+        ready = asyncio.gather(*(slot.ready() for slot in self._slots))
+        try:
+            await asyncio.wait_for(ready, limit_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def nodes(self) -> list[str]:
+        """Where in the cluster each rank lives."""
+        return await asyncio.gather(*(rank.node() for rank in self._ranks))
 
     async def close_books(self) -> None:
         """Ask every rank for what is still missing in ``slices``."""

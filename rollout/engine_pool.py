@@ -50,6 +50,20 @@ class EnginePool:
         """What the engines did, as far as their answers told."""
 
     @property
+    def size(self) -> int:
+        """Engines that serve, start, or wait for a place."""
+        return self._fleet.size
+
+    @property
+    def scalable(self) -> bool:
+        """False where engines are tied to a device link or to learner ranks."""
+        return self._fleet.replaceable and not self._config.rollout.colocate
+
+    async def nodes(self) -> dict[str, str]:
+        """Engines that run, and where in the cluster each lives."""
+        return {replica.name: await replica.node() for replica in self._fleet.running()}
+
+    @property
     def workers(self) -> int:
         """Engine workers over all engines."""
         return len(self._fleet.running()) * self._config.rollout.tensor_parallel_size
@@ -65,7 +79,7 @@ class EnginePool:
 
         Returns what was begun. Raises ``InputError`` where the number cannot change.
         """
-        if engines < 1 or not self._fleet.replaceable or self._config.rollout.colocate:
+        if engines < 1 or not self.scalable:
             expected = ">= 1" if engines < 1 else "engines that are not tied to a device link or to learner ranks"
             fix = "--engines 1" if engines < 1 else 'rollout.weights = "host"'
             raise InputError("E507", "cannot scale", "command line:--engines", str(engines), expected, fix)

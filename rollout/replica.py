@@ -194,7 +194,6 @@ class Replica:
             if not answer.done() and method == "generate":
                 abort()
             answer.cancel()
-            answer.add_done_callback(_forget)
         if self.ended:
             self.end_of_life.result()
         raise Unanswered(f"did not answer {method} within {timeout_s:g} s")
@@ -242,9 +241,3 @@ class Replica:
 def _reason(error: Exception) -> str:
     """What the actor's code raised."""
     return one_line(error if isinstance(error, MillraceError) else f"{type(error).__name__}: {error}", 400)
-
-
-def _forget(call: asyncio.Future[Any]) -> None:
-    """Nobody looks at what is late, also if it is an error."""
-    if not call.cancelled():
-        call.exception()

@@ -74,8 +74,10 @@ class Traffic:
         """Give it nothing more, and wait until it has nothing left, or so long."""
         self.shut(replica)
         if replica.outstanding:
-            done = self._leaving.setdefault(replica, asyncio.Event())
-            await asyncio.wait((asyncio.ensure_future(done.wait()), replica.end_of_life), timeout=limit_s)
+            done = self._leaving[replica] = asyncio.Event()
+            waiting = asyncio.ensure_future(done.wait())
+            await asyncio.wait((waiting, replica.end_of_life), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
             del self._leaving[replica]
 
     async def passed(self, replicas: Iterable[Replica], awaited: Test, passed: Test) -> list[Replica]:

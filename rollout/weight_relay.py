@@ -68,6 +68,7 @@ class Relays:
         self._places, self._environment = places, environment
         self._run = uuid.uuid4().hex[:12]
         self._actors: dict[str, Actor] = {}
+        self._spawned = 0
         self._newest: Publication | None = None
         self._pieces: list[tuple[int, Any]] = []
         """Of the newest publication: where each begins, and what a call takes for it."""
@@ -103,7 +104,7 @@ class Relays:
         if calls:
             await asyncio.wait(calls, timeout=CLOSE_LIMIT_S)
         for actor in self._actors.values():
-            actor.kill()
+            actor.release()
 
     async def _carry(self, publication: Publication, node: str, limit_s: float) -> Publication:
         for attempt in range(1, TRIES + 1):
@@ -134,6 +135,7 @@ class Relays:
 
     def _on(self, node: str) -> Actor:
         if node not in self._actors:
-            name = f"{self._run}-{node[:8]}-{len(self._actors)}"
+            self._spawned += 1
+            name = f"{self._run}-relay-{self._spawned}"
             self._actors[node] = self._places.on(node).spawn(WeightRelay, name, environment=self._environment)
         return self._actors[node]

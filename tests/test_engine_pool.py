@@ -12,7 +12,7 @@ from rollout import engine_health, fleet
 from rollout.engine import Received, Sampling
 from rollout.engine_pool import EnginePool
 from shared.actors import ActorDied, ActorUnreachable, Call
-from shared.errors import EngineFailed, FleetExhausted, GroupFailed, WeightProofFailed
+from shared.errors import EngineFailed, FleetExhausted, GroupFailed, InputError, WeightProofFailed
 from shared.ledger import TimeBook, TimeLedger
 from shared.types import VersionSpan
 from shared.weights import NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication, TensorMeta
@@ -121,7 +121,7 @@ class World:
     """Every actor that there ever was, and what befalls them."""
 
     def __init__(self):
-        self.actors, self.open = [], True
+        self.actors, self.open, self.full = [], True, False
         self.fail, self.damaging, self.altering = {}, set(), set()
         self.start_gate, self.receive_gate, self.prove_gate = (asyncio.Event() for _ in range(3))
         for gate in (self.start_gate, self.receive_gate, self.prove_gate):
@@ -144,6 +144,7 @@ async def make(monkeypatch):
         world = World()
         prepare(world)
         places = world.places = FakePlaces(engines, lambda config, index: Actor(world, index))
+        places.full = world.full
         config = make_config(**{"rollout.num_engines": engines, "rollout.request_timeout_s": 5.0} | changes)
         pool = EnginePool(config, places, {})
         pools.append(pool)
@@ -642,6 +643,112 @@ async def test_an_engine_that_does_not_answer_a_reset_is_replaced(make, monkeypa
     await until(lambda: world.last(0).life == 1)
     await deliver(pool, publication(1))
     await until(lambda: recovered(pool))
+
+
+# --- more and fewer engines ---
+
+
+async def test_an_engine_that_is_added_serves_with_the_newest_weights(make):
+    pool, world = await make()
+    await deliver(pool, publication(1))
+    assert await pool.scale(4) == "2 -> 4 engines; starting: engine-2, engine-3"
+    await until(lambda: recovered(pool, restarts=0, healthy=4))
+    assert [world.last(i).holds.version for i in range(4)] == [1] * 4
+    for actor in world.actors:
+        actor.go.clear()
+    tasks = ask(pool, *range(8))
+    await until(lambda: [actor.requests for actor in world.actors] == [2] * 4)
+    for actor in world.actors:
+        actor.go.set()
+    await asyncio.gather(*tasks)
+    await deliver(pool, publication(2))
+    assert {actor.holds.version for actor in world.actors} == {2}
+
+
+async def test_an_engine_goes_when_its_requests_are_done(make):
+    pool, world = await make(3)
+    for actor in world.actors:
+        actor.go.clear()
+    tasks = ask(pool, *range(6))
+    await until(lambda: sum(actor.requests for actor in world.actors) == 6)
+    going = asyncio.create_task(pool.scale(2))
+    await asyncio.sleep(0.01)
+    extra = ask(pool, 6, 7)
+    await until(lambda: sum(actor.requests for actor in world.actors) == 8)
+    assert [actor.requests for actor in world.actors] == [3, 3, 2]  # It gets nothing more,
+    await deliver(pool, publication(1))  # holds up no publication,
+    assert not going.done()
+    world.last(2).go.set()
+    assert await going == "3 -> 2 engines; gone: engine-2"  # and what it has is kept.
+    assert world.last(2).killed
+    assert world.places.engines[2].freed
+    for actor in world.actors:
+        actor.go.set()
+    assert sorted(texts(await asyncio.gather(*tasks, *extra))) == ["0.0"] * 3 + ["1.0"] * 3 + ["2.0"] * 2
+    assert pool.metrics()["engines/redispatched"] == 0
+
+
+async def test_what_an_engine_does_not_finish_in_time_goes_to_others(make):
+    pool, world = await make(**{"rollout.request_timeout_s": 0.05, "run.max_restarts": 0})
+    world.last(1).go.clear()
+    world.last(0).go.clear()
+    pool._config = pool._config.model_copy(
+        update={"rollout": pool._config.rollout.model_copy(update={"request_timeout_s": 0.2})}
+    )
+    tasks = ask(pool, 0, 1)
+    await until(lambda: world.last(1).requests == 1)
+    pool._config = pool._config.model_copy(
+        update={"rollout": pool._config.rollout.model_copy(update={"request_timeout_s": 0.01})}
+    )
+    assert await pool.scale(1) == "2 -> 1 engines; gone: engine-1"
+    world.last(0).go.set()
+    assert texts(await asyncio.gather(*tasks)) == ["0.0", "0.0"]
+    assert len(world.actors) == 2  # It is not started again.
+
+
+async def test_engines_beyond_those_that_are_needed_join_when_there_is_room(make, capsys, monkeypatch):
+    monkeypatch.setattr(fleet, "PLACE_TOLD_EVERY_S", 0.02)
+    pool, world = await make(1, prepare=lambda world: setattr(world, "full", True), **{"rollout.max_engines": 3})
+    assert len(world.actors) == 1
+    await until(lambda: "engine-2 waits for resources" in capsys.readouterr().out)
+    world.places.engines[2].there.set()
+    await until(lambda: recovered(pool, restarts=0, healthy=2))
+    assert world.last(2).holds.version == 0
+    # One that does not serve goes before one that does.
+    assert await pool.scale(2) == "3 -> 2 engines; gone: engine-1"
+
+
+async def test_an_engine_whose_host_is_lost_waits_for_another(make):
+    pool, world = await make()
+    world.places.engines[0].there.clear()
+    world.last(0).die()
+    await until(lambda: pool.metrics()["engines/healthy"] == 1)
+    await asyncio.sleep(0.03)
+    assert len(world.actors) == 2
+    assert texts(await asyncio.gather(*ask(pool, 0))) == ["1.0"]
+    world.places.engines[0].there.set()
+    await until(lambda: recovered(pool))
+
+
+async def test_weights_that_all_who_began_refuse_end_the_run_although_others_wait_for_room(make):
+    pool, world = await make(1, prepare=lambda world: setattr(world, "full", True), **{"rollout.max_engines": 3})
+    world.last(0).fail["receive"] = [REFUSAL]
+    with pytest.raises(WeightProofFailed):
+        await deliver(pool, publication(1))
+
+
+@pytest.mark.parametrize(
+    ("engines", "linked", "changes"),
+    [(0, False, {}), (3, True, {}), (3, False, {"rollout.colocate": True})],
+)
+async def test_what_cannot_be_scaled_is_refused(make, engines, linked, changes):
+    pool, world = await make(**changes)
+    if linked:
+        await pool.connect(Link("host", 1, 2))
+    with pytest.raises(InputError, match="cannot scale") as excinfo:
+        await pool.scale(engines)
+    assert excinfo.value.code == "E507"
+    assert len(world.actors) == 2
 
 
 # --- time, processes ---
