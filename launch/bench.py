@@ -14,6 +14,7 @@ WORKLOADS = {
     "rollout": "launch.bench_rollout",
     "learner": "launch.bench_learner",
     "sync": "launch.bench_sync",
+    "hosts": "launch.bench_hosts",
     "rewards": "launch.bench_rewards",
     "loop": "launch.bench_loop",
     "check": "launch.bench_check",

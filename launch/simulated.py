@@ -69,7 +69,8 @@ class SimulatedLearner(SimulatedActor):
         tokens = _count(groups)
         with self._ledger.during("backward"):
             share = self._timings.train_token_s * tokens / self._ranks * self._config.learner.epochs_per_batch
-            await asyncio.sleep(updates * self._timings.train_step_s + share)
+            fixed = self._timings.train_step_s + (self._timings.ranks_s if self._ranks > 1 else 0.0)
+            await asyncio.sleep(updates * fixed + share)
         self._version += updates
         advantages = {group.group_id: [1.0] * len(group.completions) for group in groups} if not self._rank else {}
         metrics = {"train_tokens": float(tokens), "advantages/abs_mean": 1.0}

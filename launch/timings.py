@@ -33,6 +33,8 @@ class Timings:
     """A training step, whatever it holds."""
     train_token_s: float = 60e-6
     """What each of its tokens adds, prompts counted once a group."""
+    ranks_s: float = 10e-3
+    """What a step takes longer where there is more than one rank."""
     publish_s: float = 10e-3
     """The learner's part of a publication: gather, hash, canary."""
     prepare_s: float = 10e-3

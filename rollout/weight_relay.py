@@ -113,7 +113,9 @@ class Relays:
             except (ActorDied, ActorUnreachable, TimeoutError) as error:
                 self._give_up(publication.node, node)
                 if attempt == TRIES:
-                    raise EngineFailed(f"weights did not reach host {node}: {error or f'> {limit_s:g} s'}") from None
+                    raise EngineFailed(
+                        f"weights did not reach host {node}: {str(error) or f'> {limit_s:g} s'}"
+                    ) from None
         raise AssertionError("unreachable")
 
     def _give_up(self, *nodes: str) -> None:

@@ -43,9 +43,10 @@ class Host:
 class Cluster:
     """A head and workers, started with ``ray start``; token authentication throughout."""
 
-    def __init__(self, folder: Path, cpus: list[int]) -> None:
-        """Hosts with so many ``cpus``, the head first; sockets and logs go below ``folder``, whose name must be short."""
-        self.folder, self.hosts = folder, list[Host]()
+    def __init__(self, folder: Path, cpus: list[int], memory: int = 200_000_000) -> None:
+        """Hosts with so many ``cpus``, the head first; sockets and logs go below ``folder``, whose name must be short;
+        ``memory``: bytes of each object store."""
+        self.folder, self.memory, self.hosts = folder, memory, list[Host]()
         self.sealed = sealed()
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
@@ -69,7 +70,7 @@ class Cluster:
     def add(self, cpus: int) -> Host:
         """One host more."""
         number = len(self.hosts)
-        command = [RAY, "start", f"--num-cpus={cpus}", "--block", "--object-store-memory=200000000"]
+        command = [RAY, "start", f"--num-cpus={cpus}", "--block", f"--object-store-memory={self.memory}"]
         command += [f"--node-ip-address={NETWORK}.{10 + number}" if self.sealed else "--node-ip-address=127.0.0.1"]
         if number == 0:
             command += ["--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}"]

@@ -1,0 +1,231 @@
+"""The step time of a run from what its parts take: the arithmetic behind ``millrace plan``.
+
+Engines decode their running sequences in lock step, at ``decode_step_s + k decode_sequence_s`` seconds a token. A batch is
+admitted whenever one is published, ``ahead + 1`` of them overlap, and each must have all its completions before it can be
+trained: with a step of ``T`` seconds,
+
+    (ahead + 1) T = time until its longest completion is done + scoring + training + delivery.            (latency)
+
+In a periodic state every sequence gains ``v`` tokens a step, and the sequences alive are those of the last batches:
+
+    T = prefill + pause + decode_step_s v + decode_sequence_s n E[min(L, (ahead + 1) v)],                 (engines)
+
+with ``n`` sequences a step and engine and ``L`` the length of a completion. The two equations fix ``v`` and ``T``. The
+learner needs ``T >= train + publish``, shared cores ``T >= all CPU time / cores``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from launch.timings import Timings
+from shared.config import Config
+
+GEOMETRIC_POINTS, POINTS = 4096, 64
+ENGINES_BOUND = 0.75
+"""Share of their time that engines work, above which they and not the way round are what a step waits for."""
+BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One split of the devices."""
+
+    engines: int
+    ranks: int
+    staleness: int
+    step_s: float
+    samples_per_s: float
+    tokens_per_s: float
+    """Of completions."""
+    engine_idle: float
+    learner_idle: float
+    """Shares of the step."""
+    bound: str
+    """What the step waits for: engines, learner, latency, rewards, cores."""
+
+
+class Lengths:
+    """Completion lengths as a distribution."""
+
+    def __init__(self, timings: Timings) -> None:
+        if timings.lengths:
+            self._values = np.sort(np.asarray(timings.lengths, dtype=float))
+        else:
+            quantiles = (np.arange(GEOMETRIC_POINTS) + 0.5) / GEOMETRIC_POINTS
+            drawn = np.ceil(np.log1p(-quantiles) / np.log1p(-1 / max(timings.mean_length, 1 + 1e-9)))
+            self._values = np.minimum(np.maximum(drawn, 1.0), timings.longest)
+
+    @property
+    def mean(self) -> float:
+        """``E[L]``."""
+        return float(self._values.mean())
+
+    def done(self, tokens: float) -> float:
+        """``P(L <= tokens)``."""
+        return float(np.searchsorted(self._values, tokens, side="right")) / len(self._values)
+
+    def capped(self, limit: float) -> float:
+        """``E[min(L, limit)]``."""
+        return float(np.minimum(self._values, limit).mean())
+
+    def longest(self, count: int) -> float:
+        """``E[max of count]``."""
+        ranks = np.arange(1, len(self._values) + 1) / len(self._values)
+        weights = ranks**count - (ranks - 1 / len(self._values)) ** count
+        return float(weights @ self._values)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The seconds of one step's parts, per engine or rank."""
+
+    ahead: int
+    per_engine: float
+    """Sequences a step and engine."""
+    longest: float
+    """Tokens of the step's longest completion."""
+    fixed: float
+    """Prefill and requests, per engine."""
+    pause: float
+    train: float
+    """The learner's whole step, publication included."""
+    after: float
+    """From the last token to the release of the slots, beside training: scoring and delivery."""
+
+
+def predict(config: Config, timings: Timings, engines: int, ranks: int, staleness: int | None = None) -> Prediction:
+    """The steady state of a run of ``config`` with so many ``engines`` and ``ranks``."""
+    if staleness is None:
+        staleness = config.rollout.max_staleness
+    lengths, ahead = Lengths(timings), staleness // config.updates_per_batch
+    overlap = timings.together if timings.cores and ahead else 1.0
+    inflated = replace(
+        timings,
+        decode_step_s=timings.decode_step_s * overlap,
+        decode_sequence_s=timings.decode_sequence_s * overlap,
+    )
+    step = _step(config, inflated, lengths, (engines, ranks), ahead)
+    step = replace(step, train=step.train * overlap)
+    limits = {
+        "latency": _periodic(inflated, step, lengths),
+        "learner": step.train,
+        "rewards": config.groups_per_batch * timings.score_s / config.reward.workers,
+        "engines": _crowded(config, inflated, step, lengths),
+    }
+    busy = _busy(inflated, step, lengths, max(limits.values()))
+    if timings.cores:
+        limits["cores"] = (engines * busy + ranks * step.train + timings.control_s) / timings.cores
+    bound = max(limits, key=lambda name: limits[name])
+    seconds = limits[bound]
+    if bound == "latency" and busy > ENGINES_BOUND * seconds:
+        bound = "engines"
+    samples = config.groups_per_batch * config.rollout.group_size
+    return Prediction(
+        engines=engines,
+        ranks=ranks,
+        staleness=staleness,
+        step_s=seconds / config.updates_per_batch,
+        samples_per_s=samples / seconds,
+        tokens_per_s=samples * lengths.mean / seconds,
+        engine_idle=1 - busy / seconds,
+        learner_idle=1 - min(step.train / seconds, 1.0),
+        bound=bound,
+    )
+
+
+def _step(config: Config, timings: Timings, lengths: Lengths, split: tuple[int, int], ahead: int) -> _Step:
+    engines, ranks = split
+    groups = config.groups_per_batch
+    samples = groups * config.rollout.group_size
+    tokens = samples * lengths.mean + groups * timings.prompt_tokens
+    updates, epochs = config.updates_per_batch, config.learner.epochs_per_batch
+    fixed_step = timings.train_step_s + (timings.ranks_s if ranks > 1 else 0.0)
+    return _Step(
+        ahead=ahead,
+        per_engine=samples / engines,
+        longest=lengths.longest(samples),
+        fixed=groups / engines * (timings.request_s + timings.prefill_token_s * timings.prompt_tokens),
+        pause=timings.pause_s,
+        train=updates * fixed_step + epochs * timings.train_token_s * tokens / ranks + timings.publish_s,
+        after=timings.score_s + timings.prepare_s + timings.pause_s,
+    )
+
+
+def _crowded(config: Config, timings: Timings, step: _Step, lengths: Lengths) -> float:
+    """Seconds that an engine needs for a step's sequences with its every place taken."""
+    decoding = timings.decode_s(config.max_num_seqs) * step.per_engine * lengths.mean / config.max_num_seqs
+    return step.fixed + step.pause + decoding
+
+
+def _period(timings: Timings, step: _Step, lengths: Lengths, gained: float) -> float:
+    """Seconds in which an engine takes a step's prompts and every sequence gains so many tokens."""
+    alive = step.per_engine * lengths.capped((step.ahead + 1) * gained)
+    return step.fixed + step.pause + timings.decode_step_s * gained + timings.decode_sequence_s * alive
+
+
+def _until_done(timings: Timings, step: _Step, lengths: Lengths, gained: float) -> float:
+    """Seconds from a batch's admission to its last token, past the admissions of later ones."""
+    whole = int(step.longest / gained)
+    over = step.longest - whole * gained
+    alive = sum(lengths.capped(j * gained + over) - lengths.capped(j * gained) for j in range(step.ahead + 1))
+    partial = timings.decode_step_s * over + timings.decode_sequence_s * step.per_engine * alive
+    return whole * _period(timings, step, lengths, gained) + step.fixed + partial
+
+
+def _periodic(timings: Timings, step: _Step, lengths: Lengths) -> float:
+    """The step's seconds by the two equations, the learner never in the way."""
+    rest, batches = step.after + step.train, step.ahead + 1
+    # Each batch alone in the engines, which then wait for the learner.
+    alone = step.fixed + timings.decode_step_s * step.longest
+    alone += timings.decode_sequence_s * step.per_engine * lengths.mean
+    if batches * (alone + step.pause) <= alone + rest:
+        return (alone + rest) / batches
+
+    def early(gained: float) -> bool:
+        return batches * _period(timings, step, lengths, gained) > _until_done(timings, step, lengths, gained) + rest
+
+    return _period(timings, step, lengths, _first(early, step.longest))
+
+
+def _busy(timings: Timings, step: _Step, lengths: Lengths, seconds: float) -> float:
+    """Seconds of a step in which an engine has something to do."""
+    gained = _first(lambda v: _period(timings, step, lengths, v) > seconds, step.longest)
+    points = gained * (np.arange(POINTS) + 0.5) / POINTS
+    idle = [
+        np.prod([lengths.done(point + j * gained) ** step.per_engine for j in range(step.ahead + 1)])
+        for point in points
+    ]
+    decoding = gained * (1 - float(np.mean(idle)))
+    alive = step.per_engine * lengths.capped((step.ahead + 1) * gained)
+    return min(step.fixed + timings.decode_step_s * decoding + timings.decode_sequence_s * alive, seconds)
+
+
+def _first(holds: Callable[[float], bool], limit: float) -> float:
+    """The smallest number up to ``limit`` for which ``holds`` is true, as it stays from there on."""
+    low, high = limit / 1e4, limit
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def splits(config: Config, timings: Timings, devices: int) -> list[Prediction]:
+    """Every way to share ``devices`` between engines and learner ranks, the fastest first."""
+    width = config.rollout.workers_per_engine
+    found = []
+    for engines in range(1, (devices - 1) // width + 1):
+        ranks = devices - engines * width
+        if config.completions_per_step % ranks == 0:
+            found.append(predict(config, timings, engines, ranks))
+    return sorted(found, key=lambda p: -p.samples_per_s)
+
+
+def staleness_needed(config: Config, timings: Timings, engines: int, ranks: int, share: float = 0.95) -> int:
+    """The smallest ``max_staleness`` that gives ``share`` of what an unbounded one would."""
+    every = config.updates_per_batch
+    rates = [predict(config, timings, engines, ranks, s * every).samples_per_s for s in range(33)]
+    return next(s for s, rate in enumerate(rates) if rate >= share * max(rates)) * every
