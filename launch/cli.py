@@ -7,6 +7,7 @@ import sys
 VERBS = {
     "train": ("launch.run", "train a policy: millrace train CONFIG.toml [--section.field VALUE ...]"),
     "scale": ("launch.scale", "change the number of engines of a run that goes on: millrace scale RUN --engines N"),
+    "plan": ("launch.plan", "share devices between engines and learner: millrace plan CONFIG.toml --devices N"),
     "simulate": ("launch.simulate", "the control plane with simulated engines: millrace simulate --engines 1000"),
     "replay": ("launch.replay", "train again on a run's stored groups: millrace replay RUN [--to STEP]"),
     "doctor": ("launch.doctor", "run the reward functions on canned completions and say what is wrong"),

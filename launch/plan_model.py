@@ -44,6 +44,8 @@ class Prediction:
     engine_idle: float
     learner_idle: float
     """Shares of the step."""
+    running: float
+    """Sequences alive in an engine on average (Little's law)."""
     bound: str
     """What the step waits for: engines, learner, latency, rewards, cores."""
 
@@ -133,6 +135,7 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
         tokens_per_s=samples * lengths.mean / seconds,
         engine_idle=1 - busy / seconds,
         learner_idle=1 - min(step.train / seconds, 1.0),
+        running=_running(inflated, step, lengths, seconds),
         bound=bound,
     )
 
@@ -202,6 +205,12 @@ def _busy(timings: Timings, step: _Step, lengths: Lengths, seconds: float) -> fl
     decoding = gained * (1 - float(np.mean(idle)))
     alive = step.per_engine * lengths.capped((step.ahead + 1) * gained)
     return min(step.fixed + timings.decode_step_s * decoding + timings.decode_sequence_s * alive, seconds)
+
+
+def _running(timings: Timings, step: _Step, lengths: Lengths, seconds: float) -> float:
+    """``k`` with ``k / decode_s(k)`` tokens a second."""
+    rate = step.per_engine * lengths.mean / seconds
+    return rate * timings.decode_step_s / max(1 - rate * timings.decode_sequence_s, 1e-3)
 
 
 def _first(holds: Callable[[float], bool], limit: float) -> float:

@@ -1,0 +1,234 @@
+"""A short profile of a configuration: what its engine, its learner and its weights take, fitted to ``Timings``.
+
+One engine and the learner, first each alone and then together, on real prompts and on completions that the policy itself
+samples; about a minute on a laptop. ``millrace plan`` reckons with the result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from launch.parts import Parts
+from launch.timings import Timings
+from rollout.engine import Sampling
+from rollout.prompts import PromptStream
+from shared.config import Config
+from shared.types import RolloutGroup
+from shared.weights import Publication
+
+ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 4, 4
+TOGETHER_S = 6.0
+TINY_LR = 1e-12
+"""The profile trains for real, but must not change what it measures."""
+
+
+async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
+    """Measure; in a session of Ray of its own."""
+    from launch.cluster import check_resources, ray_session
+    from launch.parts import started
+
+    ranks = (
+        [1, 2] if config.completions_per_step % 2 == 0 and not config.rollout.colocate else [config.learner.num_ranks]
+    )
+    timings = Timings()
+    for count in ranks:
+        learner = config.learner.model_copy(update={"num_ranks": count, "lr": TINY_LR})
+        rollout = config.rollout.model_copy(update={"num_engines": count if config.rollout.colocate else 1})
+        changed = config.model_copy(update={"learner": learner, "rollout": rollout})
+        async with ray_session(changed), started(changed, check_resources(changed, origin)) as parts:
+            run = _Profile(changed, stream, parts)
+            if count == ranks[0]:
+                timings = await run.everything(timings)
+            else:
+                step_s, _ = await run.learner(timings)
+                timings = replace(timings, ranks_s=max(step_s - timings.train_step_s, 0.0))
+    return timings
+
+
+class _Profile:
+    """The parts of a run, and what is measured with them."""
+
+    def __init__(self, config: Config, stream: PromptStream, parts: Parts) -> None:
+        self._config, self._stream, self._parts = config, stream, parts
+        self._canary = np.concatenate([stream.at(0).token_ids] * 2)[:64]
+        self._next = 0
+        self._groups: list[RolloutGroup] = []
+        """Sampled and scored so far."""
+
+    async def everything(self, timings: Timings) -> Timings:
+        """All of it."""
+        timings = await self._publications(timings)
+        timings = await self._engine(timings)
+        step_s, token_s = await self.learner(timings)
+        timings = replace(timings, train_step_s=step_s, train_token_s=token_s)
+        return await self._both(timings)
+
+    async def _publish(self) -> tuple[Publication, dict[str, float], float]:
+        started = time.monotonic()
+        publication = await self._parts.learners.publish(self._canary)
+        exported = time.monotonic() - started
+        engines, learners = self._parts.engines, self._parts.learners
+        digest, sync = await asyncio.gather(learners.send(publication), engines.receive(publication))
+        return publication, sync | await engines.prove(publication, digest), exported
+
+    async def _publications(self, timings: Timings) -> Timings:
+        found = [await self._publish() for _ in range(PUBLICATIONS)][1:]
+
+        def median(name: str) -> float:
+            return statistics.median(sync[name] for _, sync, _ in found)
+
+        return replace(
+            timings,
+            publish_s=statistics.median(seconds for *_, seconds in found),
+            prepare_s=median("sync/prepare_seconds"),
+            pause_s=median("sync/pause_seconds"),
+            prove_s=median("sync/proof_seconds"),
+        )
+
+    async def _sample(self, groups: int) -> tuple[list[RolloutGroup], float]:
+        """So many groups at once, scored; and the seconds until the last was sampled."""
+        started, ended = time.monotonic(), [0.0]
+
+        async def one(number: int) -> RolloutGroup:
+            prompt = self._stream.at(number)
+            completions = await self._parts.engines.generate(number, prompt, Sampling.training(self._config, number))
+            ended[0] = max(ended[0], time.monotonic())
+            scores = await self._parts.rewards.score(number, prompt, completions)
+            rewards = scores.combined(self._config.reward.functions)
+            return RolloutGroup(number, prompt, completions, rewards, scores.parts)
+
+        numbers = range(self._next, self._next + groups)
+        self._next += groups
+        found = await asyncio.gather(*map(one, numbers))
+        return list(found), ended[0] - started
+
+    async def _engine(self, timings: Timings) -> Timings:
+        """Rounds of few and of many groups; each takes ``request m + step max(L) + sequence sum(L)`` seconds."""
+        most = max(4, 2 * self._config.groups_per_batch)
+        sizes = sorted({1, max(2, most // 8), max(3, most // 4), max(4, most // 2), most})
+        await self._sample(2)  # The first requests compile.
+        rows, seconds = [], []
+        for size in sizes * ENGINE_ROUNDS:
+            groups, took = await self._sample(size)
+            self._groups += groups
+            lengths = [len(c.token_ids) for group in groups for c in group.completions]
+            rows.append([size, max(lengths), sum(lengths)])
+            seconds.append(took)
+        request, step, sequence = _fit(np.array(rows, dtype=float), np.array(seconds))
+        lengths = [len(c.token_ids) for group in self._groups for c in group.completions]
+        prompt = statistics.fmean(len(group.prompt.token_ids) for group in self._groups)
+        return replace(
+            timings,
+            request_s=request,
+            prefill_token_s=0.0,  # In request_s: prompts of the size that they have here.
+            decode_step_s=step,
+            decode_sequence_s=sequence,
+            lengths=tuple(sorted(lengths)),
+            prompt_tokens=prompt,
+        )
+
+    async def learner(self, timings: Timings) -> tuple[float, float]:
+        """Seconds of a training step, and of one of its tokens, the publication left out."""
+        config = self._config
+        while len(self._groups) < config.groups_per_batch:
+            await self._ready()
+            self._groups += (await self._sample(config.groups_per_batch))[0]
+        few = max(1, config.groups_per_batch // 4)
+        rows, seconds = [], []
+        for number in range(2 * LEARNER_ROUNDS + 2):
+            groups = self._batch(config.groups_per_batch if number % 2 else few)
+            took = await self._train(groups)
+            if number >= 2:
+                updates, tokens = config.updates_per_batch, config.learner.epochs_per_batch * _tokens(groups)
+                rows.append([updates, tokens / config.learner.num_ranks])
+                seconds.append(took - timings.publish_s)
+        step, token = _fit(np.array(rows, dtype=float), np.array(seconds))
+        return step, token
+
+    async def _ready(self) -> None:
+        """Weights in the engine, if there are none yet."""
+        if not self._parts.engines.metrics()["engines/healthy"]:
+            await self._publish()
+
+    def _batch(self, count: int) -> list[RolloutGroup]:
+        """``count`` of the groups, with rewards that differ, in turn."""
+        picked = [self._groups[(self._next + i) % len(self._groups)] for i in range(count)]
+        self._next += count
+        size = self._config.rollout.group_size
+        rewards = np.linspace(0, 1, size, dtype=np.float32)
+        return [replace(g, group_id=i, rewards=rewards) for i, g in enumerate(picked)]
+
+    async def _train(self, groups: list[RolloutGroup]) -> float:
+        started = time.monotonic()
+        await self._parts.learners.train_step(groups, self._canary)
+        return time.monotonic() - started
+
+    async def _both(self, timings: Timings) -> Timings:
+        """Engine and learner at the same time: what each then takes longer, where they share cores."""
+        if not self._shares_cores():
+            return timings
+        config, deadline = self._config, time.monotonic() + TOGETHER_S
+        rates, steps, durations = list[float](), list[float](), list[float]()
+        before, used = time.monotonic(), _cpu_s()
+
+        async def sample() -> None:
+            while time.monotonic() < deadline:
+                groups, took = await self._sample(config.groups_per_batch)
+                lengths = [len(c.token_ids) for group in groups for c in group.completions]
+                alone = len(groups) * timings.request_s + timings.decode_step_s * max(lengths)
+                rates.append(took / (alone + timings.decode_sequence_s * sum(lengths)))
+
+        async def train() -> None:
+            while time.monotonic() < deadline:
+                groups = self._batch(config.groups_per_batch)
+                tokens = config.learner.epochs_per_batch * _tokens(groups) / config.learner.num_ranks
+                alone = config.updates_per_batch * timings.train_step_s + timings.train_token_s * tokens
+                durations.append(await self._train(groups))
+                steps.append(durations[-1] / (alone + timings.publish_s))
+
+        await asyncio.gather(sample(), train())
+        control = (_cpu_s() - used) / (time.monotonic() - before)
+        # The first of each met the other starting, the last may have met it ended.
+        slower = statistics.median(rates[1:-1] or rates), statistics.median(steps[1:-1] or steps)
+        together = max(1.0, statistics.fmean(slower))
+        return replace(
+            timings,
+            together=together,
+            cores=os.cpu_count() or 1,
+            control_s=control * statistics.median(durations),
+        )
+
+    def _shares_cores(self) -> bool:
+        import ray
+
+        return len(ray.nodes()) == 1 and not ray.cluster_resources().get("GPU")
+
+
+def _tokens(groups: list[RolloutGroup]) -> int:
+    return sum(len(g.prompt.token_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups)
+
+
+def _fit(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Non-negative factors of the columns of ``rows`` that give ``seconds``, relative errors weighed alike."""
+    weighed, ones = rows / seconds[:, None], np.ones(len(seconds))
+    active = list(range(rows.shape[1]))
+    while True:
+        found, *_ = np.linalg.lstsq(weighed[:, active], ones, rcond=None)
+        if (found >= 0).all() or len(active) == 1:
+            factors: Any = np.zeros(rows.shape[1])
+            factors[active] = np.maximum(found, 0.0)
+            return np.asarray(factors)
+        active.pop(int(np.argmin(found)))
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
