@@ -45,54 +45,64 @@ async def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     unused = {"model": {"path": "unused"}, "data": {"train": "unused"}, "reward": {"functions": [function]}}
     config = Config.model_validate(unused)
     async with ray_session(config):
-        places = Reservation([], [], [], Needs.of(config, on_gpu=False))
-        nodes = list(addresses())
-        if len(nodes) <= max(options.receivers):
-            found, expected = f"{len(nodes)} nodes", f"{max(options.receivers) + 1} (one sends)"
-            raise InputError("E501", "not enough nodes", "cluster", found, expected, f"--receivers {len(nodes) - 1}")
-        environment = worker_environment()
-        sender = places.on(nodes[0]).spawn(_Source, environment=environment)
-        publication = await sender.call("make", options.megabytes * 1_000_000, nodes[0]).answer
-        hashers = {node: places.on(node).spawn(_Hasher, environment=environment) for node in nodes[1:]}
-        relays = Relays(places, environment)
-
-        async def receive(node: str) -> None:
-            here = await relays.bring(publication, node, LIMIT_S)
-            if await hashers[node].call("digest", here).answer != publication.digest:
-                raise MillraceError(f"{node} got other bytes")
-
+        places, environment = Reservation([], [], [], Needs.of(config, on_gpu=False)), worker_environment()
+        first, *others = addresses()
+        if len(others) < max(options.receivers):
+            found, expected = f"{len(others) + 1} nodes", f"{max(options.receivers) + 1} (one sends)"
+            raise InputError("E501", "not enough nodes", "cluster", found, expected, f"--receivers {len(others)}")
+        sender = places.on(first).spawn(_Source, environment=environment)
+        publication = await sender.call("make", options.megabytes * 1_000_000, first).answer
+        hashers = {node: places.on(node).spawn(_Hasher, environment=environment) for node in others}
         rows = []
         for count in options.receivers:
-            chosen, together, apart = nodes[1 : count + 1], list[float](), list[float]()
-            for number in range(2 * options.rounds):
-                publication = _again(publication)
-                started = time.monotonic()
-                if number % 2:
-                    for node in chosen:
-                        await receive(node)
-                else:
-                    await asyncio.gather(*map(receive, chosen))
-                (apart if number % 2 else together).append(time.monotonic() - started)
-            rows.append(_row(options.megabytes, count, statistics.median(together[1:]), statistics.median(apart[1:])))
-        await relays.close()
+            relays = Relays(places, environment)
+            test = _Test(relays, {node: hashers[node] for node in others[:count]}, publication)
+            rows.append(await test.row(options.rounds, options.megabytes))
+            await relays.close()
         await sender.call("close").answer
     return rows
+
+
+class _Test:
+    """One number of receivers."""
+
+    def __init__(self, relays: Relays, hashers: dict[str, Any], publication: Publication) -> None:
+        self._relays, self._hashers, self._publication = relays, hashers, publication
+
+    async def row(self, rounds: int, megabytes: int) -> dict[str, Any]:
+        """Medians, the two ways in turns, the first round of each left out."""
+        together, apart = list[float](), list[float]()
+        for _ in range(rounds):
+            together.append(await self._round(at_once=True))
+            apart.append(await self._round(at_once=False))
+        count, seconds = len(self._hashers), statistics.median(together[1:])
+        return {
+            "receivers": count,
+            "megabytes": megabytes,
+            "together_s": seconds,
+            "one_by_one_s": statistics.median(apart[1:]),
+            "received_mb_per_s": count * megabytes / seconds,
+        }
+
+    async def _round(self, at_once: bool) -> float:
+        self._publication = _again(self._publication)
+        started = time.monotonic()
+        if at_once:
+            await asyncio.gather(*map(self._receive, self._hashers))
+        else:
+            for node in self._hashers:
+                await self._receive(node)
+        return time.monotonic() - started
+
+    async def _receive(self, node: str) -> None:
+        here = await self._relays.bring(self._publication, node, LIMIT_S)
+        if await self._hashers[node].call("digest", here).answer != self._publication.digest:
+            raise MillraceError(f"{node} got other bytes")
 
 
 def _again(publication: Publication) -> Publication:
     """The same bytes as another publication."""
     return Publication(**(vars(publication) | {"version": publication.version + 1}))
-
-
-def _row(megabytes: int, count: int, together: float, apart: float) -> dict[str, Any]:
-    return {
-        "receivers": count,
-        "megabytes": megabytes,
-        "together_s": together,
-        "one_by_one_s": apart,
-        "ratio": apart / together,
-        "received_mb_per_s": count * megabytes / together,
-    }
 
 
 class _Source(WeightRelay):
@@ -106,7 +116,7 @@ class _Source(WeightRelay):
         segment = self.begin(size)
         rng = np.random.default_rng(0)
         for start in range(0, size, 1 << 24):
-            self.put(segment, start, rng.integers(0, 256, min(1 << 24, size - start)).astype(np.uint8))
+            self.take(segment, start, rng.integers(0, 256, min(1 << 24, size - start)).astype(np.uint8))
         canary = Canary(np.zeros(2, np.int32), np.zeros(1, np.float32))
         bare = Publication(0, SHM_BACKEND, segment, (TensorMeta("w", "uint8", (size,), 0, size),), "", canary)
         return Publication(**(vars(bare) | {"digest": bare.hash_segment(), "node": node}))

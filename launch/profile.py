@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from launch.cluster import nodes
 from launch.parts import Parts
 from launch.timings import Timings
 from rollout.engine import Sampling
@@ -173,7 +174,7 @@ class _Profile:
 
     async def _both(self, timings: Timings) -> Timings:
         """Engine and learner at the same time: what each then takes longer, where they share cores."""
-        if not self._shares_cores():
+        if len(places := nodes()) > 1 or places[0].count("GPU"):
             return timings
         config, deadline = self._config, time.monotonic() + TOGETHER_S
         rates, steps, durations = list[float](), list[float](), list[float]()
@@ -205,11 +206,6 @@ class _Profile:
             cores=os.cpu_count() or 1,
             control_s=control * statistics.median(durations),
         )
-
-    def _shares_cores(self) -> bool:
-        import ray
-
-        return len(ray.nodes()) == 1 and not ray.cluster_resources().get("GPU")
 
 
 def _tokens(groups: list[RolloutGroup]) -> int:

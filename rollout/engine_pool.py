@@ -66,7 +66,7 @@ class EnginePool:
     @property
     def workers(self) -> int:
         """Engine workers over all engines."""
-        return len(self._fleet.running()) * self._config.rollout.tensor_parallel_size
+        return len(self._fleet.running()) * self._config.rollout.workers_per_engine
 
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
@@ -80,10 +80,9 @@ class EnginePool:
         Returns what was begun. Raises ``InputError`` where the number cannot change.
         """
         if engines < 1 or not self.scalable:
-            expected = ">= 1" if engines < 1 else "engines that are not tied to a device link or to learner ranks"
-            fix = "--engines 1" if engines < 1 else 'rollout.weights = "host"'
+            expected, fix = ">= 1, and engines not tied to a device link or to learner ranks", 'rollout.weights = "host"'
             raise InputError("E507", "cannot scale", "command line:--engines", str(engines), expected, fix)
-        before = self._fleet.size
+        before = self.size
         names = [self._fleet.add(self._places.another_engine()) for _ in range(engines - before)]
         leaving = [self._fleet.remove(self._config.rollout.request_timeout_s) for _ in range(before - engines)]
         names += await asyncio.gather(*leaving)
@@ -110,7 +109,7 @@ class EnginePool:
     async def connect(self, link: Link) -> None:
         """Join the learner's link; every engine's workers get ranks of their own in it."""
         self._fleet.replaceable = False
-        per_engine = self._config.rollout.tensor_parallel_size
+        per_engine = self._config.rollout.workers_per_engine
         limit = self._config.rollout.start_timeout_s
         ranks = range(1, 1 + self.workers, per_engine)
         members = zip(self._fleet.running(), ranks, strict=True)
@@ -189,7 +188,6 @@ class EnginePool:
             if isinstance(answer, TimeSlice):
                 self.slices.append(answer)
         now = time.time()
-        # Of no life any more.
         self.slices += [TimeSlice(name, now, now, (("start", now, now),)) for name in self._fleet.retired()]
 
     async def close(self) -> None:

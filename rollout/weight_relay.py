@@ -1,15 +1,17 @@
 """Weights on their way to other hosts: once to each, in pieces, from shared memory into shared memory.
 
-A ``WeightRelay`` runs on every host that has engines but not the learner, and one beside the learner to read. Pieces
-travel through the object store: a host that has one passes it on, so the sender does not send everything to everybody.
-Invariants: hosts do not wait for each other; what arrives is proved by the engines, which hash every byte.
+A ``WeightRelay`` runs on every host that has engines but not the learner, and one beside the learner to read. The sender
+sends each piece to one host, which passes it on to the others: nobody's link carries more than about one copy, however
+many hosts there are. Invariants: a slow host holds up no other (what it should pass on is asked of the sender, late);
+what arrives is proved by the engines, which hash every byte.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,18 @@ from shared.actors import Actor, ActorDied, ActorUnreachable, Places
 from shared.errors import EngineFailed
 from shared.weights import Publication, Segment, orphans, segment_name
 
-PIECE_BYTES = 32 << 20
-TRIES = 2
+PIECE_BYTES = 16 << 20
+TRIES = 3
+SHARED_FROM = 3
+"""Hosts from which on they pass pieces on."""
+PATIENCE_S, PATIENCE = 0.5, 2.0
+"""What others should have passed on is awaited so long, and as many times as long as one's own part took, ..."""
 CLOSE_LIMIT_S = 2.0
+THREADS = 8
 
 
 class WeightRelay:
-    """One host's end."""
+    """One host's end; called from several threads, since a piece that is late must not hold up others."""
 
     def __init__(self, name: str) -> None:
         """``name`` begins those of its shared memory."""
@@ -33,32 +40,56 @@ class WeightRelay:
         self._read: Segment | None = None
         self._own: list[Segment] = []
         """Two; the last is in turn."""
+        self._lock = threading.Lock()
         for orphan in orphans():  # Of a run that was killed.
             orphan.unlink(missing_ok=True)
 
     def piece(self, segment: str, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes ``[start, stop)`` of a segment on this host."""
-        if self._read is None or self._read.name != segment:
-            self._read = Segment(segment)
-        return self._read.bytes[start:stop]
+        with self._lock:
+            if self._read is None or self._read.name != segment:
+                self._read = Segment(segment)
+            return self._read.bytes[start:stop]
 
     def begin(self, size: int) -> str:
         """Make room for ``size`` bytes, in another segment than the last time: engines may still read that one."""
-        if len(self._own) < 2:
-            self._own.append(Segment(segment_name(self._name, str(len(self._own))), size))
-        else:
-            self._own.reverse()
-        return self._own[-1].name
+        with self._lock:
+            if len(self._own) < 2:
+                self._own.append(Segment(segment_name(self._name, str(len(self._own))), size))
+            else:
+                self._own.reverse()
+            return self._own[-1].name
 
-    def put(self, segment: str, start: int, piece: NDArray[np.uint8]) -> None:
+    def take(self, segment: str, start: int, piece: NDArray[np.uint8]) -> None:
         """A piece of what goes into ``segment`` has come."""
-        target = next(own for own in self._own if own.name == segment)
+        with self._lock:
+            target = next(own for own in self._own if own.name == segment)
         np.copyto(target.bytes[start : start + len(piece)], piece)
+
+    def pass_on(self, segment: str, start: int, piece: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """As ``take``; others get it from here."""
+        self.take(segment, start, piece)
+        return piece
 
     def close(self) -> None:
         """Remove what it wrote."""
         for segment in self._own:
             segment.unlink()
+
+
+@dataclass
+class _Shipment:
+    """The newest publication, on its way to all hosts."""
+
+    publication: Publication
+    hosts: list[str]
+    """That share it among them: those that took the one before."""
+    pieces: list[tuple[int, Any]] = field(default_factory=list)
+    """Where each begins, and what a call takes for it, from the sender."""
+    passed_on: dict[str, list[Any]] = field(default_factory=dict)
+    """The same from the hosts that have them first: every ``len(hosts)``-th."""
+    offered: dict[str, asyncio.Event] = field(default_factory=dict)
+    brought: dict[str, asyncio.Task[Publication]] = field(default_factory=dict)
 
 
 class Relays:
@@ -69,11 +100,7 @@ class Relays:
         self._run = uuid.uuid4().hex[:12]
         self._actors: dict[str, Actor] = {}
         self._spawned = 0
-        self._newest: Publication | None = None
-        self._pieces: list[tuple[int, Any]] = []
-        """Of the newest publication: where each begins, and what a call takes for it."""
-        self._brought: dict[str, asyncio.Task[Publication]] = {}
-        """By host, of the newest publication."""
+        self._newest: _Shipment | None = None
 
     async def bring(self, publication: Publication, node: str, limit_s: float) -> Publication:
         """``publication`` as engines on ``node`` find it there. Raises ``EngineFailed``.
@@ -82,11 +109,15 @@ class Relays:
         """
         if not publication.segment or publication.node in ("", node):
             return publication
-        if publication is not self._newest:
-            self._newest, self._pieces, self._brought = publication, [], {}
-        if node not in self._brought:
-            self._brought[node] = asyncio.create_task(self._carry(publication, node, limit_s))
-        brought = self._brought[node]
+        shipment = self._newest
+        if shipment is None or shipment.publication is not publication:
+            hosts = sorted(shipment.brought) if shipment else []
+            hosts = hosts if len(hosts) >= SHARED_FROM else []
+            shipment = self._newest = _Shipment(publication, hosts)
+            shipment.offered = {host: asyncio.Event() for host in hosts}
+        if node not in shipment.brought:
+            shipment.brought[node] = asyncio.create_task(self._carry(shipment, node, limit_s))
+        brought = shipment.brought[node]
         try:
             return await asyncio.shield(brought)
         except EngineFailed:
@@ -95,8 +126,8 @@ class Relays:
 
     def forget(self, node: str, brought: asyncio.Task[Publication] | None = None) -> None:
         """What came to ``node`` is no good: the next engine there has it brought again."""
-        if brought in (None, self._brought.get(node)):
-            self._brought.pop(node, None)
+        if self._newest is not None and brought in (None, self._newest.brought.get(node)):
+            self._newest.brought.pop(node, None)
 
     async def close(self) -> None:
         """End the relays and what they hold."""
@@ -106,38 +137,77 @@ class Relays:
         for actor in self._actors.values():
             actor.release()
 
-    async def _carry(self, publication: Publication, node: str, limit_s: float) -> Publication:
+    async def _carry(self, shipment: _Shipment, node: str, limit_s: float) -> Publication:
         for attempt in range(1, TRIES + 1):
             try:
-                return await asyncio.wait_for(self._move(publication, node), limit_s)
+                segment = await asyncio.wait_for(self._move(shipment, node), limit_s)
+                return replace(shipment.publication, segment=segment)
             except (ActorDied, ActorUnreachable, TimeoutError) as error:
-                self._give_up(publication.node, node)
+                self._give_up(shipment, node, attempt > 1)
                 if attempt == TRIES:
                     raise EngineFailed(
                         f"weights did not reach host {node}: {str(error) or f'> {limit_s:g} s'}"
                     ) from None
         raise AssertionError("unreachable")
 
-    def _give_up(self, *nodes: str) -> None:
-        """Which end is at fault is not known: both get new relays."""
-        for node in nodes:
-            if (actor := self._actors.pop(node, None)) is not None:
+    def _give_up(self, shipment: _Shipment, node: str, again: bool) -> None:
+        """Which end is at fault is not known: the receiver gets a new relay, and should that not help the sender too."""
+        for host in (node, shipment.publication.node) if again else (node,):
+            if (actor := self._actors.pop(host, None)) is not None:
                 actor.kill()
-        self._pieces = []
+        if again:
+            shipment.pieces.clear()
 
-    async def _move(self, publication: Publication, node: str) -> Publication:
+    async def _move(self, shipment: _Shipment, node: str) -> str:
+        publication, target = shipment.publication, self._on(node)
         size = max(t.offset + t.nbytes for t in publication.tensors)
-        source, target = self._on(publication.node), self._on(node)
-        segment = await target.call("begin", size).answer
-        if publication is self._newest and not self._pieces:
-            cuts = [(start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
-            self._pieces = [(a, source.offer("piece", publication.segment, a, b)) for a, b in cuts]
-        await asyncio.gather(*(target.call("put", segment, start, piece).answer for start, piece in self._pieces))
-        return replace(publication, segment=segment)
+        segment: str = await target.call("begin", size).answer
+        if not shipment.pieces:
+            source = self._on(publication.node)
+            for start in range(0, size, PIECE_BYTES):
+                stop = min(start + PIECE_BYTES, size)
+                shipment.pieces.append((start, source.offer("piece", publication.segment, start, stop)))
+        if node in shipment.hosts and node not in shipment.passed_on:
+            await self._share(shipment, node, segment)
+        else:
+            await asyncio.gather(*(target.call("take", segment, *piece).answer for piece in shipment.pieces))
+        return segment
+
+    async def _share(self, shipment: _Shipment, node: str, segment: str) -> None:
+        """Take one's own part from the sender, and what the others pass on from them."""
+        target, clock = self._on(node), asyncio.get_running_loop().time
+        begun, count = clock(), len(shipment.hosts)
+        mine = shipment.hosts.index(node)
+        own = shipment.pieces[mine::count]
+        refs = shipment.passed_on[node] = [target.offer("pass_on", segment, *piece) for piece in own]
+        shipment.offered[node].set()
+        had = asyncio.gather(*(target.call("take", segment, start, ref).answer for (start, _), ref in zip(own, refs)))
+        others = [(i, host) for i, host in enumerate(shipment.hosts) if host != node]
+        parts = [asyncio.create_task(self._from(shipment, i, host, target, segment)) for i, host in others]
+        try:
+            await had
+            await asyncio.wait(parts, timeout=PATIENCE_S + PATIENCE * (clock() - begun))
+            late = [
+                target.call("take", segment, *piece).answer
+                for part, (i, _) in zip(parts, others)
+                if not part.done() or part.exception()
+                for piece in shipment.pieces[i::count]
+            ]
+            await asyncio.gather(*late)
+        finally:
+            for part in parts:
+                part.cancel()
+
+    async def _from(self, shipment: _Shipment, part: int, host: str, target: Actor, segment: str) -> None:
+        """The ``part`` that ``host`` passes on."""
+        await shipment.offered[host].wait()
+        starts = [start for start, _ in shipment.pieces[part :: len(shipment.hosts)]]
+        refs = shipment.passed_on[host]
+        await asyncio.gather(*(target.call("take", segment, a, ref).answer for a, ref in zip(starts, refs)))
 
     def _on(self, node: str) -> Actor:
         if node not in self._actors:
             self._spawned += 1
-            name = f"{self._run}-relay-{self._spawned}"
-            self._actors[node] = self._places.on(node).spawn(WeightRelay, name, environment=self._environment)
+            name, slot = f"{self._run}-relay-{self._spawned}", self._places.on(node)
+            self._actors[node] = slot.spawn(WeightRelay, name, environment=self._environment, concurrency=THREADS)
         return self._actors[node]

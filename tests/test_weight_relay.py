@@ -21,26 +21,36 @@ TENSORS = (TensorMeta("a", "uint8", (600,), 0, 600), TensorMeta("b", "uint8", (3
 
 
 class Host(FakeActor):
-    """A relay in this process; pieces are resolved where they are used, as Ray does."""
+    """A relay in this process; what it offers is computed at once and awaited where it is used, as Ray does."""
 
     def __init__(self, world, node, name):
         self.world, self.node_name, self.relay = world, node, WeightRelay(name)
         world.spawned[node] += 1
 
     def offer(self, method, *arguments):
-        return method, self, arguments
+        answer = asyncio.ensure_future(getattr(self, method)(*arguments))
+        answer.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self, answer
+
+    async def piece(self, segment, start, stop):
+        return np.array(self.relay.piece(segment, start, stop))
 
     async def begin(self, size):
         return self.relay.begin(size)
 
-    async def put(self, segment, start, piece):
-        _, source, arguments = piece
-        self.world.puts[self.node_name] += 1
+    async def take(self, segment, start, offered):
+        host, answer = offered
+        if host is not self:
+            self.world.sent[host.node_name, self.node_name] += 1
         if self.world.dying.get(self.node_name, 0) > 0:
             self.world.dying[self.node_name] -= 1
             raise ActorDied("gone")
+        piece = await asyncio.shield(answer)
         await self.world.gates.get(self.node_name, self.world.open).wait()
-        self.relay.put(segment, start, np.array(source.relay.piece(*arguments)))
+        self.relay.take(segment, start, piece)
+        return piece
+
+    pass_on = take
 
     async def close(self):
         self.relay.close()
@@ -48,7 +58,8 @@ class Host(FakeActor):
 
 class World:
     def __init__(self):
-        self.spawned, self.puts, self.dying = Counter(), Counter(), {}
+        self.spawned, self.sent, self.dying = Counter(), Counter(), {}
+        """Relays by host; pieces by sender and receiver; calls that will fail."""
         self.open, self.gates = asyncio.Event(), {}
         self.open.set()
 
@@ -84,9 +95,46 @@ async def test_every_host_gets_all_bytes_once(world):
     assert here[0] is here[2]
     assert len({publication.segment for publication in here}) == 3
     assert [publication.hash_segment() for publication in here] == [first.digest] * 4
-    assert world.puts == {"x": 8, "y": 8}
+    assert world.sent == {("home", "x"): 8, ("home", "y"): 8}
     assert world.spawned == {"home": 1, "x": 1, "y": 1}
     assert await world.relays.bring(first, "x", 5) is here[0]  # A new life there finds it.
+
+
+async def test_many_hosts_pass_pieces_on(world):
+    hosts = ["a", "b", "c", "d"]
+    for version in (1, 2, 3):
+        publication = published(world, version)
+        here = await asyncio.gather(*(world.relays.bring(publication, host, 5) for host in hosts))
+        assert [one.hash_segment() for one in here] == [publication.digest] * 4
+        if version == 1:  # Who takes part is known from the last time.
+            assert world.sent == {("home", host): 8 for host in hosts}
+        world.sent.clear() if version < 3 else None
+    # Eight pieces: two to each host from the sender, and each passes its two on to the three others.
+    assert world.sent == {("home", host): 2 for host in hosts} | {(a, b): 2 for a in hosts for b in hosts if a != b}
+
+
+@pytest.mark.parametrize("how", ["slow", "dies", "gone"])
+async def test_what_a_host_does_not_pass_on_comes_from_the_sender(world, monkeypatch, how):
+    monkeypatch.setattr(weight_relay, "PATIENCE_S", 0.02)
+    hosts = ["a", "b", "c", "d"]
+    first = published(world, 1)
+    await asyncio.gather(*(world.relays.bring(first, host, 5) for host in hosts))
+    second = published(world, 2)
+    if how == "slow":
+        world.gates["b"] = asyncio.Event()
+    elif how == "dies":
+        world.dying["b"] = 1000
+    others = [host for host in hosts if host != "b"]
+    slow = asyncio.create_task(world.relays.bring(second, "b", 5)) if how != "gone" else None
+    here = await asyncio.wait_for(asyncio.gather(*(world.relays.bring(second, host, 5) for host in others)), 2)
+    assert [one.hash_segment() for one in here] == [second.digest] * 3
+    if how == "slow":
+        assert not slow.done()
+        world.gates["b"].set()
+        assert (await slow).hash_segment() == second.digest
+    elif how == "dies":
+        with pytest.raises(EngineFailed):
+            await slow
 
 
 async def test_two_publications_take_turns_in_memory(world):
@@ -149,7 +197,7 @@ async def test_what_was_refused_is_brought_again(world):
     await world.relays.bring(publication, "x", 5)
     world.relays.forget("x")
     await world.relays.bring(publication, "x", 5)
-    assert world.puts["x"] == 16
+    assert world.sent["home", "x"] == 16
 
 
 async def test_nothing_is_left_in_memory(world):
