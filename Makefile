@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox quickstart test test-fast chaos soak lint format lock bench-check clean
+.PHONY: install sandbox quickstart test test-fast test-gpu plan-check chaos soak lint format lock bench-check clean
 
 install: $(VENV)/installed sandbox
 
@@ -38,6 +38,14 @@ test-fast: install
 chaos: install
 	$(BIN)/python -m pytest -q -m "chaos or not chaos" tests/test_chaos.py tests/test_resume_stack.py tests/test_fleet_stack.py \
 	  tests/test_checkpoints.py tests/test_resume.py tests/test_engine_pool.py tests/test_reward_pool.py tests/test_sandbox.py
+
+# Everything that needs GPUs; what there are too few for is skipped.
+test-gpu: install
+	$(BIN)/python -m pytest -q -rs tests/gpu
+
+# The planner against real runs and the simulator: some five minutes on a quiet machine.
+plan-check: install
+	$(BIN)/python tests/plan_accuracy.py
 
 # Ten minutes of the quickstart under random faults; SOAK="--seed 1 --minutes 30" for more.
 soak: install

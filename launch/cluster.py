@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 import sys
 import uuid
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from launch.environment import SAFE, refuse_open_dashboard
 from launch.placement import ACCELERATOR, SOME, Needs, Node, accelerator_of_ranks, check, table
 from launch.ray_actors import RaySlot
 from shared.config import Config
-from shared.errors import InputError, one_line
+from shared.errors import InputError, one_line, raise_all
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEMENT_TIMEOUT_S = 60.0
@@ -149,6 +150,68 @@ def check_resources(config: Config, origin: str) -> Needs:
     needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in there))
     check(needs, there, config, origin)
     return needs
+
+
+def claim(output: Path) -> Any:
+    """Hold the run's name on a shared cluster while the result is kept. Raises ``InputError`` E602 if another has it.
+
+    The lock in the run folder says so too, but only on the same file system.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+    import ray
+
+    owner = f"pid {os.getpid()} on {socket.gethostname()}"
+    options = {"name": str(output), "namespace": "millrace", "num_cpus": 0}
+    try:
+        return ray.remote(_Claim).options(**options).remote(owner)
+    except ValueError:  # The name is taken.
+        holder = ray.get(ray.get_actor(str(output), "millrace").owner.remote(), timeout=10)
+        place, fix = f"run.output_dir = {output}", "wait for it, end it, or choose another run.output_dir"
+        raise InputError("E602", "run is live", place, f"{holder} in this cluster", "no other writer", fix) from None
+
+
+class _Claim:
+    """Whoever runs under a name."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+
+    def owner(self) -> str:
+        """Process and host of its driver."""
+        return self._owner
+
+
+async def check_files(config: Config, output: Path, reservation: Reservation) -> None:
+    """Every host of an actor sees the model, and those of the learner the run folder. Raises ``InputErrors`` E601."""
+    if len(nodes()) == 1:
+        return
+    probe = output / f"probe-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.write_text("", encoding="utf-8")
+        model = config.model.path
+        seen = [slot.run(_missing, [model, str(probe)]) for slot in reservation.ranks]
+        seen += [slot.run(_missing, [model]) for slot in reservation.engines]
+        found = sorted({(host, path) for host, paths in await asyncio.gather(*seen) for path in paths})
+    finally:
+        probe.unlink(missing_ok=True)
+    problems = []
+    for host, path in found:
+        key, fix = (
+            ("model.path", "copy it there") if path == model else ("run.output_dir", "a folder that all hosts share")
+        )
+        place = f"{key} = {path if path == model else output}"
+        problems.append(
+            InputError("E601", "not on every host", place, f"nothing there on {host}", "the same files", fix)
+        )
+    raise_all(problems)
+
+
+def _missing(paths: list[str]) -> tuple[str, list[str]]:
+    """This host, and which of ``paths`` it does not have."""
+    import ray
+
+    return ray.util.get_node_ip_address(), [path for path in paths if not os.path.exists(path)]
 
 
 async def reserve(needs: Needs) -> Reservation:

@@ -10,8 +10,9 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from launch.cluster import addresses, reserve, worker_environment
+from launch.cluster import addresses, check_files, reserve, worker_environment
 from launch.placement import Needs
 from learner.learner_group import LearnerGroup
 from rollout.engine_pool import EnginePool
@@ -68,11 +69,13 @@ class Parts:
 
 
 @asynccontextmanager
-async def started(config: Config, needs: Needs) -> AsyncIterator[Parts]:
-    """The parts of a run with ``config``, in a session of Ray that has what it ``needs``."""
+async def started(config: Config, needs: Needs, output: Path | None = None) -> AsyncIterator[Parts]:
+    """The parts of a run with ``config``, in a session of Ray that has what it ``needs``, writing into ``output``."""
     run_id = uuid.uuid4().hex[:12]
     try:
         reservation = await reserve(needs)
+        if output is not None:
+            await check_files(config, output, reservation)
         environment = worker_environment()
         rewards = RewardPool(config, reservation.rewards, environment)
         learners = LearnerGroup(config, run_id, reservation.ranks, environment)

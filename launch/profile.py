@@ -26,7 +26,7 @@ from shared.types import RolloutGroup
 from shared.weights import Publication
 
 ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 4, 4
-TOGETHER_S = 6.0
+TOGETHER_S = 5.0
 TINY_LR = 1e-12
 """The profile trains for real, but must not change what it measures."""
 
@@ -128,10 +128,10 @@ class _Profile:
         prompt = statistics.fmean(len(group.prompt.token_ids) for group in self._groups)
         return replace(
             timings,
-            request_s=request,
+            request_s=float(request),
             prefill_token_s=0.0,  # In request_s: prompts of the size that they have here.
-            decode_step_s=step,
-            decode_sequence_s=sequence,
+            decode_step_s=float(step),
+            decode_sequence_s=float(sequence),
             lengths=tuple(sorted(lengths)),
             prompt_tokens=prompt,
         )
@@ -152,7 +152,7 @@ class _Profile:
                 rows.append([updates, tokens / config.learner.num_ranks])
                 seconds.append(took - timings.publish_s)
         step, token = _fit(np.array(rows, dtype=float), np.array(seconds))
-        return step, token
+        return float(step), float(token)
 
     async def _ready(self) -> None:
         """Weights in the engine, if there are none yet."""
@@ -173,39 +173,48 @@ class _Profile:
         return time.monotonic() - started
 
     async def _both(self, timings: Timings) -> Timings:
-        """Engine and learner at the same time: what each then takes longer, where they share cores."""
+        """Engine and learner, each kept busy, alone and at the same time: what they take longer where they share cores."""
         if len(places := nodes()) > 1 or places[0].count("GPU"):
             return timings
-        config, deadline = self._config, time.monotonic() + TOGETHER_S
-        rates, steps, durations = list[float](), list[float](), list[float]()
+        sampling, learning = [await self._rates(True, False)], [await self._rates(False, True)]
         before, used = time.monotonic(), _cpu_s()
-
-        async def sample() -> None:
-            while time.monotonic() < deadline:
-                groups, took = await self._sample(config.groups_per_batch)
-                lengths = [len(c.token_ids) for group in groups for c in group.completions]
-                alone = len(groups) * timings.request_s + timings.decode_step_s * max(lengths)
-                rates.append(took / (alone + timings.decode_sequence_s * sum(lengths)))
-
-        async def train() -> None:
-            while time.monotonic() < deadline:
-                groups = self._batch(config.groups_per_batch)
-                tokens = config.learner.epochs_per_batch * _tokens(groups) / config.learner.num_ranks
-                alone = config.updates_per_batch * timings.train_step_s + timings.train_token_s * tokens
-                durations.append(await self._train(groups))
-                steps.append(durations[-1] / (alone + timings.publish_s))
-
-        await asyncio.gather(sample(), train())
+        both = await self._rates(True, True)
         control = (_cpu_s() - used) / (time.monotonic() - before)
-        # The first of each met the other starting, the last may have met it ended.
-        slower = statistics.median(rates[1:-1] or rates), statistics.median(steps[1:-1] or steps)
-        together = max(1.0, statistics.fmean(slower))
+        sampling.append(await self._rates(True, False))
+        learning.append(await self._rates(False, True))
+        slower = (
+            statistics.fmean(tokens for tokens, _ in sampling) / both[0],
+            statistics.fmean(steps for _, steps in learning) / both[1],
+        )
         return replace(
             timings,
-            together=together,
+            together=max(1.0, statistics.fmean(slower)),
             cores=os.cpu_count() or 1,
-            control_s=control * statistics.median(durations),
+            control_s=control / both[1],
         )
+
+    async def _rates(self, sample: bool, train: bool) -> tuple[float, float]:
+        """Tokens and steps a second, of those that are to work."""
+        config, begun = self._config, time.monotonic()
+        deadline, tokens, steps = begun + TOGETHER_S, [0], [0]
+
+        async def sampling() -> None:
+            while time.monotonic() < deadline:
+                groups, _ = await self._sample(1)
+                if time.monotonic() < deadline:
+                    tokens[0] += sum(len(c.token_ids) for c in groups[0].completions)
+
+        async def training() -> None:
+            while time.monotonic() < deadline:
+                await self._train(self._batch(config.groups_per_batch))
+                steps[0] += 1
+
+        lanes = [sampling() for _ in range(2 * config.groups_per_batch if sample else 0)]
+        ended = asyncio.create_task(training()) if train else None
+        await asyncio.gather(*lanes)
+        if ended is not None:
+            await ended
+        return tokens[0] / TOGETHER_S, steps[0] / (time.monotonic() - begun)
 
 
 def _tokens(groups: list[RolloutGroup]) -> int:

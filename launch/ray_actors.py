@@ -63,17 +63,19 @@ class RayActor:
         ray.kill(self._handle)
 
     async def _answer(self, reference: Any) -> Any:
-        from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+        from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
         try:
             return await reference
         except ActorUnavailableError as error:
             raise ActorUnreachable(one_line(error, 400)) from None
-        except RayActorError as error:
+        except RayTaskError as error:
+            if isinstance(error.cause, RayError):  # What it was to work on is lost.
+                raise ActorUnreachable(one_line(error.cause, 400)) from None
+            raise error.cause from error
+        except RayError as error:  # It died, or its place is gone before it came up.
             self._gone = True
             raise ActorDied(one_line(error, 400)) from None
-        except RayTaskError as error:
-            raise error.cause from error
 
     def _pid_here(self) -> int | None:
         import ray
@@ -110,11 +112,11 @@ class RaySlot:
         }
         return RayActor(ray.remote(kind).options(**options).remote(*arguments))
 
-    def run(self, function: Callable[[], Any]) -> Awaitable[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:
         """See ``Slot``; takes none of its resources."""
         import ray
 
-        answer: Awaitable[Any] = ray.remote(function).options(**self._options({})).remote()
+        answer: Awaitable[Any] = ray.remote(function).options(**self._options({})).remote(*arguments)
         return answer
 
     def share(self, value: Any) -> Any:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Run as a file, Python puts launch/ on the path, where the packages beside it are not found.
 if __name__ == "__main__":
@@ -141,10 +141,12 @@ class Session:
     stream: PromptStream
     point: Point | None
     """Where to go on from; None: at the beginning."""
+    name: Any = None
+    """Held on the cluster, so that no other run takes it."""
 
     async def run(self, began: float, dry_run: bool) -> None:
         """Start the parts and train; with ``dry_run`` stop before anything is started."""
-        from launch.cluster import check_resources, ray_session
+        from launch.cluster import check_resources, claim, ray_session
         from launch.garbage import collected_by_the_clock
         from launch.parts import started
         from launch.run_folder import RunFolder, dump_config
@@ -162,9 +164,10 @@ class Session:
                 print(f"{dump_config(config)}\n# needs {needs}, begins {begin}", flush=True)
                 print("# dry run: everything checked, nothing started", flush=True)
                 return
+            self.name = claim(self.output)
             folder = RunFolder(config, self.output)
             try:
-                async with started(config, needs) as parts, collected_by_the_clock():
+                async with started(config, needs, folder.path) as parts, collected_by_the_clock():
                     took = f"{time.monotonic() - began:.0f} s"
                     print(f"engines, learner and reward workers up after {took} ({await parts.where()})", flush=True)
                     scaling = asyncio.create_task(obey(folder.path, parts.engines))

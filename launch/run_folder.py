@@ -62,6 +62,7 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(path)
+            (path / "scale.asked.json").unlink(missing_ok=True)
             if config.run.resume == "overwrite":
                 _empty(path)
             for folder in ("samples", "ledger", "checkpoints"):

@@ -67,8 +67,7 @@ def ask(folder: Path, engines: int, timeout_s: float) -> str:
 
 
 async def obey(folder: Path, engines: EnginePool) -> None:
-    """Do what is asked in ``folder``, for as long as the run goes on."""
-    (folder / ASKED).unlink(missing_ok=True)
+    """Do what is asked in ``folder``, for as long as the run goes on. What was asked of an earlier run is gone by then."""
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
         wish = _read(folder / ASKED)

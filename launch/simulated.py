@@ -7,7 +7,7 @@ Each is an object with the methods of the real actor, in this process; a slot sp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,9 @@ class SimulatedSlot:
         names = [f.name or f.function or "reward" for f in self._config.reward.functions]
         return SimulatedRewards(self._timings, names, self._config.run.seed, arguments[-1])
 
-    async def _here(self, function: Callable[[], Any]) -> Any:
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Nothing is asked of a host that is not there but for an address."""
         return ("", 0)
-
-    def run(self, function: Callable[[], Any]) -> Awaitable[Any]:
-        """Nothing is asked of a host that is not there."""
-        return self._here(function)
 
     def share(self, value: Any) -> Any:
         """Itself."""

@@ -80,7 +80,10 @@ class EnginePool:
         Returns what was begun. Raises ``InputError`` where the number cannot change.
         """
         if engines < 1 or not self.scalable:
-            expected, fix = ">= 1, and engines not tied to a device link or to learner ranks", 'rollout.weights = "host"'
+            expected, fix = (
+                ">= 1, and engines not tied to a device link or to learner ranks",
+                'rollout.weights = "host"',
+            )
             raise InputError("E507", "cannot scale", "command line:--engines", str(engines), expected, fix)
         before = self.size
         names = [self._fleet.add(self._places.another_engine()) for _ in range(engines - before)]

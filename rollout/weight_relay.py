@@ -23,7 +23,7 @@ from shared.weights import Publication, Segment, orphans, segment_name
 
 PIECE_BYTES = 16 << 20
 TRIES = 3
-SHARED_FROM = 3
+SHARED_FROM = 2
 """Hosts from which on they pass pieces on."""
 PATIENCE_S, PATIENCE = 0.5, 2.0
 """What others should have passed on is awaited so long, and as many times as long as one's own part took, ..."""

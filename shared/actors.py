@@ -59,8 +59,8 @@ class Slot(Protocol):
         At most ``concurrency`` of its calls run at the same time.
         """
 
-    def run(self, function: Callable[[], Any]) -> Awaitable[Any]:
-        """What ``function`` returns here."""
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:
+        """What ``function(*arguments)`` returns here."""
 
     def share(self, value: Any) -> Any:
         """``value`` as an argument for calls of several actors, stored once."""

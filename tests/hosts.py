@@ -5,17 +5,22 @@ They share a file system, as hosts with a network disk do. Without root they are
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 RAY = str(Path(sys.executable).with_name("ray"))
-BRIDGE, NETWORK = "mrbr0", "10.77.0"
+TAG = f"{os.getpid() % 4096:x}"
+BRIDGE, NETWORK = f"mrb{TAG}", f"10.77.{os.getpid() % 250 + 1}"  # Of this process: another may test beside it.
 SHM = "1g"
 
 
@@ -35,9 +40,42 @@ class Host:
     def power_off(self) -> None:
         """Off the network first, so that nobody is told; then everything in it ends."""
         if sealed():
-            _run("ip", "link", "set", f"mrv{self.number}", "down")
+            _run("ip", "link", "set", f"mrv{TAG}n{self.number}", "down")
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20)
+
+
+@dataclass
+class Job:
+    """A submitted job, over Ray's HTTP interface."""
+
+    url: str
+    headers: dict[str, str]
+
+    def ended(self) -> str:
+        """How it ended: SUCCEEDED, FAILED, STOPPED; empty while it goes on."""
+        status = self._get("")["status"]
+        return status if status in ("SUCCEEDED", "FAILED", "STOPPED") else ""
+
+    def output(self) -> str:
+        """Everything that it has said."""
+        return self._get("/logs")["logs"]
+
+    def wait(self, timeout_s: float) -> str:
+        """How it ended."""
+        deadline = time.monotonic() + timeout_s
+        while not (status := self.ended()):
+            assert time.monotonic() < deadline, f"still there:\n{self.output()[-4000:]}"
+            time.sleep(0.5)
+        return status
+
+    def _get(self, path: str) -> dict:
+        """Ray's head does not answer for a while after a host has vanished from the network."""
+        request = urllib.request.Request(self.url + path, headers=self.headers)
+        for _ in range(30):
+            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+                return json.load(answer)
+        raise AssertionError(f"no answer from {self.url}")
 
 
 class Cluster:
@@ -97,15 +135,20 @@ class Cluster:
         (init,) = psutil.Process(self.hosts[number].process.pid).children()
         return ["nsenter", "--target", str(init.pid), "--net", "--mount", "--pid", "--uts", "--ipc", "--wd=.", *command]
 
-    def submit(self, root: Path, *arguments: str) -> subprocess.Popen:
-        """``ray job submit`` of a run; its output goes to ``job.log``."""
-        command = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "launch/run.py", *arguments]
-        environment = self.environment | {"RAY_API_SERVER_ADDRESS": f"http://{self.head}:{self.dashboard}"}
-        log = (self.folder / "job.log").open("w")
-        return subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    def submit(self, root: Path, *arguments: str) -> Job:
+        """``ray job submit`` of a run.
 
-    def output(self) -> str:
-        return (self.folder / "job.log").read_text(errors="replace")
+        Not waiting: when a host is lost, the command's own log now and then stands still although the job goes on.
+        """
+        command = [RAY, "job", "submit", "--no-wait", "--working-dir", ".", "--", "python", "launch/run.py", *arguments]
+        environment = self.environment | {"RAY_API_SERVER_ADDRESS": f"http://{self.head}:{self.dashboard}"}
+        said = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=90
+        )
+        found = re.search(r"raysubmit_\w+", said.stdout)
+        assert found, said.stdout + said.stderr
+        url = f"http://{self.head}:{self.dashboard}/api/jobs/{found.group()}"
+        return Job(url, {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"})
 
     def close(self) -> None:
         for host in reversed(self.hosts):
@@ -117,7 +160,7 @@ class Cluster:
 
     def _inside(self, number: int, command: list[str]) -> list[str]:
         """``command`` in a host of its own, joined to the bridge."""
-        space, inner, outer = f"mr{number}", f"mri{number}", f"mrv{number}"
+        space, inner, outer = f"mr{TAG}n{number}", f"mri{TAG}n{number}", f"mrv{TAG}n{number}"
         _run("ip", "netns", "add", space)
         _run("ip", "link", "add", outer, "type", "veth", "peer", "name", inner)
         _run("ip", "link", "set", inner, "netns", space)
@@ -144,12 +187,10 @@ class Cluster:
                     time.sleep(0.2)
 
     def _sweep(self) -> None:
-        """What is left of an earlier cluster."""
-        names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout.split()
-        for name in names:
-            if name.startswith("mr") and name[2:].isdigit():
-                subprocess.run(["ip", "netns", "del", name], check=False)
-                subprocess.run(["ip", "link", "del", f"mrv{name[2:]}"], capture_output=True, check=False)
+        """Networks and links of this process."""
+        for number in range(len(self.hosts)):
+            subprocess.run(["ip", "link", "del", f"mrv{TAG}n{number}"], capture_output=True, check=False)
+            subprocess.run(["ip", "netns", "del", f"mr{TAG}n{number}"], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
 
 

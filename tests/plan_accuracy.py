@@ -1,0 +1,125 @@
+"""``make plan-check``: the planner's step times against real runs on this machine, and against the simulator.
+
+For two length distributions: one profile, then real runs at three splits of engines and learner ranks. Then the same
+timings at 1,000 engines in the simulator. Prints the tables of the README; exits 1 above the limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from launch import simulate  # noqa: E402
+from launch.bench_workloads import WORKLOADS, make_model, make_prompts, print_table, table_of  # noqa: E402
+from launch.plan_model import predict  # noqa: E402
+from launch.timings import Timings  # noqa: E402
+from shared.config import Config  # noqa: E402
+from shared.metrics import read_metrics  # noqa: E402
+
+SPLITS = [(1, 1), (2, 1), (1, 2)]
+RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["short", "tail"], choices=list(WORKLOADS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--max-staleness", type=int, default=2)
+    options = parser.parse_args()
+    rows, simulated = [], []
+    for shape in options.shapes:
+        with tempfile.TemporaryDirectory(prefix="millrace-plan-") as name:
+            config = _config(shape, Path(name), options)
+            timings = _profile(config, Path(name))
+            print(shape, replace(timings, lengths=()), flush=True)
+            rows += [_compare(shape, config, timings, split, Path(name)) for split in SPLITS]
+        simulated += [_simulate(shape, config, timings, staleness) for staleness in (0, 1, 4)]
+    print_table(rows)
+    print_table(simulated)
+    off = max(abs(row["off"]) for row in rows), max(abs(row["off"]) for row in simulated)
+    print(
+        f"largest: {off[0]:.1%} of real runs (limit {RUN_LIMIT:.0%}), {off[1]:.1%} of the simulator ({SIMULATION_LIMIT:.0%})"
+    )
+    return int(off[0] > RUN_LIMIT or off[1] > SIMULATION_LIMIT)
+
+
+def _config(shape: str, folder: Path, options: argparse.Namespace) -> Config:
+    workload = WORKLOADS[shape]
+    table = table_of(workload, make_model(workload, folder / "model"), make_prompts(folder / "p.jsonl"), folder, "auto")
+    table["run"] |= {"steps": options.steps, "checkpoint_every": 0}
+    table["rollout"]["max_staleness"] = options.max_staleness
+    return Config.model_validate(table)
+
+
+def _profile(config: Config, folder: Path) -> Timings:
+    from launch.preflight import prepare
+    from launch.profile import profile
+    from rollout.prompts import PromptStream
+
+    prepared = prepare(config, "plan.toml", folder, probing=False)
+    return asyncio.run(profile(prepared.config, PromptStream(prepared.train.prompts, 0), "plan.toml"))
+
+
+def _compare(shape: str, config: Config, timings: Timings, split: tuple[int, int], folder: Path) -> dict:
+    from launch.run import train
+
+    engines, ranks = split
+    output = folder / f"run-{engines}-{ranks}"
+    changed = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"output_dir": str(output)}),
+            "rollout": config.rollout.model_copy(update={"num_engines": engines}),
+            "learner": config.learner.model_copy(update={"num_ranks": ranks}),
+        }
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(changed, folder / "plan.toml")
+    seconds = [row["time/step"] for row in read_metrics(output) if "time/step" in row][10:]
+    found = predict(changed, timings, engines, ranks)
+    measured = statistics.fmean(sorted(seconds)[: round(0.95 * len(seconds))])  # Without the machine's own hiccups.
+    return _row(shape, f"{engines} : {ranks}", config.rollout.max_staleness, found.step_s, measured) | {
+        "bound": found.bound
+    }
+
+
+def _simulate(shape: str, config: Config, timings: Timings, staleness: int) -> dict:
+    """1,000 engines with devices of their own, and ranks to match."""
+    timings = replace(timings, cores=0, together=1.0)
+    prompts, engines = 8000, 1000
+    changed = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"steps": 12, "samples_every": 0}),
+            "rollout": config.rollout.model_copy(update={"num_engines": engines, "max_staleness": staleness}),
+            "learner": config.learner.model_copy(update={"num_ranks": 500, "prompts_per_step": prompts}),
+            "reward": config.reward.model_copy(update={"workers": 200}),
+        }
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = simulate.simulate(changed, timings)
+    found = predict(changed, timings, engines, 500)
+    return _row(shape, "1000 : 500", staleness, found.step_s, result["simulated_step_s"]) | {"bound": found.bound}
+
+
+def _row(shape: str, split: str, staleness: int, predicted: float, measured: float) -> dict:
+    return {
+        "lengths": shape,
+        "engines : ranks": split,
+        "max_staleness": staleness,
+        "predicted_s": predicted,
+        "measured_s": measured,
+        "off": predicted / measured - 1,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

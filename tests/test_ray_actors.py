@@ -1,0 +1,114 @@
+"""Ray's exceptions in our words, and the end of a process on this host and on another, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import types
+
+import psutil
+import pytest
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+)
+
+from launch import ray_actors
+from launch.ray_actors import RayActor, kill_process
+from shared.actors import ActorDied, ActorUnreachable
+
+
+class Handle:
+    """Calls end as ``script`` says, by method."""
+
+    def __init__(self, script, place=(77, "this node")):
+        self._script = script | {"__ray_call__": ray_actors._Process(*place)}
+
+    def __getattr__(self, method):
+        async def answer(*_):
+            result = self._script[method]
+            if isinstance(result, Exception):
+                raise result
+            return await result if asyncio.iscoroutine(result) else result
+
+        return types.SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(answer(*arguments)))
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """What was ended: process numbers, children of process numbers, and actors."""
+    ended = []
+    monkeypatch.setattr(ray, "kill", lambda handle: ended.append("actor"))
+    monkeypatch.setattr(ray_actors, "kill_process", ended.append)
+    monkeypatch.setattr(ray_actors, "kill_children", lambda pid: ended.append(-pid))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: types.SimpleNamespace(get_node_id=lambda: "this node"))
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (ActorUnavailableError("partition", b"x" * 16), ActorUnreachable),
+        (RayActorError(error_msg="killed"), ActorDied),
+        (ActorUnschedulableError("no such node"), ActorDied),
+        (RayTaskError("save", "traceback", ObjectLostError("0", None, "")), ActorUnreachable),
+        (RayTaskError("save", "traceback", OSError(28, "full")), OSError),
+        (RayTaskError("save", "traceback", ValueError("ours")), ValueError),
+    ],
+)
+async def test_what_a_call_raises(killed, raised, expected):
+    actor = RayActor(Handle({"save": raised}))
+    with pytest.raises(expected):
+        await actor.call("save").answer
+    assert await RayActor(Handle({"save": 3})).call("save").answer == 3
+
+
+@pytest.mark.parametrize(("node", "expected"), [("this node", [77, "actor"]), ("another", ["actor"])])
+async def test_only_processes_of_this_host_are_ended_by_number(killed, node, expected):
+    actor = RayActor(Handle({}, (77, node)))
+    assert await actor.node() == node
+    actor.kill()
+    assert killed == expected
+    actor.kill()  # Another process may have the number from now on.
+    assert killed == [*expected, "actor"]
+
+
+async def test_a_process_that_ray_says_is_gone_is_not_ended_by_number(killed):
+    actor = RayActor(Handle({"save": RayActorError(error_msg="killed")}))
+    await actor.node()
+    with pytest.raises(ActorDied):
+        await actor.call("save").answer
+    actor.kill()
+    assert killed == ["actor"]
+
+
+async def test_one_that_never_came_up_has_no_number(killed):
+    handle = Handle({})
+    handle._script["__ray_call__"] = asyncio.sleep(60)
+    actor = RayActor(handle)
+    await asyncio.sleep(0)
+    actor.kill()
+    assert killed == ["actor"]
+
+
+async def test_a_wanted_end_leaves_the_process_to_ray(killed):
+    actor = RayActor(Handle({}))
+    await actor.node()
+    actor.release()
+    assert killed == [-77, "actor"]
+
+
+def test_a_process_is_killed_with_its_children():
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    kill_process(parent.pid)
+    parent.wait(5)
+    psutil.wait_procs([child], timeout=5)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    kill_process(parent.pid)  # Nothing is left to kill.
