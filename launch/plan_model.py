@@ -11,13 +11,15 @@ In a periodic state every sequence gains ``v`` tokens a step, and the sequences 
     T = prefill + pause + decode_step_s v + decode_sequence_s n E[min(L, (ahead + 1) v)],                 (engines)
 
 with ``n`` sequences a step and engine and ``L`` the length of a completion. The two equations fix ``v`` and ``T``. The
-learner needs ``T >= train + publish``, shared cores ``T >= all CPU time / cores``.
+learner needs ``T >= train + publish``. On shared cores everybody is slower, by the factor at which all CPU time fits
+into ``cores T``: then more batches overlap, and engines need fewer decoding steps for the same tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +27,8 @@ from launch.timings import Timings
 from shared.config import Config
 
 GEOMETRIC_POINTS, POINTS = 4096, 64
+SLOWEST, SHARED_MUCH = 64.0, 1.02
+"""On shared cores: how much slower everybody may be, and from where on the cores are what a step waits for."""
 ENGINES_BOUND = 0.75
 """Share of their time that engines work, above which they and not the way round are what a step waits for."""
 BISECTIONS = 60
@@ -103,28 +107,24 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
     """The steady state of a run of ``config`` with so many ``engines`` and ``ranks``."""
     if staleness is None:
         staleness = config.rollout.max_staleness
-    lengths, ahead = Lengths(timings), staleness // config.updates_per_batch
-    overlap = timings.together if timings.cores and ahead else 1.0
-    inflated = replace(
-        timings,
-        decode_step_s=timings.decode_step_s * overlap,
-        decode_sequence_s=timings.decode_sequence_s * overlap,
-    )
-    step = _step(config, inflated, lengths, (engines, ranks), ahead)
-    step = replace(step, train=step.train * overlap)
-    limits = {
-        "latency": _periodic(inflated, step, lengths),
-        "learner": step.train,
-        "rewards": config.groups_per_batch * timings.score_s / config.reward.workers,
-        "engines": _crowded(config, inflated, step, lengths),
-    }
-    busy = _busy(inflated, step, lengths, max(limits.values()))
-    if timings.cores:
-        limits["cores"] = (engines * busy + ranks * step.train + timings.control_s) / timings.cores
-    bound = max(limits, key=lambda name: limits[name])
-    seconds = limits[bound]
-    if bound == "latency" and busy > ENGINES_BOUND * seconds:
-        bound = "engines"
+    lengths, ahead, slower = Lengths(timings), staleness // config.updates_per_batch, 1.0
+    split = engines, ranks
+    if timings.cores and ahead == 0:  # Engines and learner take turns.
+        state = _at(config, timings, lengths, split, 0, (engines / timings.cores, ranks / timings.cores))
+    elif timings.cores:
+
+        def fits(slower: float) -> bool:
+            state = _at(config, timings, lengths, split, ahead, (slower, slower))
+            work = engines * state.busy + ranks * state.step.train
+            return work / slower * timings.together + timings.control_s <= timings.cores * state.seconds
+
+        slower = _first(fits, SLOWEST, timings.together)
+        state = _at(config, timings, lengths, split, ahead, (slower, slower))
+    else:
+        state = _at(config, timings, lengths, split, ahead, (1.0, 1.0))
+    seconds, busy, step, bound = state
+    if slower > SHARED_MUCH * timings.together:
+        bound = "cores"
     samples = config.groups_per_batch * config.rollout.group_size
     return Prediction(
         engines=engines,
@@ -135,9 +135,47 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
         tokens_per_s=samples * lengths.mean / seconds,
         engine_idle=1 - busy / seconds,
         learner_idle=1 - min(step.train / seconds, 1.0),
-        running=_running(inflated, step, lengths, seconds),
+        running=_running(timings, step, lengths, seconds),
         bound=bound,
     )
+
+
+class _State(NamedTuple):
+    """A step at a certain speed of everybody."""
+
+    seconds: float
+    busy: float
+    """Of an engine."""
+    step: _Step
+    bound: str
+
+
+def _at(
+    config: Config, timings: Timings, lengths: Lengths, split: tuple[int, int], ahead: int, slower: tuple[float, float]
+) -> _State:
+    """When engines and learner take so much longer (at least 1) for everything."""
+    of_engines, of_learner = (max(factor, 1.0) for factor in slower)
+    slow = replace(
+        timings,
+        decode_step_s=timings.decode_step_s * of_engines,
+        decode_sequence_s=timings.decode_sequence_s * of_engines,
+        request_s=timings.request_s * of_engines,
+        prefill_token_s=timings.prefill_token_s * of_engines,
+    )
+    step = _step(config, slow, lengths, split, ahead)
+    step = replace(step, train=step.train * of_learner)
+    limits = {
+        "latency": _periodic(slow, step, lengths),
+        "learner": step.train,
+        "rewards": config.groups_per_batch * timings.score_s / config.reward.workers,
+        "engines": _crowded(config, slow, step, lengths),
+    }
+    bound = max(limits, key=lambda name: limits[name])
+    seconds = limits[bound]
+    busy = _busy(slow, step, lengths, seconds)
+    if bound == "latency" and busy > ENGINES_BOUND * seconds:
+        bound = "engines"
+    return _State(seconds, busy, step, bound)
 
 
 def _step(config: Config, timings: Timings, lengths: Lengths, split: tuple[int, int], ahead: int) -> _Step:
@@ -213,9 +251,11 @@ def _running(timings: Timings, step: _Step, lengths: Lengths, seconds: float) ->
     return rate * timings.decode_step_s / max(1 - rate * timings.decode_sequence_s, 1e-3)
 
 
-def _first(holds: Callable[[float], bool], limit: float) -> float:
-    """The smallest number up to ``limit`` for which ``holds`` is true, as it stays from there on."""
-    low, high = limit / 1e4, limit
+def _first(holds: Callable[[float], bool], limit: float, least: float | None = None) -> float:
+    """The smallest number from ``least`` to ``limit`` for which ``holds`` is true, as it stays from there on."""
+    low, high = limit / 1e4 if least is None else least, limit
+    if least is not None and holds(least):
+        return least
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)

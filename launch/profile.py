@@ -26,7 +26,7 @@ from shared.types import RolloutGroup
 from shared.weights import Publication
 
 ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 4, 4
-TOGETHER_S = 5.0
+TURNS, TOGETHER_S = 3, 3.0
 TINY_LR = 1e-12
 """The profile trains for real, but must not change what it measures."""
 
@@ -176,22 +176,16 @@ class _Profile:
         """Engine and learner, each kept busy, alone and at the same time: what they take longer where they share cores."""
         if len(places := nodes()) > 1 or places[0].count("GPU"):
             return timings
-        sampling, learning = [await self._rates(True, False)], [await self._rates(False, True)]
-        before, used = time.monotonic(), _cpu_s()
-        both = await self._rates(True, True)
-        control = (_cpu_s() - used) / (time.monotonic() - before)
-        sampling.append(await self._rates(True, False))
-        learning.append(await self._rates(False, True))
-        slower = (
-            statistics.fmean(tokens for tokens, _ in sampling) / both[0],
-            statistics.fmean(steps for _, steps in learning) / both[1],
-        )
-        return replace(
-            timings,
-            together=max(1.0, statistics.fmean(slower)),
-            cores=os.cpu_count() or 1,
-            control_s=control / both[1],
-        )
+        slower, control = list[float](), list[float]()
+        for _ in range(TURNS):
+            tokens, _ = await self._rates(True, False)
+            _, steps = await self._rates(False, True)
+            before, used = time.monotonic(), _cpu_s()
+            both = await self._rates(True, True)
+            control.append((_cpu_s() - used) / (time.monotonic() - before) / both[1])
+            slower.append((tokens / both[0] + steps / both[1]) / 2)
+        together = max(1.0, statistics.median(slower))
+        return replace(timings, together=together, cores=os.cpu_count() or 1, control_s=statistics.median(control))
 
     async def _rates(self, sample: bool, train: bool) -> tuple[float, float]:
         """Tokens and steps a second, of those that are to work."""

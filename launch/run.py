@@ -146,9 +146,10 @@ class Session:
 
     async def run(self, began: float, dry_run: bool) -> None:
         """Start the parts and train; with ``dry_run`` stop before anything is started."""
-        from launch.cluster import check_resources, claim, ray_session
+        from launch.cluster import check_resources, claim, nodes, ray_session
         from launch.garbage import collected_by_the_clock
         from launch.parts import started
+        from launch.placement import table
         from launch.run_folder import RunFolder, dump_config
         from launch.scale import obey
 
@@ -161,7 +162,7 @@ class Session:
             needs = check_resources(config, self.origin)
             if dry_run:
                 begin = f"from {self.point.place}" if self.point else "at step 0"
-                print(f"{dump_config(config)}\n# needs {needs}, begins {begin}", flush=True)
+                print(f"{dump_config(config)}\n# begins {begin}; placement:\n{table(needs, nodes())}", flush=True)
                 print("# dry run: everything checked, nothing started", flush=True)
                 return
             self.name = claim(self.output)

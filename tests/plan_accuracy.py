@@ -43,7 +43,7 @@ def main() -> int:
             timings = _profile(config, Path(name))
             print(shape, replace(timings, lengths=()), flush=True)
             rows += [_compare(shape, config, timings, split, Path(name)) for split in SPLITS]
-        simulated += [_simulate(shape, config, timings, staleness) for staleness in (0, 1, 4)]
+        simulated += [_simulate(shape, config, timings, staleness) for staleness in (0, 2)]
     print_table(rows)
     print_table(simulated)
     off = max(abs(row["off"]) for row in rows), max(abs(row["off"]) for row in simulated)
@@ -95,19 +95,19 @@ def _compare(shape: str, config: Config, timings: Timings, split: tuple[int, int
 def _simulate(shape: str, config: Config, timings: Timings, staleness: int) -> dict:
     """1,000 engines with devices of their own, and ranks to match."""
     timings = replace(timings, cores=0, together=1.0)
-    prompts, engines = 8000, 1000
+    prompts, engines = 4000, 1000
     changed = config.model_copy(
         update={
-            "run": config.run.model_copy(update={"steps": 12, "samples_every": 0}),
+            "run": config.run.model_copy(update={"steps": 8, "samples_every": 0}),
             "rollout": config.rollout.model_copy(update={"num_engines": engines, "max_staleness": staleness}),
-            "learner": config.learner.model_copy(update={"num_ranks": 500, "prompts_per_step": prompts}),
+            "learner": config.learner.model_copy(update={"num_ranks": 1000, "prompts_per_step": prompts}),
             "reward": config.reward.model_copy(update={"workers": 200}),
         }
     )
     with contextlib.redirect_stdout(io.StringIO()):
         result = simulate.simulate(changed, timings)
-    found = predict(changed, timings, engines, 500)
-    return _row(shape, "1000 : 500", staleness, found.step_s, result["simulated_step_s"]) | {"bound": found.bound}
+    found = predict(changed, timings, engines, 1000)
+    return _row(shape, "1000 : 1000", staleness, found.step_s, result["simulated_step_s"]) | {"bound": found.bound}
 
 
 def _row(shape: str, split: str, staleness: int, predicted: float, measured: float) -> dict:

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.hosts import Cluster
 
 pytestmark = pytest.mark.stack
-STEPS = 120
+STEPS = 400
 
 
 @pytest.fixture
