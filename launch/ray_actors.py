@@ -75,7 +75,7 @@ class RayActor:
             raise error.cause from error
         except RayError as error:  # It died, or its place is gone before it came up.
             self._gone = True
-            raise ActorDied(one_line(error, 400)) from None
+            raise ActorDied(_brief(error)) from None
 
     def _pid_here(self) -> int | None:
         import ray
@@ -161,6 +161,12 @@ def kill_children(pid: int) -> None:
         for child in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
+
+
+def _brief(error: Exception) -> str:
+    """How it begins and how it ends: of an actor that did not come up, Ray shows a traceback in between."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return one_line(f"{first[:200]} … {rest[-1]}" if rest else first, 500)
 
 
 def _process(_: Any) -> _Process:

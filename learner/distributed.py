@@ -63,6 +63,9 @@ def join_group(config: Config, rank: int, world_size: int, master: tuple[str, in
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # Rank 0 too joins a store that is there.
     }
+    if world_size > 1 and (interface := interface_to(host)):
+        # Else gloo listens where this host's name points, which other hosts may not reach, or not know.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     deepspeed.init_distributed(verbose=False)
 
 
@@ -104,6 +107,19 @@ def gather_values(values: Tensor) -> Tensor:
 def learner_device() -> torch.device:
     """The device of this rank."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def interface_to(host: str) -> str:
+    """The network interface over which ``host`` is reached from here; empty if that is not known."""
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # Nothing is sent.
+        except OSError:
+            return ""
+        own = probe.getsockname()[0]
+    return next((name for name, all_ in psutil.net_if_addrs().items() if own in {a.address for a in all_}), "")
 
 
 def free_port() -> int:

@@ -71,8 +71,8 @@ class EnginePool:
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
         await self._fleet.start()
-        for _ in range(self._config.rollout.max_engines - self._fleet.size):
-            self._fleet.add(self._places.another_engine())
+        if self._config.rollout.max_engines > self.size:
+            await self._fleet.scale(self._config.rollout.max_engines, self._places, 0.0)
 
     async def scale(self, engines: int) -> str:
         """Bring the fleet to so many ``engines``; new ones serve as soon as they hold the newest weights.
@@ -80,17 +80,10 @@ class EnginePool:
         Returns what was begun. Raises ``InputError`` where the number cannot change.
         """
         if engines < 1 or not self.scalable:
-            expected, fix = (
-                ">= 1, and engines not tied to a device link or to learner ranks",
-                'rollout.weights = "host"',
-            )
+            expected = ">= 1, and engines not tied to a device link or to learner ranks"
+            fix = 'rollout.weights = "host"'
             raise InputError("E507", "cannot scale", "command line:--engines", str(engines), expected, fix)
-        before = self.size
-        names = [self._fleet.add(self._places.another_engine()) for _ in range(engines - before)]
-        leaving = [self._fleet.remove(self._config.rollout.request_timeout_s) for _ in range(before - engines)]
-        names += await asyncio.gather(*leaving)
-        verb = "starting" if engines > before else "gone"
-        return f"{before} -> {engines} engines" + (f"; {verb}: {', '.join(names)}" if names else "")
+        return await self._fleet.scale(engines, self._places, self._config.rollout.request_timeout_s)
 
     async def generate(self, group_id: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
         """Sample one prompt on the least busy engine, and again on another if that one is lost.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rollout.engine_health import EngineHealth, Event
 from rollout.replica import Replica, Unanswered
 from rollout.traffic import Traffic
-from shared.actors import Slot
+from shared.actors import Places, Slot
 from shared.config import Config
 from shared.errors import EngineFailed, FleetExhausted, one_line
 
@@ -79,13 +79,21 @@ class Fleet:
         """Engines that are not retired."""
         return len(self._in_service())
 
-    def add(self, slot: Slot) -> str:
+    async def scale(self, engines: int, places: Places, limit_s: float) -> str:
+        """To so many ``engines``; those that go have ``limit_s`` for what they still sample. Returns what was begun."""
+        before = self.size
+        names = [self._add(places.another_engine()) for _ in range(engines - before)]
+        names += await asyncio.gather(*(self._remove(limit_s) for _ in range(before - engines)))
+        verb = "starting" if engines > before else "gone"
+        return f"{before} -> {engines} engines" + (f"; {verb}: {', '.join(names)}" if names else "")
+
+    def _add(self, slot: Slot) -> str:
         """One engine more, in ``slot``; it serves as soon as it holds the newest weights. Returns its name."""
         member = self._enlist(slot)
         member.keeper = asyncio.create_task(self._guarded(self._join(member)))
         return f"engine-{member.index}"
 
-    async def remove(self, limit_s: float) -> str:
+    async def _remove(self, limit_s: float) -> str:
         """One engine less: one that does not serve, or the youngest once its requests are done. Returns its name.
 
         After ``limit_s`` what it still samples goes to others.

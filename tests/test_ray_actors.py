@@ -78,6 +78,12 @@ async def test_only_processes_of_this_host_are_ended_by_number(killed, node, exp
     assert killed == [*expected, "actor"]
 
 
+async def test_what_an_actor_that_did_not_come_up_raised_is_told(killed):
+    text = "The actor died because of an error raised in its creation task\n  File x, line 3\nValueError: no such model"
+    with pytest.raises(ActorDied, match=r"creation task … ValueError: no such model"):
+        await RayActor(Handle({"save": RayActorError(error_msg=text)})).call("save").answer
+
+
 async def test_a_process_that_ray_says_is_gone_is_not_ended_by_number(killed):
     actor = RayActor(Handle({"save": RayActorError(error_msg="killed")}))
     await actor.node()
