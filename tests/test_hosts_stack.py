@@ -36,9 +36,10 @@ def until(job, pattern, timeout_s=120.0):
     """Wait until the job has said ``pattern``; the match."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        if found := re.search(pattern, job.output(), re.MULTILINE):
+        said = job.output()
+        if found := re.search(pattern, said, re.MULTILINE):
             return found
-        assert not job.ended(), f"{job.ended()}:\n{job.output()[-4000:]}"
+        assert "exit code" not in said, said[-4000:]
         time.sleep(0.3)
     raise AssertionError(f"nothing said of {pattern!r}:\n{job.output()[-4000:]}")
 
@@ -49,7 +50,7 @@ def on_host(place, name):
     return int(host.rpartition(".")[2]) - 10
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_job_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path):
     if not hosts.sealed:
         pytest.skip("hosts of their own need root")
@@ -80,7 +81,8 @@ def test_a_job_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path):
         check=False,
     )
     assert answer.stdout.startswith("2 -> 1 engines; gone: engine-"), answer.stderr
-    assert job.wait(240) == "SUCCEEDED", job.output()[-4000:]
+    until(job, "^run folder: ", 300)
+    assert job.wait(300) == "SUCCEEDED", job.output()[-4000:]
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "staleness/max" in row]
@@ -94,6 +96,25 @@ def test_a_job_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path):
     trained = sum(fate["samples"] for fate in fates if fate["fate"] == "trained")
     said = re.search(r"([\d,]+) completions: ([\d,]+) trained", job.output())
     assert int(said.group(2).replace(",", "")) == trained
+
+
+@pytest.mark.timeout(500)
+def test_the_learner_s_ranks_meet_over_the_network(hosts, tmp_path):
+    """Also where no host knows another's name."""
+    if not hosts.sealed:
+        pytest.skip("hosts of their own need root")
+    changes = {
+        "run.output_dir": tmp_path / "run",
+        "run.steps": 6,
+        "learner.num_ranks": 2,
+        "learner.zero_stage": 3,
+        "eval.max_rows": 8,
+    }
+    job = hosts.submit(ROOT, "launch/configs/quickstart.toml", *(f"--{k}={v}" for k, v in changes.items()))
+    place = until(job, r"workers up after .*? \((.*)\)").group(1)
+    assert on_host(place, "learner-0") != on_host(place, "learner-1")
+    until(job, "^run folder: ")
+    assert job.wait(60) == "SUCCEEDED"
 
 
 def test_a_name_is_held_once_on_a_cluster(monkeypatch, tmp_path):
