@@ -12,6 +12,7 @@ import pytest
 
 from launch.controller import Controller
 from launch.failures import TooManyFailures
+from launch.parts import Parts
 from launch.run import Session
 from launch.run_folder import RunFolder
 from rollout.prompts import PromptStream
@@ -515,8 +516,13 @@ class Mortal(FakeLearners):
         self.live("train")
         return await super().train_step(groups, canary)
 
-    async def restart(self):
+    def end(self):
         self.version = 0
+
+    async def has_place(self, limit_s):
+        return True
+
+    async def start(self):
         self.live("restart")
 
     async def load(self, directory):
@@ -537,10 +543,10 @@ async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypat
     config = make_config(**{"run.steps": 4, "run.max_restarts": most, "reward.max_failed_share": 1.0})
     stream = PromptStream([make_prompt(i) for i in range(7)], seed=0)
     learners, engines = Mortal(deaths), FakeEngines()
-    engines.reset = lambda: asyncio.sleep(0)
+    engines.reset, engines.size = lambda: asyncio.sleep(0), 1
     folder = RunFolder(config, tmp_path / "run")
     monkeypatch.setattr("launch.run_folder.draw_curves", lambda *_: None)
-    parts = SimpleNamespace(engines=engines, rewards=FakeRewards(), learners=learners, link=lambda: asyncio.sleep(0))
+    parts = Parts(engines, FakeRewards(), learners, linked=False)
     session = Session(SimpleNamespace(config=config, held_out=[]), "run.toml", folder.path, stream, None)
     lives = asyncio.wait_for(session._lives(folder, parts), 10)
     if ends:

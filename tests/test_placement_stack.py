@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from launch.cluster import Needs, reserve
+from launch.cluster import reserve
+from launch.placement import Needs
 from tests.fakes import make_config
 
 pytestmark = pytest.mark.stack
@@ -21,7 +22,6 @@ def ray_with_two_gpus():
 
 @pytest.mark.parametrize("colocated", [True, False])
 def test_an_engine_shares_its_gpu_with_the_rank_of_its_number(ray_with_two_gpus, colocated):
-    ray = ray_with_two_gpus
     number = 2 if colocated else 1
     changes = {"rollout.colocate": colocated, "rollout.num_engines": number, "learner.num_ranks": number}
     reservation = asyncio.run(reserve(Needs.of(make_config(**changes), on_gpu=True)))
@@ -32,12 +32,13 @@ def test_an_engine_shares_its_gpu_with_the_rank_of_its_number(ray_with_two_gpus,
 
             return ray.get_gpu_ids()
 
-    def place(slot):
-        return ray.remote(Where).options(**slot.options()).remote()
+    async def all_gpus():
+        slots = [*reservation.engines, *reservation.ranks]
+        actors = [slot.spawn(Where, environment={}) for slot in slots]
+        return await asyncio.wait_for(asyncio.gather(*(actor.call("gpus").answer for actor in actors)), 60)
 
     try:
-        actors = [place(slot) for slot in [*reservation.engines, *reservation.ranks]]
-        gpus = ray.get([actor.gpus.remote() for actor in actors], timeout=60)
+        gpus = asyncio.run(all_gpus())
     finally:
         reservation.release()
     assert all(len(ids) == 1 for ids in gpus)
