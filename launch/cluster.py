@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from shared.errors import InputError, one_line, raise_all
 ROOT = Path(__file__).resolve().parent.parent
 PLACEMENT_TIMEOUT_S = 60.0
 TASKS_TIMEOUT_S = 1.0
+CLAIM_S = 5.0
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
 
@@ -163,12 +165,17 @@ def claim(output: Path) -> Any:
 
     owner = f"pid {os.getpid()} on {socket.gethostname()}"
     options = {"name": str(output), "namespace": "millrace", "num_cpus": 0}
-    try:
-        return ray.remote(_Claim).options(**options).remote(owner)
-    except ValueError:  # The name is taken.
-        holder = ray.get(ray.get_actor(str(output), "millrace").owner.remote(), timeout=10)
-        place, fix = f"run.output_dir = {output}", "wait for it, end it, or choose another run.output_dir"
-        raise InputError("E602", "run is live", place, f"{holder} in this cluster", "no other writer", fix) from None
+    deadline = time.monotonic() + CLAIM_S
+    while True:
+        try:
+            return ray.remote(_Claim).options(**options).remote(owner)
+        except ValueError:  # The name is taken, if only by one that has just been killed.
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+    holder = ray.get(ray.get_actor(str(output), "millrace").owner.remote(), timeout=10)
+    place, fix = f"run.output_dir = {output}", "wait for it, end it, or choose another run.output_dir"
+    raise InputError("E602", "run is live", place, f"{holder} in this cluster", "no other writer", fix)
 
 
 class _Claim:

@@ -26,7 +26,7 @@ from shared.types import RolloutGroup
 from shared.weights import Publication
 
 ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 4, 4
-TURNS, TOGETHER_S = 3, 3.0
+TURNS, TOGETHER_S, TOGETHER_STEPS = 3, 3.0, 6
 TINY_LR = 1e-12
 """The profile trains for real, but must not change what it measures."""
 
@@ -177,38 +177,44 @@ class _Profile:
         if len(places := nodes()) > 1 or places[0].count("GPU"):
             return timings
         slower, control = list[float](), list[float]()
+        tokens_a_step = self._config.learner.epochs_per_batch * _tokens(self._batch(self._config.groups_per_batch))
+        step_s = self._config.updates_per_batch * timings.train_step_s + timings.train_token_s * tokens_a_step
+        seconds = max(TOGETHER_S, TOGETHER_STEPS * step_s)
         for _ in range(TURNS):
-            tokens, _ = await self._rates(True, False)
-            _, steps = await self._rates(False, True)
+            tokens, _ = await self._rates(True, False, seconds)
+            _, steps = await self._rates(False, True, seconds)
             before, used = time.monotonic(), _cpu_s()
-            both = await self._rates(True, True)
+            both = await self._rates(True, True, seconds)
             control.append((_cpu_s() - used) / (time.monotonic() - before) / both[1])
             slower.append((tokens / both[0] + steps / both[1]) / 2)
         together = max(1.0, statistics.median(slower))
         return replace(timings, together=together, cores=os.cpu_count() or 1, control_s=statistics.median(control))
 
-    async def _rates(self, sample: bool, train: bool) -> tuple[float, float]:
-        """Tokens and steps a second, of those that are to work."""
+    async def _rates(self, sample: bool, train: bool, seconds: float) -> tuple[float, float]:
+        """Tokens and steps a second, of those that are to work; each until what ended last within ``seconds``."""
         config, begun = self._config, time.monotonic()
-        deadline, tokens, steps = begun + TOGETHER_S, [0], [0]
 
-        async def sampling() -> None:
-            while time.monotonic() < deadline:
+        async def sampling() -> float:
+            tokens, last = 0, begun
+            while last < begun + seconds:
                 groups, _ = await self._sample(1)
-                if time.monotonic() < deadline:
-                    tokens[0] += sum(len(c.token_ids) for c in groups[0].completions)
+                if tokens and time.monotonic() > begun + seconds:
+                    break
+                tokens, last = tokens + sum(len(c.token_ids) for c in groups[0].completions), time.monotonic()
+            return tokens / (last - begun)
 
-        async def training() -> None:
-            while time.monotonic() < deadline:
+        async def training() -> float:
+            steps, last = 0, begun
+            while last < begun + seconds:
                 await self._train(self._batch(config.groups_per_batch))
-                steps[0] += 1
+                if steps and time.monotonic() > begun + seconds:
+                    break
+                steps, last = steps + 1, time.monotonic()
+            return steps / (last - begun)
 
-        lanes = [sampling() for _ in range(2 * config.groups_per_batch if sample else 0)]
-        ended = asyncio.create_task(training()) if train else None
-        await asyncio.gather(*lanes)
-        if ended is not None:
-            await ended
-        return tokens[0] / TOGETHER_S, steps[0] / (time.monotonic() - begun)
+        learning = asyncio.create_task(training()) if train else None
+        lanes = await asyncio.gather(*(sampling() for _ in range(2 * config.groups_per_batch if sample else 0)))
+        return sum(lanes), await learning if learning is not None else 0.0
 
 
 def _tokens(groups: list[RolloutGroup]) -> int:
