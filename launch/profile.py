@@ -49,8 +49,11 @@ async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
             if count == ranks[0]:
                 timings = await run.everything(timings)
             else:
-                step_s, _ = await run.learner(timings)
-                timings = replace(timings, ranks_s=max(step_s - timings.train_step_s, 0.0))
+                step_s, token_s = await run.learner(timings)
+                # What is lost between ranks, at the size of a whole batch: memory, imbalance, waiting for each other.
+                share = run.batch_tokens / config.updates_per_batch / count
+                more = step_s - timings.train_step_s + (token_s - timings.train_token_s) * share
+                timings = replace(timings, ranks_s=max(more, 0.0))
     return timings
 
 
@@ -63,6 +66,8 @@ class _Profile:
         self._next = 0
         self._groups: list[RolloutGroup] = []
         """Sampled and scored so far."""
+        self.batch_tokens = 0.0
+        """Of a whole batch, over all epochs."""
 
     async def everything(self, timings: Timings) -> Timings:
         """All of it."""
@@ -150,6 +155,7 @@ class _Profile:
             if number >= 2:
                 updates, tokens = config.updates_per_batch, config.learner.epochs_per_batch * _tokens(groups)
                 rows.append([updates, tokens / config.learner.num_ranks])
+                self.batch_tokens = max(self.batch_tokens, float(tokens))
                 seconds.append(took - timings.publish_s)
         step, token = _fit(np.array(rows, dtype=float), np.array(seconds))
         return float(step), float(token)
