@@ -86,7 +86,7 @@ class _Shipment:
     """That share it among them: those that took the one before."""
     pieces: list[tuple[int, Any]] = field(default_factory=list)
     """Where each begins, and what a call takes for it, from the sender."""
-    passed_on: dict[str, list[Any]] = field(default_factory=dict)
+    passed_on: dict[str, list[tuple[int, Any]]] = field(default_factory=dict)
     """The same from the hosts that have them first: every ``len(hosts)``-th."""
     offered: dict[str, asyncio.Event] = field(default_factory=dict)
     brought: dict[str, asyncio.Task[Publication]] = field(default_factory=dict)
@@ -156,34 +156,39 @@ class Relays:
             if (actor := self._actors.pop(host, None)) is not None:
                 actor.kill()
         if again:
-            shipment.pieces.clear()
+            shipment.pieces = []
 
     async def _move(self, shipment: _Shipment, node: str) -> str:
         publication, target = shipment.publication, self._on(node)
         size = max(t.offset + t.nbytes for t in publication.tensors)
         segment: str = await target.call("begin", size).answer
-        if not shipment.pieces:
-            source = self._on(publication.node)
-            for start in range(0, size, PIECE_BYTES):
-                stop = min(start + PIECE_BYTES, size)
-                shipment.pieces.append((start, source.offer("piece", publication.segment, start, stop)))
+        pieces = self._cut(shipment, size)
         if node in shipment.hosts and node not in shipment.passed_on:
-            await self._share(shipment, node, segment)
+            await self._share(shipment, pieces, node, segment)
         else:
-            await asyncio.gather(*(target.call("take", segment, *piece).answer for piece in shipment.pieces))
+            await asyncio.gather(*(target.call("take", segment, *piece).answer for piece in pieces))
         return segment
 
-    async def _share(self, shipment: _Shipment, node: str, segment: str) -> None:
+    def _cut(self, shipment: _Shipment, size: int) -> list[tuple[int, Any]]:
+        """The pieces from the sender; the same list for all, until it is given up for another."""
+        if not shipment.pieces:
+            source, segment = self._on(shipment.publication.node), shipment.publication.segment
+            cuts = [(start, min(start + PIECE_BYTES, size)) for start in range(0, size, PIECE_BYTES)]
+            shipment.pieces = [(start, source.offer("piece", segment, start, stop)) for start, stop in cuts]
+        return shipment.pieces
+
+    async def _share(self, shipment: _Shipment, pieces: list[tuple[int, Any]], node: str, segment: str) -> None:
         """Take one's own part from the sender, and what the others pass on from them."""
         target, clock = self._on(node), asyncio.get_running_loop().time
         begun, count = clock(), len(shipment.hosts)
+        starts = [start for start, _ in pieces]
         mine = shipment.hosts.index(node)
-        own = shipment.pieces[mine::count]
-        refs = shipment.passed_on[node] = [target.offer("pass_on", segment, *piece) for piece in own]
+        refs = [target.offer("pass_on", segment, *piece) for piece in pieces[mine::count]]
+        shipment.passed_on[node] = list(zip(starts[mine::count], refs))
         shipment.offered[node].set()
-        had = asyncio.gather(*(target.call("take", segment, start, ref).answer for (start, _), ref in zip(own, refs)))
+        had = asyncio.gather(*(target.call("take", segment, *piece).answer for piece in shipment.passed_on[node]))
         others = [(i, host) for i, host in enumerate(shipment.hosts) if host != node]
-        parts = [asyncio.create_task(self._from(shipment, i, host, target, segment)) for i, host in others]
+        parts = [asyncio.create_task(self._from(shipment, host, target, segment)) for _, host in others]
         try:
             await had
             await asyncio.wait(parts, timeout=PATIENCE_S + PATIENCE * (clock() - begun))
@@ -191,19 +196,17 @@ class Relays:
                 target.call("take", segment, *piece).answer
                 for part, (i, _) in zip(parts, others)
                 if not part.done() or part.exception()
-                for piece in shipment.pieces[i::count]
+                for piece in pieces[i::count]
             ]
             await asyncio.gather(*late)
         finally:
             for part in parts:
                 part.cancel()
 
-    async def _from(self, shipment: _Shipment, part: int, host: str, target: Actor, segment: str) -> None:
-        """The ``part`` that ``host`` passes on."""
+    async def _from(self, shipment: _Shipment, host: str, target: Actor, segment: str) -> None:
+        """The part that ``host`` passes on."""
         await shipment.offered[host].wait()
-        starts = [start for start, _ in shipment.pieces[part :: len(shipment.hosts)]]
-        refs = shipment.passed_on[host]
-        await asyncio.gather(*(target.call("take", segment, a, ref).answer for a, ref in zip(starts, refs)))
+        await asyncio.gather(*(target.call("take", segment, *piece).answer for piece in shipment.passed_on[host]))
 
     def _on(self, node: str) -> Actor:
         if node not in self._actors:

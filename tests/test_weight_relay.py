@@ -137,6 +137,23 @@ async def test_what_a_host_does_not_pass_on_comes_from_the_sender(world, monkeyp
             await slow
 
 
+async def test_a_sender_that_is_replaced_half_way_costs_nobody_a_piece(world, monkeypatch):
+    monkeypatch.setattr(weight_relay, "PATIENCE_S", 0.01)
+    hosts = ["a", "b", "c", "d"]
+    first = published(world, 1)
+    await asyncio.gather(*(world.relays.bring(first, host, 5) for host in hosts))
+    second, world.gates["c"] = published(world, 2), asyncio.Event()
+    slow = asyncio.create_task(world.relays.bring(second, "c", 5))
+    await asyncio.sleep(0.01)
+    world.dying["a"] = 1000  # For which the sender's relay is given up too.
+    with pytest.raises(EngineFailed):
+        await world.relays.bring(second, "a", 5)
+    assert world.spawned["home"] > 1
+    world.gates["c"].set()
+    assert (await slow).hash_segment() == second.digest
+    assert (await world.relays.bring(second, "b", 5)).hash_segment() == second.digest
+
+
 async def test_two_publications_take_turns_in_memory(world):
     names = []
     for version in range(1, 6):
