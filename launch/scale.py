@@ -80,6 +80,9 @@ async def obey(folder: Path, engines: EnginePool) -> None:
             print(f"scaled: {answer['text']}", flush=True)
         except InputError as error:
             answer["refused"] = error.args
+        except Exception as error:  # Whatever the cluster said: the run goes on as it is.
+            answer["text"] = f"not scaled: {type(error).__name__}: {one_line(error)}"
+            print(f"warning[W507] {answer['text']}", flush=True)
         try:
             _write(folder / ANSWERED, answer)
         except OSError as error:

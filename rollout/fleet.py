@@ -19,7 +19,8 @@ from shared.config import Config
 from shared.errors import EngineFailed, FleetExhausted, one_line
 
 PROBE_EVERY_S, PROBE_LIMIT_S = 1.0, 5.0
-PLACE_TOLD_EVERY_S = 10.0
+PLACE_TOLD_AFTER_S = 10.0
+"""An engine without a place says so then, and whenever it has waited twice as long."""
 
 
 @dataclass(eq=False)
@@ -212,8 +213,8 @@ class Fleet:
     async def _place(self, member: _Member) -> None:
         place, waited = asyncio.ensure_future(member.slot.ready()), 0.0
         try:
-            while not (await asyncio.wait((place,), timeout=PLACE_TOLD_EVERY_S))[0]:
-                waited += PLACE_TOLD_EVERY_S
+            while not (await asyncio.wait((place,), timeout=max(waited, PLACE_TOLD_AFTER_S)))[0]:
+                waited += max(waited, PLACE_TOLD_AFTER_S)
                 print(
                     f"engine-{member.index} waits for resources, {waited:.0f} s so far, {self._who_serves()}",
                     flush=True,

@@ -707,7 +707,7 @@ async def test_what_an_engine_does_not_finish_in_time_goes_to_others(make):
 
 
 async def test_engines_beyond_those_that_are_needed_join_when_there_is_room(make, capsys, monkeypatch):
-    monkeypatch.setattr(fleet, "PLACE_TOLD_EVERY_S", 0.02)
+    monkeypatch.setattr(fleet, "PLACE_TOLD_AFTER_S", 0.02)
     pool, world = await make(1, prepare=lambda world: setattr(world, "full", True), **{"rollout.max_engines": 3})
     assert len(world.actors) == 1
     await until(lambda: "engine-2 waits for resources" in capsys.readouterr().out)

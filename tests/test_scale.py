@@ -23,6 +23,8 @@ class Engines:
         self.size, self.asked, self.resets = size, [], 0
 
     async def scale(self, engines):
+        if engines == 13:
+            raise RuntimeError("no control plane")
         if engines < 1:
             raise InputError("E507", "cannot scale", "command line:--engines", str(engines), ">= 1", "--engines 1")
         self.asked.append(engines)
@@ -67,6 +69,14 @@ def test_what_the_run_refuses_is_told(live, capsys):
     assert capsys.readouterr().err.startswith(
         "error[E507] cannot scale — command line:--engines. Found 0, expected >= 1"
     )
+
+
+def test_what_goes_wrong_in_the_run_is_told_and_the_run_goes_on(live, capsys):
+    folder, engines = live
+    assert scale.main([str(folder), "--engines", "13"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "not scaled: RuntimeError: no control plane"
+    assert scale.main([str(folder), "--engines", "4"]) == 0
+    assert engines.asked == [4]
 
 
 def test_without_a_run_there_is_nothing_to_scale(tmp_path, capsys):
