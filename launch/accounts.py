@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from shared.config import Config
 from shared.errors import MillraceError, one_line
 from shared.ledger import RESIDUE_LIMIT, TimeBook, TimeLedger, TimeSlice
@@ -56,14 +58,13 @@ class Accounts:
     def __init__(self, config: Config, book: TimeBook, ledger: TimeLedger, parts: Sequence[Part]) -> None:
         """``ledger`` is the controller's own."""
         self._config, self._book, self._ledger, self._parts = config, book, ledger, parts
-        rollout = config.rollout
-        engines = 0 if rollout.colocate else rollout.num_engines * rollout.tensor_parallel_size
-        self._devices = engines + config.learner.num_ranks
         self._started = self._last = time.monotonic()
         self.seen = 0
         """Tokens of prompts and completions since the run began."""
         self._before: dict[str, dict[str, float]] = {}
         self._sums: Counter[str] = Counter()
+        self._seconds = np.zeros(2)
+        """Of all steps, and of all devices in them."""
 
     async def begin(self) -> None:
         """Training begins: what went before is not held against it."""
@@ -72,10 +73,17 @@ class Accounts:
         self._before = {process: dict(states) for process, states in self._book.totals.items()}
         self._started = self._last = time.monotonic()
 
-    def step(self, groups: list[RolloutGroup], replaced: list[RolloutGroup], trained: float) -> dict[str, float]:
-        """Figures since the last step; ``replaced`` were sampled for nothing, ``trained`` tokens passed the learner."""
+    def step(
+        self, groups: list[RolloutGroup], replaced: list[RolloutGroup], trained: float, engines: int
+    ) -> dict[str, float]:
+        """Figures since the last step; ``replaced`` were sampled for nothing, ``trained`` tokens passed the learner.
+
+        ``engines``: how many the run has now.
+        """
         now = time.monotonic()
         seconds, self._last = now - self._last, now
+        device_s = seconds * self._devices(engines)
+        self._seconds += np.array([seconds, device_s])
         sampled, useful = tokens_of(groups), useful_tokens(groups, self._config.algorithm.mask_truncated)
         self.seen += sampled + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
         self._sums.update(useful=useful, generated=sampled + tokens_of(replaced))
@@ -87,7 +95,7 @@ class Accounts:
             "throughput/train_tokens_per_second": trained / seconds,
             "throughput/samples_per_second": sum(len(g.completions) for g in groups) / seconds,
             "time/step": seconds,
-            "goodput": useful / seconds / self._devices,
+            "goodput": useful / device_s,
             "goodput/work": useful / max(sampled + tokens_of(replaced), 1),
             "goodput/time": _busy(_nested(row)),
         }
@@ -103,6 +111,8 @@ class Accounts:
         for process in [p for p, residue in residues.items() if residue > RESIDUE_LIMIT]:
             print(f"warning[W901] {process}: {residues[process]:.1%} of its time is in no state", flush=True)
         seconds = time.monotonic() - self._started
+        stepped, device_s = self._seconds
+        devices = device_s / stepped if stepped else self._devices(self._config.rollout.num_engines)
         useful, generated = self._sums["useful"], max(self._sums["generated"], 1)
         self._book.close()
         return {
@@ -112,12 +122,17 @@ class Accounts:
             },
             "training_seconds": seconds,
             "goodput": {
-                "tokens_per_device_second": useful / max(seconds, 1e-9) / self._devices,
+                "tokens_per_device_second": useful / max(seconds, 1e-9) / devices,
                 "work": useful / generated,
                 "time": _busy(trained),
             },
             "verdict": verdict(trained, self._config),
         }
+
+    def _devices(self, engines: int) -> int:
+        """Reserved for so many engines and the learner."""
+        rollout, ranks = self._config.rollout, self._config.learner.num_ranks
+        return ranks if rollout.colocate else ranks + engines * rollout.workers_per_engine
 
     async def _collect(self) -> None:
         """Everything up to now, also of processes that answered nothing for a while.

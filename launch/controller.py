@@ -220,7 +220,8 @@ class Controller:
     def _record(self, done: Done, sync: dict[str, float], digest: str) -> None:
         """A step into the run folder, with what publishing its weights gave."""
         metrics = done.metrics | sync | self._keeper.metrics() | self._samples.metrics() | self._engines.metrics()
-        metrics |= self._accounts.step(done.groups, done.replaced, metrics.get("train_tokens", 0.0))
+        trained, engines = metrics.get("train_tokens", 0.0), self._engines.size
+        metrics |= self._accounts.step(done.groups, done.replaced, trained, engines)
         metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
         history = [{"step": done.version, "reward": metrics["reward"]}]
         self._rewards.state = trainer_state(self._config, done.version, self._train.epoch, history)

@@ -130,6 +130,8 @@ class FakePart:
 class FakeEngines(FakePart):
     """Samples after ``delay(group_id)`` seconds; half of the tokens under the version at the end."""
 
+    size = 1
+
     def __init__(self, delay: Hook = lambda _: 0.0, fail: Hook = lambda _: None, receive_delay: float = 0.0) -> None:
         self.delay, self.fail, self.receive_delay = delay, fail, receive_delay
         self.version, self.active, self.started = -1, 0, 0

@@ -54,7 +54,7 @@ def test_a_step_and_the_summary(monkeypatch):
     engine.slices.append(piece("engine-0", 50, generate=3, wait_for_prompts=1))
     learner.slices.append(piece("learner-0", 50, forward=2, wait_for_groups=2))
     now[0] = 54.0
-    row = accounts.step([group([5, 7], [1.0, 0.0]), group([4, 4], [1.0, -1.0])], [group([10, 10], None)], 99.0)
+    row = accounts.step([group([5, 7], [1.0, 0.0]), group([4, 4], [1.0, -1.0])], [group([10, 10], None)], 99.0, 1)
     assert row["time/step"] == 4
     assert row["throughput/rollout_tokens_per_second"] == pytest.approx(20 / 4)
     assert row["throughput/train_tokens_per_second"] == pytest.approx(99 / 4)
@@ -74,6 +74,21 @@ def test_a_step_and_the_summary(monkeypatch):
     assert summary["processes"]["engine-0"]["wall"] == pytest.approx(55)
     assert summary["processes"]["engine-0"]["states"]["start"] == 50
     assert summary["processes"]["engine-0"]["residue"] < 1e-9
+
+
+def test_goodput_counts_the_engines_that_there_are(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("launch.accounts.time.monotonic", lambda: now[0])
+    config = make_config(**{"rollout.tensor_parallel_size": 2, "rollout.pipeline_parallel_size": 2})
+    accounts = Accounts(config, TimeBook(), TimeLedger("controller"), ())
+    asyncio.run(accounts.begin())
+    goodput = []
+    for engines, seconds in ((1, 2.0), (3, 4.0)):  # One rank beside 4, then 12 workers.
+        now[0] += seconds
+        goodput.append(accounts.step([group([130], [1.0])], [], 1.0, engines)["goodput"])
+    assert goodput == pytest.approx([130 / 2 / 5, 130 / 4 / 13])
+    summary = asyncio.run(accounts.finish())
+    assert summary["goodput"]["tokens_per_device_second"] == pytest.approx(260 / (2 * 5 + 4 * 13))
 
 
 def test_time_in_no_state_is_said(capsys):

@@ -543,7 +543,7 @@ async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypat
     config = make_config(**{"run.steps": 4, "run.max_restarts": most, "reward.max_failed_share": 1.0})
     stream = PromptStream([make_prompt(i) for i in range(7)], seed=0)
     learners, engines = Mortal(deaths), FakeEngines()
-    engines.reset, engines.size = lambda: asyncio.sleep(0), 1
+    engines.reset = lambda: asyncio.sleep(0)
     folder = RunFolder(config, tmp_path / "run")
     monkeypatch.setattr("launch.run_folder.draw_curves", lambda *_: None)
     parts = Parts(engines, FakeRewards(), learners, linked=False)
