@@ -41,7 +41,7 @@ class VersionSpan(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Completion:
     """One sampled answer."""
 
