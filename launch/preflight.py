@@ -12,6 +12,7 @@ from typing import Any
 
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
+from launch.sinks import check_sinks
 from rollout.prompts import PromptSet
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
 from rollout.sandbox import require_sandbox
@@ -31,23 +32,25 @@ class Prepared:
     warnings: list[str]
 
 
-def prepare(config: Config, origin: str, base: Path, probing: bool = True) -> Prepared:
+def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehearsal: bool = False) -> Prepared:
     """Check and load everything that needs no cluster. ``base``: the folder that reward files are relative to.
 
-    ``probing`` also calls every reward function on canned completions, in a child that can be killed.
+    ``probing`` also calls every reward function on canned completions, in a child that can be killed. A ``rehearsal``
+    makes nothing that takes long: a built-in model that is not there yet stays untrained.
 
     Raises ``InputErrors`` with all the problems found.
     """
     from launch.builtin import resolve
 
     check_environment()
-    config = _with_paths(resolve(config, origin), base)
+    config = _with_paths(resolve(config, origin, make_model=not rehearsal), base)
     problems: list[InputError] = []
     _collect(problems, lambda: _check_choices(config, origin))
+    _collect(problems, lambda: check_sinks(config, origin))
     _collect(problems, lambda: check_secrets(config, origin))
     _collect(problems, lambda: check_model(config, origin))
     raise_all(problems)
-    tokenizer = _load_tokenizer(config, origin)
+    tokenizer = _load_tokenizer(config, origin, light=rehearsal)
     train = _collect(problems, lambda: PromptSet.load(config, config.data.train, f"{origin}:data.train", tokenizer))
     held_out: list[Prompt] = []
     if config.data.eval:
@@ -134,12 +137,19 @@ def _check_choices(config: Config, origin: str) -> None:
     bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", f"{origin}:eval.early_stopping")
 
 
-def _load_tokenizer(config: Config, origin: str) -> Any:
-    from transformers import AutoTokenizer
-
-    source = config.model.tokenizer or config.model.path
+def _load_tokenizer(config: Config, origin: str, light: bool) -> Any:
+    """``light``: by the class that reads any tokenizer.json. To import the automatic one takes longer than all checks
+    together, and what it may do otherwise is a token at an end."""
+    source, trusted = config.model.tokenizer or config.model.path, config.model.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+        if light and (Path(source) / "tokenizer.json").is_file() and not trusted:
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
     except Exception as error:  # A damaged file surfaces as whatever its parser raises.
         place = f"{origin}:model.tokenizer"
         raise InputError(

@@ -280,7 +280,7 @@ class FakeRecorder:
             raise error
         self.steps.append((step, metrics, groups))
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluated(self, step: int, metrics: dict[str, float], story: str) -> None:
         self.evaluations.append((step, metrics))
 
     def failed(self, failure: Any, prompt: Prompt) -> None:
