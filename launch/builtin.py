@@ -103,9 +103,12 @@ def resolve(config: Config, origin: str, make_model: bool = True) -> Config:
         model = model.model_copy(update={"path": str(_model(_task_name(model.path, origin, "model.path"), make_model))})
     changes = {}
     for index, split in enumerate(("train", "eval")):
-        path = getattr(data, split)
-        if path and path.startswith(SCHEME):
-            changes[split] = str(_data(_task_name(path, origin, f"data.{split}"), index))
+        sources = getattr(data, split) or []
+        key = f"data.{split}"
+        made = [
+            str(_data(_task_name(s.path, origin, key), index)) if s.path.startswith(SCHEME) else s.path for s in sources
+        ]
+        changes[split] = [s.model_copy(update={"path": path}) for s, path in zip(sources, made)] or None
     return config.model_copy(update={"model": model, "data": data.model_copy(update=changes)})
 
 

@@ -78,7 +78,6 @@ def _timings(options: Any, config: Config, source: Path) -> tuple[Config, Timing
         return config, Timings.load(options.timings)
     from launch.preflight import prepare
     from launch.profile import profile
-    from rollout.prompts import PromptStream
 
     if options.device:
         mean = options.mean_tokens or config.rollout.max_new_tokens / 2
@@ -86,7 +85,7 @@ def _timings(options: Any, config: Config, source: Path) -> tuple[Config, Timing
         device = DEVICES[options.device]
         return config, timings_of(config, device, mean, config.rollout.max_new_tokens, prompt)
     prepared = prepare(config, source.name, source.parent, probing=False)
-    stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+    stream = prepared.train.stream(config)
     return prepared.config, asyncio.run(profile(prepared.config, stream, source.name))
 
 

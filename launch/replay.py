@@ -45,14 +45,13 @@ def parser() -> Options:
 
 def _replay(arguments: list[str]) -> None:
     from launch.preflight import prepare
-    from rollout.prompts import PromptStream
 
     options = parser().parse_args(arguments)
     file = options.run / "config.toml"
     files = stored_steps(options.run, options.to)
     prepared = prepare(load_config([str(file)], {}), file.name, file.parent)
     config = prepared.config
-    stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+    stream = prepared.train.stream(config)
     asyncio.run(replay(config, stream, files, digests(options.run)))
 
 

@@ -99,11 +99,10 @@ def train(config: Config, source: Path, dry_run: bool = False) -> None:
     from launch.preflight import prepare
     from launch.resume import find
     from launch.run_folder import resolve_output
-    from rollout.prompts import PromptStream
 
     started = time.monotonic()
     prepared = prepare(config, source.name, source.parent, rehearsal=dry_run)
-    stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+    stream = prepared.train.stream(config)
     output = resolve_output(config.run.output_dir)
     point = find(prepared.config, output, stream)
     check_disk(prepared.config, output)

@@ -134,7 +134,9 @@ def _pieces(run: Path) -> Callable[[list[int]], list[str]] | None:
 
     model = load_config([str(run / "config.toml")]).model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model.tokenizer or model.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.tokenizer or model.path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         print(f"warning[W603] tokens without colours: no tokenizer ({error})", file=sys.stderr)
         return None

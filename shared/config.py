@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from shared.config_algorithm import Algorithm, Choice, NonNegative, Positive, Section, Share
+from shared.config_data import Data
 from shared.config_reward import Reward
 
 MAX_SEQUENCES = 1024
@@ -59,29 +60,6 @@ class Model(Section):
     """Jinja chat template that replaces the tokenizer's."""
     trust_remote_code: bool = False
     """Run code that ships with the model. Review it first: a directory, or a hub model at one commit, org/name@COMMIT."""
-
-
-class Data(Section):
-    """Rows to train and evaluate on."""
-
-    train: str
-    """Rows to train on: a .jsonl, .json, .csv or .parquet file, or builtin:NAME."""
-    eval: str | None = None
-    """Held-out rows, same forms; none: no evaluation."""
-    prompt_column: str = "prompt"
-    """Column with the prompt: a string, or a list of chat messages."""
-    chat: bool = False
-    """Wrap string prompts as one user message and apply the chat template."""
-    system_prompt: str | None = None
-    """System message put before every conversation."""
-    shuffle: bool = True
-    """Visit rows in a new random order each epoch (from run.seed)."""
-    on_bad_row: Literal["error", "drop"] = "error"
-    """What to do with blank prompts."""
-    on_long_prompt: Literal["error", "drop"] = "error"
-    """What to do with prompts over rollout.max_prompt_tokens; they are never cut."""
-    allow_overlap: bool = False
-    """Accept evaluation prompts that also occur in the training rows."""
 
 
 class Rollout(Section):

@@ -64,6 +64,10 @@ def group_metrics(
         metrics[f"rewards/{name}/mean"] = _mean(given)
         metrics[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
         metrics[f"rewards/{name}/none_frac"] = 1.0 - given.size / values.size
+    sources = sorted({group.prompt.source for group in groups})
+    for source in sources if len(sources) > 1 else ():
+        own = np.concatenate([group.rewards for group in groups if group.prompt.source == source])
+        metrics[f"source/{source}/reward"] = _mean(own[~np.isnan(own)])
     return metrics
 
 

@@ -182,8 +182,7 @@ def test_a_pod_has_shared_memory_and_the_shared_volume(name):
     variables = yaml.safe_load(JOB["spec"]["runtimeEnvYAML"])["env_vars"]
     places = [
         config.run.output_dir,
-        config.data.train,
-        config.data.eval,
+        *(source.path for source in [*config.data.train, *(config.data.eval or [])]),
         variables["HF_HOME"],
         variables["MILLRACE_CACHE"],
     ]
