@@ -9,6 +9,7 @@ VERBS = {
     "scale": ("launch.scale", "change the number of engines of a run that goes on: millrace scale RUN --engines N"),
     "plan": ("launch.plan", "share devices between engines and learner: millrace plan CONFIG.toml --devices N"),
     "simulate": ("launch.simulate", "the control plane with simulated engines: millrace simulate --engines 1000"),
+    "report": ("launch.report", "one HTML page that explains a run or compares some: millrace report RUN [RUN2 ...]"),
     "replay": ("launch.replay", "train again on a run's stored groups: millrace replay RUN [--to STEP]"),
     "doctor": ("launch.doctor", "run the reward functions on canned completions and say what is wrong"),
     "score": ("launch.score", "score stored completions: millrace score --reward NAME --data ROWS.jsonl --json"),

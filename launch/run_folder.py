@@ -35,6 +35,7 @@ OURS = (
         "metrics.jsonl",
         "metrics.cut.jsonl",
         "reward.png",
+        "report.html",
         "stacks.txt",
         "scale.asked.json",
         "scale.answered.json",
