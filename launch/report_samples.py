@@ -22,7 +22,8 @@ MAX_TEXT = 4000
 """Characters of a prompt, or of a completion without tokens."""
 MAX_EXTRA = 200
 
-Piece = Callable[[int], str]
+Piece = Callable[[int], tuple[str, bool]]
+"""The text of a token, and whether it is a special one, which is no part of a completion's text."""
 Group = dict[str, Any]
 Stored = list[dict[str, Any]]
 """The rows of a group as they lie in the file."""
@@ -42,12 +43,12 @@ def load_pieces(source: str) -> Piece | None:
         return None
     specials = set(tokenizer.all_special_ids)
 
-    def piece(number: int) -> str:
-        raw = tokenizer.convert_ids_to_tokens(number) or ""
+    def piece(number: int) -> tuple[str, bool]:
+        raw = str(tokenizer.convert_ids_to_tokens(number) or "")
         if number in specials:
-            return str(raw)
-        text = tokenizer.decode([number], clean_up_tokenization_spaces=False)
-        return " " + text.lstrip(" ") if raw.startswith("▁") else str(text or raw)
+            return raw, True
+        text = str(tokenizer.decode([number], clean_up_tokenization_spaces=False))
+        return " " + text.lstrip(" ") if raw.startswith("▁") else text or raw, False
 
     return piece
 
@@ -81,7 +82,7 @@ def read_samples(
         notes.append(f"Completions: of {cut} with more than {MAX_TOKENS:,} tokens the middle is left out.")
     groups = [_group(group, piece, vocabulary) for group in kept]
     parts = list(dict.fromkeys(name for group in groups for name in group["parts"]))
-    return {"groups": groups, "parts": parts, "tokens": vocabulary.texts, "stored": total}
+    return {"groups": groups, "parts": parts, "tokens": vocabulary.texts, "specials": sorted(vocabulary.specials)}
 
 
 class Vocabulary:
@@ -90,13 +91,21 @@ class Vocabulary:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self._index: dict[int, int] = {}
+        self.specials: set[int] = set()
+        """Where special tokens stand."""
 
     def index(self, number: int, piece: Piece) -> int:
         """Where the text of token ``number`` stands."""
         if number not in self._index:
             self._index[number] = len(self.texts)
-            self.texts.append(piece(number))
+            text, special = piece(number)
+            self.texts.append(text)
+            self.specials |= {self._index[number]} if special else set()
         return self._index[number]
+
+    def text(self, places: list[int]) -> str:
+        """What the tokens at ``places`` spell, without the special ones."""
+        return "".join(self.texts[place] for place in places if place not in self.specials)
 
 
 def _steps(files: list[Path]) -> tuple[list[list[Stored]], int]:
@@ -197,6 +206,8 @@ def _completion(
     ids, logprobs = row["token_ids"], row["rollout_logprobs"]
     kept["k"] = [vocabulary.index(ids[place], piece) for place in places]
     kept["l"] = [_hundredths(logprobs[place]) for place in places]
+    if vocabulary.text(kept["k"]) != row["completion"]:  # Characters of several tokens, or a part that is left out.
+        kept["t"] = _middle_cut(row["completion"], MAX_TEXT)
     return kept | {"v": row["versions"]}
 
 

@@ -34,8 +34,8 @@ function clockText(value) {
 
 /** The mean of each value and those before it, over a window that grows with the length of the run. */
 function smoothed(values) {
-  const window = Math.round([0, values.length / 80, values.length / 30, values.length / 10][app.smooth]);
-  if (window < 2) return null;
+  const n = values.length, window = Math.round([0, Math.max(3, n / 80), Math.max(5, n / 30), Math.max(8, n / 10)][app.smooth]);
+  if (!window || n < 12) return null;
   let sum = 0, count = 0;
   return values.map((value, i) => {
     if (value !== null) { sum += value; count++; }

@@ -5,9 +5,10 @@ const viewer = { query: "", sort: "step", down: false, step: "", finish: "", mod
 
 function entriesOf(run) {
   if (run.entries) return run.entries;
-  const { groups, tokens } = run.samples;
+  const { groups, tokens } = run.samples, special = new Set(run.samples.specials);
+  run.samples.special = special;
   run.entries = groups.flatMap((group) => group.completions.map((completion, i) => {
-    const text = textOf(completion, tokens);
+    const text = textOf(completion, { tokens, special });
     return { group, completion, i, text, low: `${text}\n${group.prompt}`.toLowerCase(), step: group.step, reward: completion.r, advantage: completion.a, length: completion.n };
   }));
   return run.entries;
@@ -25,11 +26,13 @@ function excerpt(text) {
   return plainText((from ? "…" : "") + text.slice(from, from + 140).replaceAll("\n", " "), viewer.query);
 }
 
+const tail = (text) => { const line = text.trim().replaceAll("\n", " "); return line.length > 44 ? `…${line.slice(-44)}` : line; };
 const signed = (value) => (value === null ? "–" : (value > 0 ? "+" : "") + fmt(value));
 
 function row(entry, index) {
   const { completion } = entry;
   return el("li", { role: "option", id: `entry-${index}`, class: "entry", "aria-selected": String(entry === viewer.chosen), onclick: () => choose(entry) },
+    el("span", { class: "entry-prompt", dir: "auto", text: tail(entry.group.prompt) }),
     el("span", { class: "entry-text", dir: "auto" }, excerpt(entry.text)),
     el("span", { class: "entry-facts" }, el("span", { text: `step ${entry.step}` }), el("span", { class: "r", text: `r ${fmt(entry.reward)}` }),
       el("span", { class: entry.advantage > 0 ? "a plus" : entry.advantage < 0 ? "a minus" : "a", text: `A ${signed(entry.advantage)}` }), el("span", { text: `${fmt(completion.n)} tokens` }),
@@ -90,7 +93,7 @@ function completionCard(entry, context) {
       el("span", { class: completion.a > 0 ? "a plus" : completion.a < 0 ? "a minus" : "a", text: completion.a === null ? "not trained" : `A ${signed(completion.a)}` }),
       el("span", { class: "hint", text: `${fmt(completion.n)} tokens` }), completion.f === "length" ? el("span", { class: "tag", text: "cut at the limit" }) : null),
     scores.length ? el("div", { class: "parts" }, scores) : null,
-    tokenBody(completion, { ...context, label, tokens: run.samples.tokens, query: viewer.query }),
+    tokenBody(completion, { ...context, label, tokens: run.samples.tokens, special: run.samples.special, query: viewer.query }),
     completion.x ? el("dl", { class: "extra" }, Object.entries(completion.x).flatMap(([name, value]) => [el("dt", { text: name }), el("dd", { text: value })])) : null);
   return card;
 }

@@ -7,7 +7,7 @@ const GROUPS = [
   ["Outcome", [
     ["Reward", "", { reward: "training", "eval/reward": "held-out" }],
     ["Reward by part", "", parts.length > 1 ? Object.fromEntries(parts.map((name) => [name, partName(name)])) : {}],
-    ["Evaluations", "held-out", Object.fromEntries(evaluations.map((name) => [name, partName(name)]))],
+    ["Evaluations", "held-out", evaluations.length < 2 ? {} : Object.fromEntries(evaluations.map((name) => [name, partName(name)]))],
     ["Spread of rewards", "standard deviation", { reward_std: "of all", reward_group_std: "within groups" }],
     ["Groups without signal", "share", { frac_reward_zero_std: "all", "frac_reward_zero_std/all_best": "all best", "frac_reward_zero_std/all_worst": "all worst" }],
     ["Advantages", "mean size", { "advantages/abs_mean": "|A|" }],

@@ -18,7 +18,7 @@ const rank = (state) => (idleOrder.includes(state) ? 100 + idleOrder.indexOf(sta
 const inOrder = (states) => [...states].sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
 const inkOn = (hex) => {
   const [r, g, b] = [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16) / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#14171a" : "#ffffff";
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000000" : "#ffffff";
 };
 
 const emphasis = { state: null };
@@ -38,7 +38,7 @@ function bar(process, states) {
     const lines = [`${process} · ${words(state)}`, `${seconds(value)}, ${percent(share)} of its time`];
     return el("span", { class: emphasis.state && emphasis.state !== state ? "piece dim" : "piece", "data-state": state, vars: { "--fill": fill, "--on": inkOn(fill), "flex-grow": String(value) },
       onpointermove: (event) => tip(lines, event.clientX, event.clientY), onpointerleave: () => tip(null) },
-      share > 0.12 ? el("span", { class: "piece-text", text: `${words(state)} ${percent(share)}` }) : null);
+      share > 0.12 && (!emphasis.state || emphasis.state === state) ? el("span", { class: "piece-text", text: `${words(state)} ${percent(share)}` }) : null);
   });
   return el("div", { class: "barrow" }, el("span", { class: "lane", text: process }), el("div", { class: "stack tall", role: "img", tabindex: "0", "aria-label": `${process}: ${said}`, 
     onfocus: (event) => { const box = event.target.getBoundingClientRect(); if (event.target.matches(":focus-visible")) tip([process, ...shares.map(([state, value, share]) => `${words(state)} ${percent(share)}, ${seconds(value)}`)], box.left, box.bottom - 16); }, onblur: () => tip(null) }, pieces),

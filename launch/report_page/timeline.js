@@ -118,7 +118,7 @@ function windowOf(line) {
       pen.fillStyle = stateColour(interval.state);
       const from = Math.max(x, 0), size = Math.max(Math.min(end, width) - from, 0.5);
       pen.fillRect(from, lane * (LANE + GAP), size > 2 ? size - 0.5 : size, LANE);
-      if (size > pen.measureText(words(interval.state)).width + 8) {
+      if ((!emphasis.state || emphasis.state === interval.state) && size > pen.measureText(words(interval.state)).width + 8) {
         pen.fillStyle = inkOn(stateColour(interval.state));
         pen.fillText(words(interval.state), from + 4, lane * (LANE + GAP) + 14);
       }

@@ -35,7 +35,7 @@ function tokenLines(completion, i, tokens, run) {
 }
 
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣") || "∅";
-const textOf = (completion, tokens) => completion.t ?? completion.k.map((index) => tokens[index]).join("");
+const textOf = (completion, { tokens, special }) => completion.t ?? completion.k.map((index) => (special.has(index) ? "" : tokens[index])).join("");
 
 /** The completion's text; marked where it holds what is searched for. */
 function plainText(text, query) {
@@ -50,13 +50,13 @@ function plainText(text, query) {
 }
 
 function tokenBody(completion, context) {
-  const { tokens, mode, query, label } = context;
+  const { tokens, special, mode, query, label } = context;
   if (!completion.k) return el("div", { class: "text", dir: "auto" }, plainText(completion.t, query));
   const body = el("div", { class: "text tokens", tabindex: "0", role: "group", dir: "auto", "aria-label": `${label}, ${completion.n} tokens. Arrow keys read them one by one.` });
   const hits = query ? marked(completion, tokens, query) : null;
   const spans = completion.k.map((number, i) => {
     const piece = tokens[number];
-    const span = el("span", { class: hits?.has(i) ? "tok hit" : "tok", text: piece.includes("\n") ? piece.replaceAll("\n", "↵\n") : piece || "∅" });
+    const span = el("span", { class: `tok${hits?.has(i) ? " hit" : ""}${special.has(number) ? " special" : ""}`, text: piece.includes("\n") ? piece.replaceAll("\n", "↵\n") : piece || "∅" });
     const fill = tokenFill(mode, completion, i, context);
     if (fill) span.style.backgroundColor = fill;
     return span;
