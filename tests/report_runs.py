@@ -98,7 +98,12 @@ def sampled(group_id: int, step: int, tokenizer: Any, texts: list[str], length: 
 
 
 def write_run(
-    folder: Path, steps: int = 20, samples_every: int = 10, length: int = 40, texts: list[str] | None = None, **options: Any
+    folder: Path,
+    steps: int = 20,
+    samples_every: int = 10,
+    length: int = 40,
+    texts: list[str] | None = None,
+    **options: Any,
 ) -> Path:
     """A run folder; ``options``: engines, ranks, groups a stored step, pieces of the trace a step, ended, settings."""
     from transformers import AutoTokenizer

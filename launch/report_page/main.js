@@ -11,7 +11,10 @@ function drawNav() {
   const links = SECTIONS.map(([id, text]) => el("a", { href: `#${id}`, text }));
   byId("nav").append(...links);
   const seen = new IntersectionObserver((entries) => entries.forEach((entry) => {
-    if (entry.isIntersecting) links.forEach((link) => (link.hash === `#${entry.target.id}` ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current")));
+    if (!entry.isIntersecting) return;
+    const link = links.find((one) => one.hash === `#${entry.target.id}`);
+    byId("nav").scrollLeft = link.offsetLeft - byId("nav").clientWidth / 2;
+    links.forEach((one) => (one === link ? one.setAttribute("aria-current", "true") : one.removeAttribute("aria-current")));
   }), { rootMargin: "-20% 0px -70% 0px" });
   SECTIONS.forEach(([id]) => seen.observe(byId(id)));
 }

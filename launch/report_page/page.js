@@ -54,7 +54,7 @@ function seconds(value) {
   return `${Math.floor(value / 3600)} h ${Math.round((value % 3600) / 60)} min`;
 }
 
-const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`);
+const percent = (share) => (share === 0 ? "0 %" : share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`);
 const words = (name) => name.replaceAll("_", " ");
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 

@@ -38,9 +38,9 @@ const strength = (state) => (emphasis.state && emphasis.state !== state ? 0.15 :
 function scaleUnder(pen, width, height, from, to) {
   pen.fillStyle = isDark() ? "#a9b1bb" : "#565d66";
   const span = to - from, count = Math.max(2, Math.floor(width / 90));
-  for (const mark of ticks(from, to, count)) {
+  for (const mark of from ? ticks(from, to, count) : timeTicks(to, count)) {
     const x = ((mark - from) / span) * width;
-    const text = span < 2 && from < 1e4 ? `${Number(mark.toFixed(4))} s` : clockText(mark);
+    const text = from && span < 120 ? `${Number(mark.toFixed(4))} s` : clockText(mark);
     pen.fillRect(x, height - 18, 1, 4);
     const size = pen.measureText(text).width;
     pen.fillText(text, clamp(x - size / 2, 0, width - size), height - 3);
