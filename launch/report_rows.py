@@ -18,6 +18,9 @@ from shared.errors import InputError
 Row = dict[str, Any]
 MAX_POINTS = 1500
 """Longest series on a page; longer ones are averaged."""
+MAX_VALUES = 280_000
+"""Values of all series of a page, of some seven bytes each: many metrics or runs make the series shorter."""
+FEWEST_POINTS = 200
 MAX_PROCESSES = 16
 """Processes whose times keep series of their own; more are added up by kind."""
 
@@ -93,14 +96,19 @@ def kind_of(process: str) -> str:
     return process.partition("-")[0]
 
 
-def series(rows: list[Row], notes: list[str]) -> dict[str, Any]:
-    """``{"steps": [n], "values": {name: [n]}}``; a constant is kept once. What was thinned out is added to ``notes``."""
+def series(rows: list[Row], notes: list[str], runs: int = 1) -> dict[str, Any]:
+    """``{"steps": [n], "values": {name: [n]}}`` of one of ``runs``; a constant is kept once.
+
+    What was thinned out is added to ``notes``.
+    """
     rows = _folded(rows, notes)
-    every = max(1, math.ceil(len(rows) / MAX_POINTS))
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    lively = sum(len(set(numbers(rows, name))) > 1 for name in names)
+    points = min(MAX_POINTS, max(FEWEST_POINTS, MAX_VALUES // max(lively * runs, 1)))
+    every = max(1, math.ceil(len(rows) / points))
     chunks = [rows[i : i + every] for i in range(0, len(rows), every)]
     if every > 1:
         notes.append(f"Curves: every point is the mean of {every} steps ({len(rows):,} were recorded).")
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
     values = {name: [_mean(numbers(chunk, name)) for chunk in chunks] for name in names}
     kept = {name: _once(column) for name, column in values.items() if any(v is not None for v in column)}
     return {"steps": [chunk[-1]["step"] for chunk in chunks], "values": kept}

@@ -150,9 +150,11 @@ def _per_step(counts: list[int], fitting: float) -> int:
 
 def _size(group: Stored, with_tokens: bool) -> int:
     """About how many bytes a group takes on the page."""
-    size = 120 + min(len(group[0]["prompt"]), MAX_TEXT)
+    size = 120 + len(group[0]["prompt"][:MAX_TEXT].encode())
     for row in group:
-        size += 90 + 7 * min(row["tokens"], MAX_TOKENS) if with_tokens else 90 + min(len(row["completion"]), MAX_TEXT)
+        size += 90 + (7 * min(row["tokens"], MAX_TOKENS) if with_tokens else 0)
+        if not with_tokens or not row["completion"].isascii():
+            size += len(row["completion"][:MAX_TEXT].encode())
         size += sum(min(len(str(v)), MAX_EXTRA) + 20 for name, v in row.items() if name.startswith("extra/"))
     return size
 

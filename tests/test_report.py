@@ -151,6 +151,12 @@ def test_long_series_become_means_and_the_page_says_so():
     assert notes == ["Curves: every point is the mean of 2 steps (3,000 were recorded)."]
 
 
+def test_many_metrics_and_runs_make_the_series_shorter():
+    rows = [{"step": i + 1, "constant": 1.0} | {f"m{j}": i + j / 7 for j in range(400)} for i in range(1000)]
+    assert len(series(rows, [])["steps"]) == 500
+    assert len(series(rows, [], runs=4)["steps"]) == 200
+
+
 def test_the_times_of_many_processes_are_added_up_by_kind():
     row = {f"time/engine-{i}/generate": 1.0 for i in range(20)} | {"step": 1, "time/step": 3.0}
     notes = []

@@ -223,6 +223,10 @@ def test_search_sort_and_filter_choose_completions(shown):
     page.keyboard.press("/")
     page.keyboard.type("is FIVE")
     assert found.inner_text() == "6 of 24 completions"
+    page.keyboard.press("Escape")
+    assert found.inner_text() == "24 of 24 completions"
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.tagName") == "BODY"
     page.fill("#text-search", "no such words")
     assert page.locator(".groupview").inner_text() == "No completion matches."
     page.fill("#text-search", "")

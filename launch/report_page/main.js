@@ -56,7 +56,12 @@ function turn(options, now) {
 function shortcut(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || byId("keys").open) return;
   if (event.target.matches("input, select, textarea")) {
-    if (event.key === "Escape") event.target.blur();
+    if (event.key !== "Escape") return;
+    event.preventDefault();
+    if (event.target.type === "search" && event.target.value) {
+      event.target.value = "";
+      event.target.dispatchEvent(new Event("input"));
+    } else event.target.blur();
     return;
   }
   const section = SECTIONS[Number(event.key) - 1];

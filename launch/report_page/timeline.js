@@ -73,7 +73,7 @@ function overviewOf(line) {
     const text = state === undefined ? "" : `${processes[lane]} at ${seconds((bin / length) * line.seconds)}: mostly ${state < 0 ? "not there" : words(line.states[state])}`;
     status.textContent = text || hint;
   }
-  const hint = `The whole trace, ${seconds(line.seconds)}: each stretch has the colour of the state that took most of it.`;
+  const hint = `${seconds(line.seconds)}: each stretch has the colour of the state that took most of it.`;
   canvas.addEventListener("pointermove", (event) => say(Math.floor(event.offsetY / (LANE + GAP)), Math.floor((event.offsetX / canvas.clientWidth) * length)));
   canvas.addEventListener("pointerleave", () => { status.textContent = hint; });
   canvas.addEventListener("keydown", (event) => {
@@ -88,7 +88,7 @@ function overviewOf(line) {
   });
   for (const event of ["focus", "blur"]) canvas.addEventListener(event, paint);
   status.textContent = hint;
-  return el("div", {}, el("h4", { text: "The whole run" }), node, status);
+  return el("div", {}, el("h4", { text: "The whole trace" }), node, status);
 }
 
 function mark(pen, x, width, lane) {
@@ -144,9 +144,10 @@ function windowOf(line) {
   }
 
   function press(event) {
-    const row = intervals[chosen.lane];
+    const row = intervals[chosen.lane], here = row[chosen.index];
+    const middle = () => (here ? here.begin + here.length / 2 : (view.from + view.to) / 2);
     const acts = {
-      "+": () => zoom(0.5), "=": () => zoom(0.5), "-": () => zoom(2), Home: () => show(first, last), Escape: () => { chosen.index = -1; },
+      "+": () => zoom(0.5, middle()), "=": () => zoom(0.5, middle()), "-": () => zoom(2, middle()), Home: () => show(first, last), Escape: () => { chosen.index = -1; },
       ArrowLeft: () => (event.shiftKey ? shift(-0.5) : step(-1)), ArrowRight: () => (event.shiftKey ? shift(0.5) : step(1)),
       ArrowUp: () => lane(-1), ArrowDown: () => lane(1),
     };

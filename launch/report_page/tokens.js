@@ -51,7 +51,7 @@ function plainText(text, query) {
 
 function tokenBody(completion, context) {
   const { tokens, special, mode, query, label } = context;
-  if (!completion.k) return el("div", { class: "text", dir: "auto" }, plainText(completion.t, query));
+  if (!completion.k || (mode === "none" && completion.t)) return el("div", { class: "text", dir: "auto" }, plainText(completion.t, query));
   const body = el("div", { class: "text tokens", tabindex: "0", role: "group", dir: "auto", "aria-label": `${label}, ${completion.n} tokens. Arrow keys read them one by one.` });
   const hits = query ? marked(completion, tokens, query) : null;
   const spans = completion.k.map((number, i) => {
