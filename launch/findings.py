@@ -174,9 +174,11 @@ def _staleness(run: Recorded) -> Finding | None:
     bound, late = run.config.rollout.max_staleness, run.late("staleness/mean")
     if not bound or late is None or late < 0.95 * bound:
         return None
-    text = f"Groups are {late:.2f} steps old on average, the bound is {bound}: engines are always as far ahead as they may be."
-    change = f"a lower rollout.max_staleness (now {bound}) costs no speed while the learner is the slower side"
-    return Finding(NOTICE, "Staleness is at its bound", text, change)
+    ess = run.late("importance_sampling/ess")
+    weighed = "" if ess is None or ess < 0.5 else f" The effective sample size is {ess:.2f} all the same."
+    text = f"Groups are {late:.2f} steps old on average, the bound is {bound}: all are begun as early as it allows."
+    change = f"if the learner bounds this run, a lower rollout.max_staleness (now {bound}) gives fresher data at the same speed"
+    return Finding(NOTICE, "Staleness is at its bound", text + weighed, change)
 
 
 def _sample_size(run: Recorded) -> Finding | None:

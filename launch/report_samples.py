@@ -6,6 +6,7 @@ to the best of a step, so that a thinned page is no selection of the good ones. 
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 from collections.abc import Callable
@@ -181,7 +182,7 @@ def _group(rows: Stored, piece: Piece | None, vocabulary: Vocabulary) -> Group:
     return {
         "step": first["step"],
         "id": first["group_id"],
-        "prompt": _middle_cut(first["prompt"], MAX_TEXT),
+        "prompt": _middle_cut(_conversation(first["prompt"]), MAX_TEXT),
         "parts": parts,
         "completions": [_completion(row, parts, names.get("extra", []), piece, vocabulary) for row in rows],
     }
@@ -211,6 +212,15 @@ def _completion(
     if vocabulary.text(kept["k"]) != row["completion"]:  # Characters of several tokens, or a part that is left out.
         kept["t"] = _middle_cut(row["completion"], MAX_TEXT)
     return kept | {"v": row["versions"]}
+
+
+def _conversation(prompt: str) -> str:
+    """A prompt that was stored as a list of chat messages, as one reads it; any other as it is."""
+    try:
+        messages = ast.literal_eval(prompt) if prompt.startswith("[{") else None
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages or ()) or prompt
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
+        return prompt
 
 
 def _hundredths(logprob: float | None) -> int | None:

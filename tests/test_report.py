@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -20,6 +21,7 @@ from launch.report_time import BINS, MAX_INTERVALS, in_order, read_trace, timeli
 from launch.run_folder import OURS
 from launch.stored_groups import write_groups
 from shared.errors import InputError
+from shared.types import Completion, RolloutGroup
 from tests.fakes import make_group
 from tests.report_runs import write_run
 
@@ -333,6 +335,26 @@ def test_groups_beyond_the_budget_are_left_out_evenly(tmp_path):
     assert [group["step"] for group in samples["groups"]] == [1]
 
 
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        (
+            str([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]),
+            "system: Be brief.\n\nuser: 2+2?",
+        ),
+        ("[{'role': 'user'", "[{'role': 'user'"),
+        ("[{1: 2}]", "[{1: 2}]"),
+        ("[{}, __import__('os')]", "[{}, __import__('os')]"),
+        ("2+2=", "2+2="),
+    ],
+)
+def test_a_prompt_of_messages_is_shown_as_a_conversation(tmp_path, stored, shown):
+    group = make_group()
+    group = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, text=stored))
+    write_groups(tmp_path / "samples" / "step-000001.parquet", [group], 1)
+    assert read_samples(tmp_path, lambda: piece, 10**6, [])["groups"][0]["prompt"] == shown
+
+
 def test_a_file_that_is_being_written_is_skipped(tmp_path):
     write_groups(tmp_path / "samples" / "step-000001.parquet", [make_group()], 1)
     (tmp_path / "samples" / "step-000002.parquet").write_bytes(b"PAR1 not yet")
@@ -344,11 +366,9 @@ def test_a_file_that_is_being_written_is_skipped(tmp_path):
 def test_of_a_very_long_completion_the_middle_is_left_out(run, tmp_path):
     group = make_group()
     long = group.completions[0]
-    long = long.__class__(
-        np.zeros(5000, np.int32), np.full(5000, -np.inf, np.float32), "x", "length", long.version_spans
-    )
+    long = Completion(np.zeros(5000, np.int32), np.full(5000, -np.inf, np.float32), "x", "length", long.version_spans)
     write_groups(
-        tmp_path / "samples" / "step-000001.parquet", [group.__class__(0, group.prompt, (long,), group.rewards[:1])], 1
+        tmp_path / "samples" / "step-000001.parquet", [RolloutGroup(0, group.prompt, (long,), group.rewards[:1])], 1
     )
     notes = []
     kept = read_samples(tmp_path, lambda: piece, 10**6, notes)["groups"][0]["completions"][0]
