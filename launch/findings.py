@@ -247,12 +247,8 @@ def _restarts(run: Recorded) -> Finding | None:
         return None
     again = run.last("engines/redispatched")
     text = f"Engines were started again {restarts:,.0f} times; {again:,.0f} groups went to another engine."
-    return Finding(
-        NOTICE,
-        "Engines were restarted",
-        text,
-        f"stacks.txt and the logs say why; run.max_restarts is {run.config.run.max_restarts}",
-    )
+    change = f"stacks.txt and the logs say why; run.max_restarts is {run.config.run.max_restarts}"
+    return Finding(NOTICE, "Engines were restarted", text, change)
 
 
 def _lost(run: Recorded) -> Finding | None:
