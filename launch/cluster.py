@@ -17,12 +17,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.environment import SAFE, refuse_open_dashboard
-from launch.placement import ACCELERATOR, SOME, Needs, Node, accelerator_of_ranks, check, table
+from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
 from shared.config import Config
@@ -44,12 +44,28 @@ class Reservation:
     rewards: list[RaySlot]
     needs: Needs
 
-    def another_engine(self) -> RaySlot:
-        """A place for one engine more: there as soon as the cluster has it."""
+    def another_engine(self, near: str = "") -> RaySlot:
+        """A place for one engine more: there as soon as the cluster has it, on the node ``near`` if that has room then.
+
+        Not there for ever: should the node be lost, Ray finds the engine a place on another.
+        """
         from ray.util import placement_group
 
-        self.engines.append(RaySlot(self.needs.engine, placement_group([self.needs.engine], strategy="STRICT_PACK")))
+        # Private to Ray, and what Serve places replicas with; a label or a resource of the node would pin it.
+        group = placement_group([self.needs.engine], strategy="STRICT_PACK", _soft_target_node_id=near or None)
+        self.engines.append(RaySlot(self.needs.engine, group))
         return self.engines[-1]
+
+    def add_learner(self, accelerator: str) -> None:
+        """A place for every rank, on few nodes, on GPUs of that type if one is named; colocated, for its engine too."""
+        from ray.util import placement_group
+
+        needs = self.needs
+        mark = {f"{ACCELERATOR}{accelerator}": SOME} if accelerator else {}
+        group = placement_group([needs.bundles.rank | mark] * needs.ranks, strategy="PACK")
+        self.ranks += [RaySlot(needs.rank, group, rank) for rank in range(needs.ranks)]
+        if needs.colocated:
+            self.engines += [RaySlot(needs.engine, group, rank) for rank in range(needs.engines)]
 
     def on(self, node: str) -> RaySlot:
         """A place on ``node`` that takes nothing for itself."""
@@ -140,7 +156,16 @@ def nodes() -> list[Node]:
     """The nodes that are alive."""
     import ray
 
-    return [Node(node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    found = [node for node in ray.nodes() if node["Alive"]]
+    return [Node(node["NodeManagerAddress"], node["Resources"], node["NodeID"]) for node in found]
+
+
+def free() -> list[Node]:
+    """The nodes that are alive, with what other jobs leave of them at the moment."""
+    from ray._private.state import available_resources_per_node  # In public there is but the sum.
+
+    left = available_resources_per_node()
+    return [replace(node, resources=left.get(node.id, {})) for node in nodes()]
 
 
 def addresses() -> dict[str, str]:
@@ -228,35 +253,34 @@ def _missing(paths: list[str]) -> tuple[str, list[str]]:
 async def reserve(needs: Needs) -> Reservation:
     """Reserve a place for every engine and one for the learner. Raises ``InputError`` E501 when they stay pending.
 
+    Engines come first, each where ``arrange`` has it: Ray would break up for ranks what an engine needs whole.
     Colocated, there is one group with a bundle for every pair of engine and rank.
     """
     import ray
-    from ray.util import placement_group
 
-    if needs.colocated:
-        pair = {name: needs.engine[name] + needs.rank[name] for name in needs.engine}
-        learner = placement_group([pair] * needs.ranks, strategy="PACK")
-        engines = [RaySlot(needs.engine, learner, i) for i in range(needs.engines)]
-    else:
-        accelerator = accelerator_of_ranks(needs, nodes())
-        mark = {f"{ACCELERATOR}{accelerator}": SOME} if accelerator else {}
-        learner = placement_group([needs.rank | mark] * needs.ranks, strategy="PACK")
-        own = [placement_group([needs.engine], strategy="STRICT_PACK") for _ in range(needs.engines)]
-        engines = [RaySlot(needs.engine, group) for group in own]
-    ranks = [RaySlot(needs.rank, learner, rank) for rank in range(needs.ranks)]
-    reservation = Reservation(engines, ranks, [RaySlot({})] * needs.rewards, needs)
+    expected = f"{needs.total('CPU'):g} CPUs and {needs.total('GPU'):g} GPUs free"
+    # If other jobs leave no room at the moment, they may end; where to go then is a guess that Ray may correct.
+    arrangement = arrange(needs, free()) or arrange(needs, nodes())
+    if arrangement is None:
+        found, fix = "no arrangement of engines and ranks on these nodes", "a larger cluster, or ask for less"
+        raise InputError("E501", "not enough resources", "cluster", found, expected, fix, table(needs, nodes()))
+    reservation = Reservation([], [], [RaySlot({})] * needs.rewards, needs)
     try:
-        pending = asyncio.gather(*(slot.ready() for slot in (*ranks, *engines)))
-        await asyncio.wait_for(pending, PLACEMENT_TIMEOUT_S)
+        await asyncio.wait_for(_fill(reservation, arrangement), PLACEMENT_TIMEOUT_S)
     except TimeoutError:
         reservation.release()
-        found, expected = (
-            f"resources still taken after {PLACEMENT_TIMEOUT_S:g} s",
-            f"{needs.total('CPU'):g} CPUs and {needs.total('GPU'):g} GPUs free",
-        )
-        fix, shown = "end the other jobs, or ask for less", table(needs, nodes(), ray.available_resources())
+        found, fix = f"resources still taken after {PLACEMENT_TIMEOUT_S:g} s", "end the other jobs, or ask for less"
+        shown = table(needs, nodes(), ray.available_resources())
         raise InputError("E501", "not enough resources", "cluster", found, expected, fix, shown) from None
     return reservation
+
+
+async def _fill(reservation: Reservation, arrangement: Arrangement) -> None:
+    for node in arrangement.engines:
+        reservation.another_engine(near=node.id)
+    await asyncio.gather(*(slot.ready() for slot in reservation.engines))
+    reservation.add_learner(arrangement.accelerator)
+    await asyncio.gather(*(slot.ready() for slot in (*reservation.ranks, *reservation.engines)))
 
 
 def worker_environment(output: Path | None = None) -> dict[str, str]:

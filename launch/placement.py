@@ -1,13 +1,18 @@
 """What a run needs of a cluster, whether it fits node by node, and the table that says so; knows no Ray.
 
 An engine lives on one node, learner ranks may be spread but stay on GPUs of one type, reward workers take what is
-left. Ray would wait for ever for what cannot be, so this is asked first.
+left. Ray would wait for ever for what cannot be, so this is asked first; ``cluster.reserve`` asks again where to. Both
+get the answer of one exact search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
 
 from shared.config import Config
 from shared.errors import InputError
@@ -16,6 +21,7 @@ from shared.weights import NCCL_BACKEND, backend_of
 ACCELERATOR = "accelerator_type:"
 """Ray's resource that names a node's GPUs; each has 1 of it."""
 SOME = 0.001
+IMPOSSIBLE = -(2**40)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Node:
     name: str
     resources: dict[str, float]
     """As Ray counts them: CPU, GPU, accelerator_type:H100, ..."""
+    id: str = ""
+    """Ray's; several nodes may have one name."""
 
     @property
     def accelerator(self) -> str:
@@ -34,6 +42,11 @@ class Node:
     def count(self, resource: str) -> float:
         """How much it has of ``resource``."""
         return self.resources.get(resource, 0.0)
+
+    def room(self, bundle: dict[str, float], beside: Mapping[str, float] = MappingProxyType({}), times: int = 0) -> int:
+        """How many of ``bundle`` fit beside so many of ``beside``, which do."""
+        left = [(self.count(name) - beside.get(name, 0) * times, need) for name, need in bundle.items()]
+        return min((int(rest / need + 1e-9) for rest, need in left), default=0)
 
 
 @dataclass(frozen=True)
@@ -68,30 +81,27 @@ class Needs:
         """True if engines and learner get GPUs."""
         return "GPU" in self.engine
 
+    @property
+    def bundles(self) -> Needs:
+        """What is to be placed: colocated, ranks that hold their engines too, and nothing else."""
+        if not self.colocated:
+            return self
+        pair = {name: need + self.rank[name] for name, need in self.engine.items()}
+        return replace(self, engine={}, engines=0, rank=pair, colocated=False)
+
     def total(self, resource: str) -> float:
         """Sum over the bundles."""
         return self.engine.get(resource, 0) * self.engines + self.rank.get(resource, 0) * self.ranks
 
 
-@dataclass
-class _Room:
-    """What is left of a node while bundles are put on it."""
+@dataclass(frozen=True)
+class Arrangement:
+    """Where a run finds room."""
 
-    node: Node
-    left: dict[str, float] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.left = dict(self.node.resources)
-
-    def put(self, bundle: dict[str, float], at_most: int) -> int:
-        """Put up to so many bundles here; returns how many fitted."""
-        fits = min(
-            (int(self.left.get(name, 0) / need + 1e-9) for name, need in bundle.items() if need), default=at_most
-        )
-        fits = min(fits, at_most)
-        for name, need in bundle.items():
-            self.left[name] = self.left.get(name, 0) - need * fits
-        return fits
+    engines: Sequence[Node]
+    """One for each; colocated none. Ranks, and pairs, are all alike: after the engines any order finds them a place."""
+    accelerator: str = ""
+    """GPU type of all the ranks; empty if it does not matter."""
 
 
 def check(needs: Needs, nodes: Sequence[Node], config: Config, origin: str) -> None:
@@ -101,36 +111,87 @@ def check(needs: Needs, nodes: Sequence[Node], config: Config, origin: str) -> N
         raise InputError(
             "E108", "options disagree", key, f"{config.rollout.max_engines}", expected, 'rollout.weights = "host"'
         )
-    for resource in ("GPU", "CPU"):
-        needed, there = needs.total(resource), sum(node.count(resource) for node in nodes)
-        if needed > there:
-            raise _too_few(needs, nodes, origin, resource, there)
-    if needs.colocated:
+    bundles = needs.bundles
+    beside = [_most_ranks(bundles, nodes, _hosts(bundles, nodes, name))[-1] for name in _choices(needs, nodes)]
+    if any(ranks[-1] >= needs.ranks for ranks in beside):
         return
-    accelerator = accelerator_of_ranks(needs, nodes)
-    if accelerator is None:
-        types = ", ".join(f"{_gpus(nodes, name):g} {name}" for name in _types(nodes))
-        place, found = f"{origin}:learner.num_ranks", f"{types} for {needs.ranks} ranks"
-        most = max(_gpus(nodes, name) for name in _types(nodes))
-        fix = f"learner.num_ranks = {most:g}"
-        raise InputError("E506", "learner on mixed GPUs", place, found, "all its ranks on GPUs of one type", fix)
-    fitted = _arrange(needs, nodes, accelerator)
-    if fitted < needs.engines:
-        most = max((node.count("GPU" if needs.on_gpu else "CPU") for node in nodes), default=0.0)
-        resource, place = "GPU" if needs.on_gpu else "CPU", f"{origin}:rollout.num_engines"
-        found = f"room for {fitted} beside the learner (the largest node has {most:g} {resource}s)"
-        expected = f"{needs.engines} engines of {needs.engine[resource]:g} {resource}s, each on one node"
-        fix = f"rollout.num_engines = {fitted}" if fitted else f"a node with {needs.engine[resource]:g} {resource}s"
-        raise InputError("E501", "engines do not fit", place, found, expected, fix, table(needs, nodes))
+    fitted = max(int(np.flatnonzero(ranks >= needs.ranks).max(initial=-1)) for ranks in beside)
+    for resource in ("GPU", "CPU"):
+        if needs.total(resource) > sum(node.count(resource) for node in nodes):
+            raise _too_few(needs, nodes, origin, resource, fitted)
+    if fitted < 0:
+        raise _no_learner(needs, nodes, origin, beside)
+    place, found = f"{origin}:rollout.num_engines", f"room for {fitted} beside the learner"
+    expected = f"{needs.engines} engines of {_words(needs.engine)}, each on one node"
+    fix = f"rollout.num_engines = {fitted}" if fitted else f"one more node with {_words(needs.engine)}"
+    found += _largest(needs.engine, nodes)
+    raise InputError("E501", "engines do not fit", place, found, expected, fix, table(needs, nodes))
 
 
-def accelerator_of_ranks(needs: Needs, nodes: Sequence[Node]) -> str | None:
-    """The type of GPU that all learner ranks can have, of several the commonest; empty if it does not matter."""
+def arrange(needs: Needs, nodes: Sequence[Node]) -> Arrangement | None:
+    """Where every engine has a place and leaves one for every rank; None if there is no such arrangement.
+
+    Of several: ranks on the commonest type of GPU, and then on few nodes.
+    """
+    bundles = needs.bundles
+    for accelerator in _choices(needs, nodes):
+        hosts = _hosts(bundles, nodes, accelerator)
+
+        def beside_all(count: int, hosts: list[int] = hosts) -> int:
+            return int(_most_ranks(bundles, nodes, hosts[:count])[-1][-1])
+
+        if beside_all(len(hosts)) >= needs.ranks:
+            hosts = hosts[: bisect_left(range(len(hosts)), needs.ranks, key=beside_all)]
+            return Arrangement(_traced(bundles, nodes, hosts), accelerator)
+    return None
+
+
+def _choices(needs: Needs, nodes: Sequence[Node]) -> list[str]:
+    """Types of GPU that the ranks may have, the commonest first; empty for whatever there is."""
     types = _types(nodes)
     if not needs.on_gpu or len(types) < 2:
-        return ""
-    enough = [name for name in types if _gpus(nodes, name) >= needs.rank["GPU"] * needs.ranks]
-    return max(enough, key=lambda name: _gpus(nodes, name), default=None)
+        return [""]
+    return sorted(types, key=lambda name: -_gpus(nodes, name))
+
+
+def _hosts(needs: Needs, nodes: Sequence[Node], accelerator: str) -> list[int]:
+    """The nodes for ranks, those with most room first."""
+    found = [i for i, node in enumerate(nodes) if accelerator in ("", node.accelerator)]
+    return sorted(found, key=lambda i: -nodes[i].room(needs.rank))
+
+
+def _most_ranks(needs: Needs, nodes: Sequence[Node], hosts: Sequence[int]) -> list[np.ndarray]:
+    """``[engines + 1]`` for the first 0, 1, ... ``nodes``: the most ranks on ``hosts`` beside so many engines.
+
+    Exact, as a knapsack: a node's part is any number of engines and the ranks beside them. Negative if impossible.
+    """
+    size = needs.engines + 1
+    tables = [np.full(size, IMPOSSIBLE)]
+    tables[0][0] = 0
+    chosen = set(hosts)
+    for i, node in enumerate(nodes):
+        ranks = _beside(needs, node, i in chosen)
+        before = np.concatenate([np.full(len(ranks), IMPOSSIBLE), tables[-1]])
+        options = [before[len(ranks) - k :][:size] + more for k, more in enumerate(ranks)]
+        tables.append(np.maximum.reduce(options))
+    return tables
+
+
+def _beside(needs: Needs, node: Node, host: bool) -> list[int]:
+    """The most ranks on one node beside 0, 1, ... engines, as many as it holds."""
+    engines = min(node.room(needs.engine), needs.engines)
+    return [node.room(needs.rank, needs.engine, k) if host else 0 for k in range(engines + 1)]
+
+
+def _traced(needs: Needs, nodes: Sequence[Node], hosts: Sequence[int]) -> list[Node]:
+    """The node of each engine, where they leave the most ranks a place on ``hosts``."""
+    tables, left, found = _most_ranks(needs, nodes, hosts), needs.engines, list[Node]()
+    for i in reversed(range(len(nodes))):
+        ranks = enumerate(_beside(needs, nodes[i], i in hosts))
+        here = next(k for k, more in ranks if k <= left and tables[i][left - k] + more == tables[i + 1][left])
+        found += [nodes[i]] * here
+        left -= here
+    return found[::-1]
 
 
 def table(needs: Needs, nodes: Sequence[Node], free: dict[str, float] | None = None) -> str:
@@ -148,41 +209,31 @@ def table(needs: Needs, nodes: Sequence[Node], free: dict[str, float] | None = N
     return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
-def _too_few(needs: Needs, nodes: Sequence[Node], origin: str, resource: str, there: float) -> InputError:
+def _too_few(needs: Needs, nodes: Sequence[Node], origin: str, resource: str, fitted: int) -> InputError:
     per_engine, ranks = needs.engine.get(resource, 0), needs.rank.get(resource, 0) * needs.ranks
-    needed = needs.total(resource)
+    there, needed = sum(node.count(resource) for node in nodes), needs.total(resource)
     expected = f"{needed:g} (engines {needs.engines} x {per_engine:g}, learner {ranks:g})"
-    fit = int((there - ranks) // per_engine) if per_engine else 0
-    fix = f"rollout.num_engines = {fit}" if fit >= 1 else f"a cluster with at least {needed:g} {resource}s"
+    fix = f"rollout.num_engines = {fitted}" if fitted >= 1 else f"a cluster with at least {needed:g} {resource}s"
     place, found = f"{origin}:rollout.num_engines", f"{there:g} in the cluster"
     return InputError("E501", f"not enough {resource}s", place, found, expected, fix, table(needs, nodes))
 
 
-def _arrange(needs: Needs, nodes: Sequence[Node], accelerator: str) -> int:
-    """How many engines have a place, when each needs one node: the larger bundles are placed first, the fullest node next."""
-    resource = "GPU" if needs.on_gpu else "CPU"
-    rooms = [_Room(node) for node in nodes]
-    fitted = 0
-
-    def engines() -> None:
-        nonlocal fitted
-        for room in sorted(rooms, key=lambda room: room.left.get(resource, 0) % needs.engine[resource]):
-            fitted += room.put(needs.engine, needs.engines - fitted)
-
-    if needs.engine[resource] >= needs.rank[resource] and not accelerator:
-        engines()
-        return fitted if _ranks(needs, rooms, "") else fitted - 1
-    _ranks(needs, rooms, accelerator)
-    engines()
-    return fitted
-
-
-def _ranks(needs: Needs, rooms: list[_Room], accelerator: str) -> bool:
-    left = needs.ranks
-    for room in rooms:
-        if not accelerator or room.node.accelerator == accelerator:
-            left -= room.put(needs.rank, left)
-    return left == 0
+def _no_learner(needs: Needs, nodes: Sequence[Node], origin: str, beside: list[np.ndarray]) -> InputError:
+    """The ranks do not fit, even without engines. ``beside``: how many do beside 0, 1, ... engines, by type of GPU."""
+    bundles, place = needs.bundles, f"{origin}:learner.num_ranks"
+    alone = max(int(ranks[0]) for ranks in beside)
+    most = max(int(ranks[-1]) for ranks in beside)
+    fits = most if most >= 1 else alone
+    fix = f"learner.num_ranks = {fits}" if fits else f"one more node with {_words(bundles.rank)}"
+    if fits and needs.colocated:
+        fix = f"rollout.num_engines = {fits}, {fix}"
+    if len(beside) > 1 and sum(node.room(bundles.rank) for node in nodes) >= needs.ranks:
+        types = ", ".join(f"{_gpus(nodes, name):g} {name}" for name in _types(nodes))
+        found, expected = f"{types} for {needs.ranks} ranks", "all its ranks on GPUs of one type"
+        return InputError("E506", "learner on mixed GPUs", place, found, expected, fix)
+    found = f"room for {alone}{_largest(bundles.rank, nodes)}"
+    expected = f"{needs.ranks} ranks of {_words(bundles.rank)}" + (", engines included" if needs.colocated else "")
+    return InputError("E501", "learner does not fit", place, found, expected, fix, table(needs, nodes))
 
 
 def _types(nodes: Sequence[Node]) -> list[str]:
@@ -191,6 +242,17 @@ def _types(nodes: Sequence[Node]) -> list[str]:
 
 def _gpus(nodes: Sequence[Node], accelerator: str) -> float:
     return sum(node.count("GPU") for node in nodes if node.accelerator == accelerator)
+
+
+def _largest(bundle: dict[str, float], nodes: Sequence[Node]) -> str:
+    """What the largest node has of the resource that ``bundle`` lacks most plainly."""
+    most = {name: max((node.count(name) for node in nodes), default=0.0) for name in bundle}
+    resource = next((name for name, need in bundle.items() if most[name] < need), next(iter(bundle)))
+    return f" (the largest node has {most[resource]:g} {resource}s)"
+
+
+def _words(bundle: dict[str, float]) -> str:
+    return " and ".join(f"{need:g} {name}{'s' if need != 1 else ''}" for name, need in bundle.items())
 
 
 def _text(resources: dict[str, float], times: int = 1) -> str:

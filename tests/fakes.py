@@ -424,7 +424,7 @@ def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, nodes: list[dic
         calls=calls,
         shutdown=lambda: calls.update(["shutdown"]),
         nodes=lambda: [
-            {"Alive": True, "NodeManagerAddress": f"10.0.0.{i}", "Resources": resources}
+            {"Alive": True, "NodeID": f"{i:056x}", "NodeManagerAddress": f"10.0.0.{i}", "Resources": resources}
             for i, resources in enumerate(have, 1)
         ],
     )
