@@ -20,6 +20,7 @@ from launch.run_folder import dump_config
 from shared.config import Config
 from shared.errors import InputError
 
+DRIVER = Path("/proc/driver/nvidia/gpus")
 ADAM_BYTES = 12
 """Of a parameter in a checkpoint: the master weights and two moments in float32."""
 
@@ -54,7 +55,7 @@ async def _nodes_of_cluster(config: Config) -> list[Node]:
 
 def _visible_gpus() -> int:
     """NVIDIA's, as the driver lists them: asking torch would take longer than all the checks."""
-    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    there = len(list(DRIVER.glob("*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return there

@@ -1,0 +1,106 @@
+"""A dry run: what it says of placement, memory and disk, without a Ray."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+
+from launch import dry_run
+from launch.dry_run import check_disk, checkpoint_bytes, memory, this_machine
+from launch.model_files import count_parameters
+from shared.errors import InputError
+from tests.fakes import make_config
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """1,000 million parameters by its header, in two files: hidden 2,000, 20 layers, 4 of 20 heads of 100."""
+    shape = {"hidden_size": 2000, "num_hidden_layers": 20, "num_attention_heads": 20, "num_key_value_heads": 4}
+    shape |= {"intermediate_size": 8000, "vocab_size": 10_000, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    for number, size in enumerate((600_000_000, 400_000_000)):
+        tensor = {"dtype": "BF16", "shape": [size // 1000, 1000], "data_offsets": [0, 2 * size]}
+        header = json.dumps({"__metadata__": {}, f"t{number}": tensor}).encode()
+        file = tmp_path / f"model-{number}.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header)
+    return tmp_path
+
+
+def config(model, **changes):
+    return make_config(**{"model.path": str(model), "model.dtype": "bfloat16", "learner.num_ranks": 2} | changes)
+
+
+def test_parameters_are_counted_by_the_headers(model):
+    assert count_parameters(model) == 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "states"),
+    [(0, "18 GB"), (1, "12 GB"), (2, "10 GB"), (3, "9 GB")],  # 12 + 4 + 2 bytes a parameter, halved one by one.
+)
+def test_memory_of_a_learner_rank(model, stage, states):
+    rank = memory(config(model, **{"learner.zero_stage": stage}), on_gpu=True)[2]
+    assert f"learner rank, ZeRO {stage}:" in rank
+    assert f"weights {states}" in rank
+
+
+def test_memory_of_engine_and_checkpoint(model):
+    long = {"rollout.max_prompt_tokens": 1000, "rollout.max_new_tokens": 3000, "rollout.tensor_parallel_size": 2}
+    told = memory(config(model, **long), on_gpu=True)
+    assert told[0] == "model: 1 billion parameters"
+    # 2 x 20 layers x 4 heads x 100 x 2 bytes = 32 kB a token.
+    assert (
+        told[1] == "engine worker: weights 1 GB, keys and values up to 90% of the GPU, 128 MB for the longest sequence"
+    )
+    assert told[3] == "checkpoint: 14 GB, up to 4 at a time"
+    assert "1 GiB of keys and values" in memory(config(model), on_gpu=False)[1]
+
+
+def test_a_reference_is_counted_where_there_is_one(model):
+    assert "reference" not in memory(config(model), on_gpu=False)[2]
+    assert "reference 2 GB" in memory(config(model, **{"algorithm.kl.coef": 0.1}), on_gpu=False)[2]
+
+
+def test_a_model_of_an_unusual_kind_is_still_estimated(model):
+    (model / "config.json").write_text('{"text_config": {}}')
+    told = memory(config(model), on_gpu=False)
+    assert "activations not estimated" in told[2]
+    assert told[3].startswith("checkpoint: 14 GB")
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(model, tmp_path, monkeypatch):
+    wanted = config(model)
+    assert checkpoint_bytes(wanted) == 14e9
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 15e9))
+    check_disk(wanted, tmp_path / "a" / "b")
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 13e9))
+    with pytest.raises(InputError, match=r"E601.*Found 13 GB free, expected ~14 GB"):
+        check_disk(wanted, tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [(None, 4), ("0,1", 2), ("", 0), ("-1", 0), ("0,1,2,3,4,5", 4)])
+def test_this_machine_as_a_private_ray_would_see_it(model, tmp_path, monkeypatch, visible, gpus):
+    driver = tmp_path / "gpus"
+    for number in range(4):
+        (driver / f"{number}").mkdir(parents=True)
+    monkeypatch.setattr(dry_run, "DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    node = this_machine(config(model, **{"rollout.num_engines": 64}))
+    assert node.count("GPU") == gpus
+    assert node.count("CPU") >= 66  # Threads may share cores.
+
+
+def test_it_asks_no_ray_on_one_machine(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    dry_run.dry_run(config(model), "run.toml", tmp_path, None)
+    out = capsys.readouterr().out
+    assert np.all([text in out for text in ("placement:", "memory, estimated:", "nothing started", "begins at step 0")])
