@@ -13,6 +13,7 @@ VERBS = {
     "doctor": ("launch.doctor", "run the reward functions on canned completions and say what is wrong"),
     "score": ("launch.score", "score stored completions: millrace score --reward NAME --data ROWS.jsonl --json"),
     "bench": ("launch.bench", "measure throughput: millrace bench rewards [--json]"),
+    "import-trl": ("launch.import_trl", "a TRL script or its arguments as a configuration: millrace import-trl FILE"),
     "evaluate": ("launch.evaluate", "score a model directory: millrace evaluate CONFIG.toml [--model.path DIR]"),
 }
 
