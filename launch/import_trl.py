@@ -23,6 +23,8 @@ from launch.trl_translation import Translation, written
 from shared.config_loader import known_keys, load_config
 from shared.errors import InputError, raise_all
 
+MARK = "# From "
+"""How a file that this verb wrote begins; no other is written over."""
 SECTIONS = ("run", "model", "data", "rollout", "reward", "algorithm", "learner", "eval")
 MANDATORY = {
     "model.path": ("model", "the policy to start from", "--model NAME"),
@@ -64,9 +66,13 @@ def _import(arguments: list[str]) -> None:
     if options.output is None:
         print(text, end="", flush=True)
         return
-    if own:
-        _own_file(options.output).write_text(own, encoding="utf-8")
-    options.output.write_text(text, encoding="utf-8")
+    new = {options.output: text} | ({_own_file(options.output): own} if own else {})
+    for path in new:
+        if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(MARK):
+            place, expected = "command line:--output", "a new file, or one that import-trl wrote"
+            raise InputError("E106", "bad option", place, f"{path} is there already", expected, "choose another name")
+    for path, content in new.items():
+        path.write_text(content, encoding="utf-8")
     print("\n".join([f"written: {options.output}", *report]), flush=True)
 
 
@@ -86,12 +92,12 @@ def _complete(found: Found, options: Any) -> None:
 
 
 def _processes(found: Found, options: Any) -> int:
-    given = options.processes or found.settings.get("num_processes")
+    given = found.settings.get("num_processes") if options.processes is None else options.processes
     if given is None:
         found.skip(0, "the number of processes is not in the file: 1 is taken; --processes N gives another")
     if given is not None and given < 1:
         raise InputError("E106", "bad option", "command line:--processes", str(given), ">= 1", "--processes 1")
-    return int(given or 1)
+    return 1 if given is None else int(given)
 
 
 def _rows(found: Found, options: Any) -> int | None:
@@ -127,7 +133,8 @@ def _place_rewards(found: Found, folder: Path, output: Path | None) -> str:
         found.skip(
             found.starts, f"importing the script would start it, so its reward functions are written to {source.name}"
         )
-        return Script(found.path, found.path.read_text(encoding="utf-8")).extracted(names)
+        script = Script(found.path, found.path.read_text(encoding="utf-8"))
+        return f"{MARK}{found.path.name} by `millrace import-trl`: its reward functions.\n\n{script.extracted(names)}"
     if own and found.starts:
         text = f"importing the script for its reward functions would start it: move {', '.join(names)} to a file of their own"
         found.skip(found.starts, f"{text}, which --output does")
@@ -145,7 +152,7 @@ def _check_mandatory(t: Translation) -> None:
 
 def _toml(t: Translation, name: str) -> str:
     """The configuration as text, each key with what it comes from."""
-    lines = [f"# From {name} by `millrace import-trl`; settings that it does not give have the defaults of {VERSION}."]
+    lines = [f"{MARK}{name} by `millrace import-trl`; settings that it does not give have the defaults of {VERSION}."]
     order = list(known_keys())
     place = {key: next(i for i, known in enumerate(order) if f"{known}.".startswith(f"{key}.")) for key in t.keys}
     for section in SECTIONS:

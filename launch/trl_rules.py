@@ -156,6 +156,10 @@ def _kl(t: Translation) -> None:
     if corrected and t["loss_type"] == "vespo":
         t.differs("use_bias_correction_kl", "with vespo here by the row's ratio, there by the token's")
     if t["sync_ref_model"]:
+        if t["ref_model_sync_steps"] % t.updates:
+            t.differs(
+                "ref_model_sync_steps", f"the reference moves between generated batches, of {t.updates} steps each"
+            )
         t.put("algorithm.reference_sync_steps", t["ref_model_sync_steps"], "sync_ref_model", "ref_model_sync_steps")
         t.put("algorithm.reference_sync_alpha", t["ref_model_mixup_alpha"], "ref_model_mixup_alpha")
 

@@ -18,7 +18,9 @@ from shared.errors import InputError
 
 TABLE = Path(__file__).resolve().parent / "data" / "trl" / "settings.txt"
 VERSION = "TRL 1.16.0"
-SCRIPT, TRAINER = "trl grpo: script and model arguments", "GRPOTrainer"
+TRAINER = "GRPOTrainer"
+MAY_BE_NONE = {"vllm_importance_sampling_clip_max", "max_completion_length"}
+"""Settings with a number as default for which None means something."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def coerced(name: str, value: Any, place: str) -> Any:
     if isinstance(default, int | float) and not isinstance(value, bool if isinstance(default, bool) else int | float):
         expected = "true or false" if isinstance(default, bool) else "a number"
         if value is None:  # As in the JSON of an older release, where it was allowed.
-            return default
+            return None if name in MAY_BE_NONE else default
         raise InputError("E102", "bad value", place, repr(value), expected, f"{name} = {default}")
     return value
 

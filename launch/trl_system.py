@@ -114,6 +114,8 @@ def sharding(t: Translation) -> None:
     elif t.processes > 1:
         t.found.skip(0, "accelerate's own configuration says what is sharded: set learner.zero_stage")
     rest = {k: v for k, v in table.items() if k not in OWN_DEEPSPEED and v != "auto"}
+    if rest or zero:
+        t.differs("deepspeed", "its further keys pass through as they are; the optimizer stays torch's AdamW")
     t.put("learner.deepspeed", rest | ({"zero_optimization": zero} if zero else {}), "deepspeed")
 
 

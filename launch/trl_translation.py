@@ -18,6 +18,8 @@ from shared.errors import InputError, nearest, one_line
 
 CLIP = {"name": "clip", "low": 0.2, "high": 0.2}
 """Millrace's default policy loss, with the arguments that it has when none are given."""
+SECRET = ("token", "key", "secret", "password", "env")
+"""Settings with such names are never shown with their value."""
 
 
 @dataclass
@@ -59,10 +61,10 @@ class Translation:
         if same and not given:
             return
         self.keys[key] = value
-        shown = ", ".join(f"{name} = {one_line(repr(self[name]), 40)}" for name in names if self[name] is not None)
+        told = [name for i, name in enumerate(names) if i == 0 or self[name] is not None]
+        shown = ", ".join(f"{name} = {one_line(repr(self[name]), 40)}" for name in told)
         self.origins[key] = ", ".join(given) if given else why or "TRL's default"
         if not given:
-            shown = shown or f"{names[0]} = None" if names else shown
             cause = why or f"TRL's default {shown}"
             self.defaults.append(f"{key} = {written(value)}: {cause}; Millrace's own default is {_usual(value, usual)}")
 
@@ -73,7 +75,8 @@ class Translation:
     def lacks(self, name: str, text: str, value: Any = None) -> None:
         """Say that a setting has no equal."""
         shown = one_line(repr(self[name] if value is None and name in settings() else value), 40)
-        self.without.append(f"{name} = {shown}: {text}" if shown != "None" else f"{name}: {text}")
+        bare = shown == "None" or any(word in name.lower() for word in SECRET)
+        self.without.append(f"{name}: {text}" if bare else f"{name} = {shown}: {text}")
 
     def refuse(self, code: str, name: str, found: object, expected: str, fix: str) -> InputError:
         """The error for a value with which there is nothing to translate."""

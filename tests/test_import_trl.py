@@ -1,0 +1,718 @@
+"""``millrace import-trl``: samples become configurations that load, sizes by hand, and every field of GRPOConfig has a fate."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch import cli, import_trl, trl_settings
+from launch.trl_batches import ADAMW
+from launch.trl_found import BUILTINS as TRL_REWARDS
+from launch.trl_found import builtin_reward
+from launch.trl_reader import read
+from launch.trl_rules import LOSSES, SAPO, VESPO
+from launch.trl_translation import CLIP, default_of
+from learner.choices import Choices
+from learner.losses import AGGREGATIONS, POLICY_LOSSES
+from learner.schedules import SCHEDULES
+from rollout.rewards import BUILTINS
+from shared.config_loader import known_keys, load_config
+from tests.fakes import write_rows
+
+SAMPLES = Path(__file__).parent / "data" / "trl"
+PAGE = Path(__file__).parent.parent / "docs" / "import-trl.md"
+KNOWN = json.loads((SAMPLES / "grpo_config_fields.json").read_text())
+FILES = sorted(p for p in SAMPLES.iterdir() if p.name != "grpo_config_fields.json")
+COMMIT = "9213176726f574b556790deb65791e0c5aa438b6"
+REST = ["--model", "m", "--train", "rows.jsonl", "--reward", "exact_match"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No file lies where the samples say, unless a test puts it there."""
+    monkeypatch.chdir(tmp_path)
+
+
+def imported(path, *options):
+    """``(loaded configuration, everything that was said)`` of a file that translates."""
+    output = Path("my.toml")
+    output.unlink(missing_ok=True)
+    assert import_trl.main([str(path), "--output", str(output), *options]) == 0
+    text = output.read_text()
+    config = load_config([str(output)])
+    Choices(config, "my.toml")
+    return config, text
+
+
+def from_settings(settings, *options):
+    """The same for a few settings of GRPOConfig."""
+    Path("a.json").write_text(json.dumps(settings))
+    return imported("a.json", *REST, *options)
+
+
+def from_script(text, *options):
+    """The same for a script."""
+    Path("train.py").write_text(text)
+    return imported("train.py", *options)
+
+
+def refused(capsys, path, *options):
+    """The one error of a file that does not translate."""
+    capsys.readouterr()
+    assert import_trl.main([str(path), *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return shown.err.removesuffix("exit code 2\n").strip()
+
+
+# --- the table ---
+
+
+def test_every_field_of_grpo_config_is_in_the_table_with_its_default():
+    ours = {row.name: row.default for row in trl_settings.rows() if row.section.startswith("GRPOConfig")}
+    assert set(ours) == set(KNOWN["fields"])
+    assert ours == KNOWN["fields"]
+    assert f"TRL {KNOWN['trl']}" == trl_settings.VERSION
+
+
+def test_every_argument_of_the_trainer_is_in_the_table():
+    named = "model reward_funcs args train_dataset eval_dataset processing_class reward_processing_classes callbacks"
+    more = "optimizers quantization_config peft_config tools rollout_func environment_factory"
+    assert set(trl_settings.trainer_arguments()) == set(f"{named} {more}".split())
+
+
+def test_every_row_says_how_or_why_and_names_are_unique():
+    rows = trl_settings.rows()
+    assert [row.name for row in rows if row.fate.startswith("no ") and not row.text] == []
+    for kept in (trl_settings.settings(), trl_settings.trainer_arguments()):
+        assert len(kept) == sum((row.section == "GRPOTrainer") == (kept is not trl_settings.settings()) for row in rows)
+    assert {row.fate for row in rows} == {"copied", "mapped", "no equal", "no meaning"}
+    assert all(row.keys[0] in known_keys() for row in rows if row.fate == "copied")
+
+
+def test_the_page_of_the_documentation_has_the_table():
+    assert PAGE.read_text().endswith(trl_settings.markdown()), "python -m launch.trl_settings writes it"
+
+
+def test_the_names_that_rules_write_exist():
+    assert {policy for policy, _ in LOSSES.values()} - {""} <= set(POLICY_LOSSES)
+    assert {aggregation for _, aggregation in LOSSES.values()} <= set(AGGREGATIONS)
+    for name, arguments in (("sapo", SAPO), ("vespo", VESPO)):
+        assert set(arguments) <= set(inspect.signature(POLICY_LOSSES[name]).parameters)
+        assert set(arguments.values()) <= set(KNOWN["fields"])
+    clip = inspect.signature(POLICY_LOSSES["clip"]).parameters
+    assert {name: clip[name].default for name in ("low", "high")} | {"name": "clip"} == CLIP
+    assert default_of("algorithm.aggregation") == {"name": "sequence_mean"}
+    for name in TRL_REWARDS:
+        table = builtin_reward(name, [100, 20] if name.startswith("get_") else [], {})
+        assert set(table.get("args", {})) <= set(inspect.signature(BUILTINS[table["function"]]).parameters)
+
+
+def test_neither_trl_nor_the_script_is_imported():
+    before = set(sys.modules)
+    imported(SAMPLES / "minimal.py")
+    assert not {"trl", "minimal", "datasets"} & (set(sys.modules) - before)
+
+
+# --- samples ---
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_sample_becomes_a_configuration_that_a_run_accepts(path, capsys):
+    config, text = imported(path)
+    assert capsys.readouterr().out.startswith("written: my.toml")
+    assert config.rollout.max_staleness == 0
+    assert tomllib.loads(text)["model"]["path"]
+    assert import_trl.main([str(path)]) == 0  # The printed text too is a configuration, comments and all.
+    assert tomllib.loads(capsys.readouterr().out)["run"] == tomllib.loads(text)["run"]
+
+
+def test_the_least_script_has_trls_defaults():
+    config, text = imported(SAMPLES / "minimal.py", "--rows", "20")
+    assert config.algorithm.policy_loss.model_dump() == {"name": "clip"}  # 0.2 and 0.2 on both sides.
+    assert config.algorithm.aggregation.name == "token_mean"
+    assert config.algorithm.advantage.model_dump() == {"name": "grpo"}
+    assert config.algorithm.kl.coef == 0.0
+    assert config.learner.schedule.model_dump() == {"name": "linear"}
+    assert (config.learner.prompts_per_step, config.run.steps, config.run.seed) == (1, 60, 42)  # 8 x 1 / 8; 3 x 20.
+    assert (config.learner.gradient_checkpointing, config.model.dtype) == (True, "bfloat16")
+    assert config.rollout.colocate
+    assert config.reward.functions[0].function == "math_accuracy"
+    assert "load_dataset('trl-lib/DeepMath-103K', split='train').to_parquet('data/deepmath-103k-train.parquet')" in text
+    assert (
+        "- algorithm.aggregation = { name = \"token_mean\" }: TRL's default loss_type = 'dapo'; Millrace's own" in text
+    )
+
+
+def test_a_script_with_a_server_on_two_processes():
+    write_rows(Path("rows.jsonl"), [{"prompt": f"{i}", "answer": "1"} for i in range(100)])
+    config, text = imported(SAMPLES / "vllm_server.py", "--processes", "2")
+    learner = config.learner
+    assert learner.prompts_per_step == 8  # 8 x 4 x 2 / 8
+    assert config.run.steps == 24  # 2 epochs of 100 // 8 = 12 batches
+    assert learner.schedule.args == {"warmup_steps": 3, "warmup_from_zero": True}  # ceil(0.1 x 24)
+    assert (learner.lr, learner.betas, learner.max_grad_norm, learner.num_ranks) == (2e-6, [0.9, 0.99], 0.2, 2)
+    kl, sampling = config.algorithm.kl, config.algorithm.importance_sampling
+    assert (kl.coef, kl.estimator, kl.corrected) == (0.001, "k3", True)
+    assert (sampling.level, sampling.mode, sampling.high) == ("sequence", "mask", 3.0)
+    assert not config.rollout.colocate
+    assert config.rollout.start_timeout_s == 600.0
+    assert config.run.output_dir == "runs/Qwen/Qwen2.5-1.5B-Instruct-GRPO"
+    first, second = config.reward.functions
+    assert (first.function, second.weight) == (f"{SAMPLES / 'vllm_server.py'}:right_number", 0.25)
+    assert "- model_init_kwargs.attn_implementation = 'flash_attention_2'" in text
+    assert "- vllm_server_host, run_name" in text  # Without meaning, and so without its value.
+    assert "set learner.zero_stage" in text
+
+
+def test_a_script_that_starts_at_import_gives_up_its_rewards_to_a_file(capsys):
+    config, text = imported(SAMPLES / "dapo.py")
+    assert [f.function for f in config.reward.functions] == ["my_rewards.py:boxed", "think_format", "soft_overlong"]
+    assert config.reward.functions[2].args == {"limit": 4096, "buffer": 1024}
+    own = Path("my_rewards.py").read_text()
+    scope: dict = {}
+    exec(compile(own, "my_rewards.py", "exec"), scope)
+    assert scope["boxed"]([[{"content": "\\boxed{1}"}], [{"content": "1"}]]) == [1.0, 0.0]
+    assert "trl" not in own.split("\n", 1)[1]
+    assert config.learner.steps_per_batch == 2  # steps_per_generation 4 / accumulation 2
+    assert config.learner.prompts_per_step == 2  # 16 x 2 / 16
+    assert config.run.steps == 102
+    assert "- max_steps: 101 steps become 102" in text
+    assert (config.rollout.max_prompt_tokens, config.rollout.max_new_tokens) == (1024, 4096)
+    assert (config.rollout.top_p, config.rollout.truncated_sampling) == (0.95, "renormalise")
+    assert config.rollout.stop == ["</answer>"]
+    assert config.algorithm.mask_truncated
+    assert config.algorithm.policy_loss.args == {"low": 0.2, "high": 0.28}
+    assert config.algorithm.importance_sampling.high == 2.0
+    assert config.learner.lr == 1e-6
+    assert "generation_kwargs.frequency_penalty = 0.1" in text
+    assert "dapo.py:38: .rename_column(...) is not run" in text
+    assert "rows.to_json('data/train.jsonl')" in text
+    capsys.readouterr()
+    assert import_trl.main([str(SAMPLES / "dapo.py")]) == 0
+    assert "importing the script for its reward functions would start it: move boxed" in capsys.readouterr().out
+
+
+def test_gspo():
+    config, text = imported(SAMPLES / "gspo.py", "--processes", "4")
+    assert config.algorithm.policy_loss.model_dump() == {"name": "sequence_clip", "low": 3e-4, "high": 4e-4}
+    assert config.algorithm.aggregation.name == "sequence_mean"
+    assert config.algorithm.advantage.args == {"scale": "batch"}
+    assert (config.algorithm.kl.coef, config.algorithm.kl.corrected) == (0.04, False)
+    assert (config.algorithm.reference_sync_steps, config.algorithm.reference_sync_alpha) == (100, 0.6)
+    assert (config.learner.prompts_per_step, config.learner.steps_per_batch) == (32, 4)  # 32 x 1 x 4 / 4
+    assert (config.rollout.num_engines, config.rollout.tensor_parallel_size, config.rollout.colocate) == (2, 2, False)
+    assert (config.run.checkpoint_every, config.run.keep_checkpoints) == (100, 3)  # 0.25 x 400
+    assert (config.data.eval, config.eval.every_steps) == ("held_out.csv", 50)
+    assert config.reward.functions[0].function == "my_rewards:judged"
+    assert "engines have one GPU each" in text
+
+
+def test_dr_grpo_with_what_has_no_equal():
+    config, text = imported(SAMPLES / "dr_grpo.py")
+    assert config.algorithm.advantage.args == {"scale": "none"}
+    assert config.algorithm.aggregation.args == {"length": 300}
+    assert (config.learner.epochs_per_batch, config.run.steps, config.model.dtype) == (2, 50, "float32")
+    assert (config.rollout.temperature, config.rollout.min_p, config.rollout.colocate) == (0.9, 0.05, False)
+    assert config.algorithm.entropy.args == {"coef": 0.001}
+    assert [(f.function, f.model) for f in config.reward.functions] == [
+        ("rewards.math:equal", None),
+        (None, "my-org/reward"),
+    ]
+    for line in (
+        "- peft_config (line 38): no adapters",
+        "- callbacks (line 39)",
+        "- optim = 'adamw_8bit'",
+        "- repetition_penalty = 1.1",
+        "- learning_rte = 1e-05: unknown to TRL 1.16.0; did you mean learning_rate?",
+        "- dr_grpo.py:27: Trainer changes GRPOTrainer",
+    ):
+        assert line in text, line
+
+
+def test_a_yaml_file_with_a_reward_model():
+    config, text = imported(SAMPLES / "reward_model.yaml")
+    assert config.model.path == f"meta-llama/Llama-3.2-1B-Instruct@{COMMIT}"
+    assert [f.model or f.function for f in config.reward.functions] == [
+        "my-org/reward-model",
+        "think_format",
+        "soft_overlong",
+        "my_lib.rewards:polite",
+    ]
+    assert [f.weight for f in config.reward.functions] == [1.0, 0.2, 0.1, 0.5]
+    assert config.algorithm.combine == "normalize_then_sum"
+    assert config.algorithm.policy_loss.model_dump() == {"name": "cispo", "cap": 5.0}
+    assert config.algorithm.importance_sampling.level == "none"
+    assert config.learner.prompts_per_step == 4  # 8 x 2 x 4 / 16
+    assert config.learner.steps_per_batch == 2  # 128 / (8 x 4) = 4 passes of 2
+    assert (config.learner.num_ranks, config.learner.zero_stage, config.rollout.num_engines) == (4, 2, 4)
+    assert config.learner.lr == 1e-6  # YAML reads 1e-6 as text.
+    assert config.learner.schedule.args == {"final_fraction": 0.1, "warmup_steps": 10, "warmup_from_zero": True}
+    assert not config.learner.gradient_checkpointing
+    assert (config.run.tensorboard, config.run.samples_every) == (True, 5)
+    assert "- report_to = ['tensorboard', 'wandb']" in text
+
+
+def test_arguments_in_json():
+    config, text = imported(SAMPLES / "arguments.json")
+    assert (config.learner.prompts_per_step, config.learner.steps_per_batch) == (8, 1)  # 4 x 16 / 8
+    assert config.learner.zero_stage == 3
+    assert config.learner.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert config.algorithm.policy_loss.args == {"tau_pos": 1.0, "tau_neg": 1.1}
+    assert config.algorithm.entropy.args == {"target": 0.5, "delta": 0.005, "lowest": 0.0, "highest": 1.0}
+    assert config.learner.schedule.args["warmup_steps"] == 2  # 0.1 x 20
+    assert config.rollout.max_prompt_tokens == 256
+    assert "HUB_TOKEN" not in text
+    assert "lr_scheduler_type = 'polynomial'" in text
+
+
+def test_what_training_arguments_write_of_themselves():
+    """Every field at its default: the same as none at all, and nothing to complain about."""
+    given = {"max_steps": 8, "output_dir": "o"}
+    bare, _ = from_settings(given)
+    full, text = from_settings(KNOWN["fields"] | given | {"generation_batch_size": 8, "steps_per_generation": 1})
+    assert full.algorithm.policy_loss.args == {"low": 0.2, "high": 0.2}  # Written out, as it is given.
+    algorithm = full.algorithm.model_copy(update={"policy_loss": bare.algorithm.policy_loss})
+    assert full.model_copy(update={"algorithm": algorithm}) == bare
+    assert "No equal" not in text
+
+
+# --- sizes and steps by hand ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "prompts", "cut", "passes"),
+    [
+        ({"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 2, 8, 1, 1),
+        ({"per_device_train_batch_size": 8, "num_generations": 4}, 1, 2, 1, 1),
+        ({"per_device_train_batch_size": 8, "steps_per_generation": 3}, 1, 1, 3, 1),
+        ({"per_device_train_batch_size": 8, "generation_batch_size": 64}, 2, 2, 4, 1),
+        ({"per_device_train_batch_size": 8, "num_iterations": 3}, 1, 1, 1, 3),
+        # Four passes of 8 in a step, two of them a batch: both batches come before the step.
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, 1, 4, 1, 1),
+        # The second pass over each batch falls into the same step: half as many different prompts, no second update.
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2, "num_iterations": 2}, 1, 2, 1, 1),
+        # One group of 8 over two steps of 4: no such half group here.
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 2}, 1, 1, 1, 1),
+        # A step of 3 passes over batches of 2: it holds a batch and a half.
+        ({"gradient_accumulation_steps": 3, "steps_per_generation": 2}, 1, 3, 1, 1),
+    ],
+)
+def test_batches(settings, processes, prompts, cut, passes):
+    config, _ = from_settings(settings | {"max_steps": 36}, "--processes", str(processes))
+    learner = config.learner
+    assert (learner.prompts_per_step, learner.steps_per_batch, learner.epochs_per_batch) == (prompts, cut, passes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [
+        ({"gradient_accumulation_steps": 4}, 10, 6),  # 10 // 4 = 2 batches of a step, 3 epochs; 2 rows are left out.
+        ({"num_train_epochs": 0.5}, 9, 5),  # ceil(0.5 x 9)
+        ({"num_iterations": 2, "num_train_epochs": 1}, 7, 14),
+        ({"steps_per_generation": 4, "num_train_epochs": 1}, 9, 8),  # 2 batches of 4 prompts, 4 steps each.
+        (
+            {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 1},
+            10,
+            3,
+        ),  # ceil(5 x 2 / 4)
+        ({"max_steps": 7, "num_train_epochs": 9}, 10, 7),
+        ({"steps_per_generation": 3, "max_steps": 7}, 10, 9),
+    ],
+)
+def test_epochs_become_steps(settings, rows, steps):
+    config, text = from_settings(settings, "--rows", str(rows))
+    assert config.run.steps == steps
+    assert "not known" not in text
+
+
+def test_without_the_number_of_rows_that_is_said():
+    config, text = from_settings({"steps_per_generation": 3})
+    assert config.run.steps == 102
+    assert "run.steps should be 3 x (ROWS // 3 x 3 / 1); --rows N works it out" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "warmup"),
+    [
+        ("linear", {}, 0),
+        ("linear", {}, 5),
+        ("cosine", {}, 4),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.2}, 3),
+        ("cosine_with_min_lr", {"min_lr": 1e-6}, 0.25),
+        ("cosine_with_restarts", {}, 2),
+        ("constant", {}, 5),
+        ("constant_with_warmup", {}, 5),
+    ],
+)
+def test_the_rates_are_those_of_transformers(kind, kwargs, warmup):
+    import torch
+    from transformers import get_scheduler
+
+    settings = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": kwargs, "warmup_steps": warmup, "max_steps": 20}
+    config, _ = from_settings(settings | {"learning_rate": 5e-6})
+    chosen = config.learner.schedule
+    ours = [config.learner.lr * SCHEDULES[chosen.name](s, 20, **chosen.args) for s in range(20)]
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=5e-6)
+    count = int(warmup) if warmup >= 1 else int(20 * warmup)
+    theirs = get_scheduler(kind, optimizer, count, 20, scheduler_specific_kwargs=kwargs)
+    for rate in ours:
+        assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-6, abs=1e-15)
+        optimizer.step()
+        theirs.step()
+
+
+# --- the loss ---
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_every_loss_type_is_translated(kind, level):
+    config, text = from_settings({"loss_type": kind, "importance_sampling_level": level, "epsilon_high": 0.3})
+    policy = config.algorithm.policy_loss
+    by_row = level == "sequence" and kind not in ("cispo", "sapo", "vespo")
+    assert policy.name == ("sequence_clip" if by_row else LOSSES[kind][0] or "clip")
+    assert ("has one ratio a token" in text) == (level == "sequence" and kind in ("cispo", "sapo"))
+    if policy.name in ("clip", "sequence_clip"):
+        assert policy.args == {"low": 0.2, "high": 0.3}
+
+
+def test_the_cap_of_cispo_is_the_ratio_itself():
+    config, text = from_settings({"loss_type": "cispo"})
+    assert config.algorithm.policy_loss.args == {"cap": 0.2}
+    assert "no token weighs more than 0.2" in text
+
+
+def test_a_delta_below_the_clip_is_left_out():
+    config, _ = from_settings({"delta": 4.0})
+    assert config.algorithm.policy_loss.args["delta"] == 4.0
+    config, text = from_settings({"delta": 1.1})
+    assert "delta" not in config.algorithm.policy_loss.args
+    assert "- delta = 1.1: here it has to be above 1 + 0.2" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("sequence", "mask", None, 3.0)),
+        ({"vllm_importance_sampling_mode": "token_truncate"}, ("token", "truncate", None, 3.0)),
+        ({"vllm_importance_sampling_cap": 2.0}, ("sequence", "mask", None, 2.0)),
+        (
+            {"vllm_importance_sampling_clip_min": 0.5, "vllm_importance_sampling_clip_max": None},
+            ("sequence", "mask", 0.5, 1e9),
+        ),
+        ({"vllm_importance_sampling_correction": False}, ("none", "truncate", None, 3.0)),
+    ],
+)
+def test_the_correction_of_what_vllm_sampled(settings, expected):
+    config, _ = from_settings(settings | {"use_vllm": True})
+    found = config.algorithm.importance_sampling
+    assert (found.level, found.mode, found.low, found.high) == expected
+
+
+def test_a_kl_term_without_correction_is_one_where_it_was_switched_off():
+    config, text = from_settings({"beta": 0.1})
+    assert config.algorithm.kl.corrected
+    assert "algorithm.kl.corrected = true: TRL's default use_bias_correction_kl = True; Millrace's is false" in text
+    config, text = from_settings({"beta": 0.1, "use_bias_correction_kl": False})
+    assert not config.algorithm.kl.corrected
+    assert "algorithm.kl.corrected" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "value"),
+    [
+        ({"scale_rewards": True}, "algorithm.advantage.name", "grpo"),
+        ({"max_grad_norm": 0}, "learner.max_grad_norm", 1e9),
+        ({"top_k": -1}, "rollout.top_k", 0),
+        ({"fp16": True}, "model.dtype", "bfloat16"),
+        ({"bf16": False}, "model.dtype", "float32"),
+        ({"save_strategy": "no"}, "run.checkpoint_every", 0),
+        ({"overwrite_output_dir": True}, "run.resume", "overwrite"),
+        ({"fsdp": "full_shard auto_wrap"}, "learner.zero_stage", 3),
+        ({"fsdp": "shard_grad_op"}, "learner.zero_stage", 2),
+        ({"deepspeed": "missing.json"}, "learner.zero_stage", 0),
+        ({"max_completion_length": None, "vllm_max_model_length": 2048}, "rollout.max_new_tokens", 1536),
+        ({"generation_kwargs": {"temperature": 0.5}}, "rollout.temperature", 0.5),
+        ({"off_policy_mask_threshold": 0.5}, "algorithm.off_policy_threshold", 0.5),
+        ({"use_cpu": True}, "rollout.colocate", False),
+        ({"trust_remote_code": True}, "model.trust_remote_code", True),
+        ({"learning_rate": "3e-6"}, "learner.lr", 3e-6),
+        (
+            {"use_vllm": True, "vllm_model_impl": "transformers"},
+            "rollout.vllm",
+            {"gpu_memory_utilization": 0.3, "model_impl": "transformers"},
+        ),
+    ],
+)
+def test_single_settings(settings, key, value):
+    config, _ = from_settings(settings)
+    found = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_deepspeeds_own_file_is_read():
+    Path("ds.json").write_text(
+        '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "wall_clock_breakdown": true}'
+    )
+    config, _ = from_settings({"deepspeed": "ds.json"})
+    assert (config.learner.zero_stage, config.learner.deepspeed) == (2, {"wall_clock_breakdown": True})
+
+
+@pytest.mark.parametrize("name", ADAMW)
+def test_builds_of_adamw_have_an_equal(name):
+    assert "No equal" not in from_settings({"optim": name})[1]
+
+
+def test_secrets_are_not_shown():
+    _, text = from_settings({"env": {"HF_TOKEN": "hf_abc"}, "wandb_api_key": "abcdef", "hub_token": "hf_def"})
+    assert "- wandb_api_key: unknown" in text
+    assert "hf_" not in text
+    assert "abcdef" not in text
+
+
+# --- scripts ---
+
+FRAME = """
+from trl import GRPOConfig, GRPOTrainer
+from datasets import load_dataset
+{before}
+if __name__ == "__main__":
+    rows = load_dataset("json", data_files="rows.jsonl")
+    GRPOTrainer(model="m", reward_funcs={rewards}, args=GRPOConfig({args}), train_dataset=rows["train"]).train()
+"""
+F = "def f(completions, **kwargs):\n    return [0.0 for _ in completions]\n"
+
+
+def script(before=F, rewards="f", args=""):
+    return FRAME.format(before=before, rewards=rewards, args=args)
+
+
+@pytest.mark.parametrize(
+    ("before", "rewards", "expected"),
+    [
+        (F, "f", {"function": "train.py:f"}),
+        (F, "[f]", {"function": "train.py:f"}),
+        (F + "all_ = [f]", "all_", {"function": "train.py:f"}),
+        ("from a.b import c as d", "d", {"function": "a.b:c"}),
+        ("import a.b", "a.b.c", {"function": "a.b:c"}),
+        ("from trl.rewards import think_format_reward as t", "t", {"function": "think_format"}),
+        ("from trl import rewards", "rewards.accuracy_reward", {"function": "math_accuracy"}),
+        ("", "'org/judge'", {"model": "org/judge"}),
+        ("from functools import partial\n" + F, "partial(f, x=2)", {"function": "train.py:f", "args": {"x": 2}}),
+        ("def make(n):\n    return len", "make(3)", {"function": "train.py:make", "factory": True, "args": {"n": 3}}),
+        ("class R:\n    pass", "R(n=3)", {"function": "train.py:R", "args": {"n": 3}}),
+        (
+            "from trl.rewards import get_repetition_penalty_reward as g",
+            "g(2, max_penalty=-0.5)",
+            {"function": "repetition", "args": {"ngram": 2, "worst": -0.5}},
+        ),
+        (
+            "from trl.rewards import get_cosine_scaled_reward",
+            "get_cosine_scaled_reward(max_len=1000, max_value_correct=2.0)",
+            {
+                "function": "cosine_length",
+                "args": {"limit": 1000, "right": [2.0, 0.5], "wrong": [-1.0, -0.5], "column": "solution"},
+            },
+        ),
+    ],
+)
+def test_rewards_of_a_script(before, rewards, expected):
+    config, _ = from_script(script(before, rewards))
+    function = config.reward.functions[0].model_dump(exclude_defaults=True)
+    assert function == expected
+
+
+@pytest.mark.parametrize("rewards", ["lambda **k: [0.0]", "unknown", "[f, make_them()]", "sys.argv[1]"])
+def test_a_reward_that_cannot_be_read_is_refused_unless_it_is_given(rewards, capsys):
+    Path("train.py").write_text(script(rewards=rewards))
+    error = refused(capsys, "train.py")
+    assert error.startswith("error[E102] reward not readable — train.py:9. Found ")
+    assert "Fix: --reward package.module:function" in error
+    config, _ = imported("train.py", "--reward", "gsm8k_answer", "--reward", "think_format_reward")
+    assert [f.function for f in config.reward.functions] == ["gsm8k_answer", "think_format"]
+
+
+@pytest.mark.parametrize(
+    ("before", "args", "expected"),
+    [
+        ("LR = 2e-6", "learning_rate=LR", 2e-6),
+        ("LR = 1e-6", "learning_rate=2 * LR", 2e-6),
+        ("LR: float = 4e-6\nHALF = LR / 2", "learning_rate=HALF", 2e-6),
+        ("common = {'learning_rate': 2e-6}", "**common", 2e-6),
+        ("common = dict(learning_rate=2e-6)", "**common", 2e-6),
+        ("LR = 1.0\nLR = 2e-6", "learning_rate=LR", 2e-6),
+        ("import os", "learning_rate=float(os.environ['LR'])", None),
+        ("import sys\nif sys.argv:\n    LR = 2e-6", "learning_rate=LR", None),
+        ("LR = 2e-6\nLR += 1e-6", "learning_rate=LR", None),
+        ("", "learning_rate=1 / 0", None),
+        ("", "**unknown", None),
+    ],
+)
+def test_values_of_a_script(before, args, expected):
+    config, text = from_script(script(F + before, args=args))
+    assert config.learner.lr == (expected or 1e-6)
+    assert ("is not read; TRL's default stands here" in text) == (expected is None)
+
+
+def test_arguments_that_come_from_the_command_line_are_said():
+    text = "from trl import *\nGRPOTrainer('m', 'r', args=parser.parse()[1], train_dataset=load_dataset('json', data_files='a.jsonl'))"
+    _, said = from_script(text)
+    assert "train.py:2: args come from the command line or a file" in said
+
+
+@pytest.mark.parametrize(
+    ("rows", "file", "command"),
+    [
+        ("load_dataset('json', data_files='a.jsonl', split='train')", "a.jsonl", ""),
+        ("Dataset.from_csv('a.csv')", "a.csv", ""),
+        (
+            "load_dataset('org/d', 'main')['test']",
+            "data/d-main-test.parquet",
+            "load_dataset('org/d', 'main', split='test')",
+        ),
+        (
+            "load_dataset('json', data_files='https://x/a.jsonl')['train']",
+            "data/json-train.parquet",
+            "data_files='https://x",
+        ),
+        ("load_dataset('csv', data_files='a.csv').map(g)['train']", "data/train.jsonl", ".to_json('data/train.jsonl')"),
+    ],
+)
+def test_rows_of_a_script(rows, file, command):
+    text = f"from trl import GRPOTrainer\nGRPOTrainer('m', 'r', None, {rows})"
+    config, said = from_script(text)
+    assert config.data.train == file
+    assert command in said
+    assert ("To do first" in said) == bool(command)
+
+
+def test_a_held_out_part_that_nobody_evaluates_is_left_out():
+    text = "rows = load_dataset('json', data_files='a.jsonl').train_test_split(0.1)\n"
+    text += "GRPOTrainer('m', 'r', GRPOConfig({}), rows['train'], rows['test'])"
+    config, said = from_script(text.format(""))
+    assert config.data.eval is None
+    assert "eval_dataset: never evaluated" in said
+    config, said = from_script(text.format("eval_strategy='steps', eval_steps=5"))
+    assert (config.data.train, config.data.eval, config.eval.every_steps) == ("data/train.jsonl", "data/eval.jsonl", 5)
+
+
+def test_a_script_with_a_second_assignment_over_lines_is_followed():
+    text = "rows = load_dataset('json', data_files='a.jsonl')\nrows = (\n    rows\n    .filter(g)\n)\nGRPOTrainer('m', 'r', None, rows)"
+    config, said = from_script(text)
+    assert config.data.train == "data/train.jsonl"
+    assert "train.py:4: .filter(...) is not run" in said
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("a.py", "x = 1", "error[E105] no GRPO script — a.py"),
+        ("a.py", "def f(:", "error[E105] cannot parse script — a.py:1"),
+        ("a.json", "{", "error[E105] cannot parse arguments — a.json"),
+        ("a.yaml", "- 1", "error[E105] cannot parse arguments — a.yaml. Found list"),
+        ("a.toml", "x = 1", "error[E105] cannot read script — a.toml. Found .toml"),
+        (
+            "a.json",
+            '{"learning_rate": "fast"}',
+            "error[E102] bad value — a.json:learning_rate. Found 'fast', expected a number",
+        ),
+        ("a.json", '{"use_vllm": 1}', "error[E102] bad value — a.json:use_vllm. Found 1, expected true or false"),
+        ("a.json", '{"reward_funcs": ["nice"]}', "error[E102] unknown reward — a.json:reward_funcs. Found nice"),
+        ("a.json", '{"datasets": [{"path": "a"}, {"path": "b"}]}', "error[E102] train rows not readable — a.json"),
+    ],
+)
+def test_a_file_that_cannot_be_read(name, text, error, capsys):
+    Path(name).write_text(text)
+    assert refused(capsys, name).startswith(error)
+
+
+def test_a_missing_file_and_a_wrong_encoding(capsys):
+    Path("train.py").write_bytes(b"\xff")
+    assert refused(capsys, "train.py").startswith("error[E105] cannot parse script — train.py. Found byte 0xff")
+    assert "Fix: did you mean train.py?" in refused(capsys, "trains.py")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"num_generations": 6}, "error[E104] batch does not divide — a.json:num_generations. Found 8 completions"),
+        ({"generation_batch_size": 12}, "error[E104] batch does not divide — a.json:generation_batch_size. Found 12"),
+        ({"generation_batch_size": 16, "steps_per_generation": 4}, "error[E108] options disagree — a.json:generation_"),
+        ({"gradient_accumulation_steps": 0}, "error[E102] bad value — a.json:per_device_train_batch_size"),
+        ({"loss_type": "ppo"}, "error[E102] bad value — a.json:loss_type. Found ppo"),
+        ({"scale_rewards": "all"}, "error[E102] bad value — a.json:scale_rewards"),
+        ({"beta": -1.0}, "error[E102] bad value — a.json:beta"),
+        ({"sync_ref_model": True}, "error[E108] options disagree — a.json:sync_ref_model"),
+        ({"use_vllm": True, "vllm_importance_sampling_mode": "x"}, "error[E102] bad value — a.json:vllm_importance"),
+        (
+            {"use_vllm": True, "loss_type": "vespo"},
+            "error[E108] options disagree — a.json:vllm_importance_sampling_mode",
+        ),
+        ({"reward_weights": [1.0, 2.0]}, "error[E102] bad value — a.json:reward_weights. Found 2 weights"),
+        ({"temperature": 0.0}, "error[E102] bad value — a.toml:temperature"),
+        ({"epsilon": 1.5}, "error[E107] policy loss clip refuses — a.toml:algorithm.policy_loss.low"),
+    ],
+)
+def test_settings_with_which_there_is_nothing_to_translate(settings, error, capsys):
+    Path("a.json").write_text(json.dumps(settings))
+    found = refused(capsys, "a.json", *REST)
+    assert found.startswith(error.replace("a.toml:temperature", "a.toml:rollout.temperature"))
+    assert "\n" not in found
+
+
+def test_rows_that_fill_no_batch(capsys):
+    Path("a.json").write_text('{"gradient_accumulation_steps": 4}')
+    assert "Found 3 rows, expected >= 4" in refused(capsys, "a.json", *REST, "--rows", "3")
+
+
+def test_what_is_missing_is_said_together(capsys):
+    Path("a.json").write_text("{}")
+    lines = refused(capsys, "a.json").splitlines()
+    assert [line.partition(" — ")[2].partition(".")[0] for line in lines] == ["a"] * 3
+    assert [line.rpartition("Fix: ")[2] for line in lines] == ["--model NAME", "--train ROWS.jsonl", "--reward NAME"]
+
+
+def test_no_other_file_is_written_over(capsys):
+    Path("my.toml").write_text("[run]\n")
+    options = [str(SAMPLES / "minimal.py"), "--output", "my.toml"]
+    assert "my.toml is there already" in refused(capsys, *options)
+    assert Path("my.toml").read_text() == "[run]\n"
+    assert import_trl.main([*options[:2], "new.toml"]) == import_trl.main([*options[:2], "new.toml"]) == 0
+
+
+def test_options_stand_in_for_what_a_file_lacks(capsys):
+    Path("a.yaml").write_text("max_steps: 4\n")
+    config, _ = imported("a.yaml", *REST, "--eval", "held_out.jsonl")
+    assert (config.data.eval, config.eval.every_steps) == ("held_out.jsonl", 10)  # TRL's logging_steps
+    assert refused(capsys, "a.yaml", *REST, "--processes", "0").startswith("error[E106]")
+
+
+def test_it_is_a_verb(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["millrace", "import-trl", "--help"])
+    assert cli.main() == 0
+    assert "--processes" in capsys.readouterr().out
+
+
+def test_texts_are_quoted_as_toml_wants_them():
+    config, _ = from_settings({"output_dir": 'a "b"\\c\n\x7f', "generation_kwargs": {"stop": ["\t", "é"]}})
+    assert config.run.output_dir == 'a "b"\\c\n\x7f'
+    assert config.rollout.stop == ["\t", "é"]
+
+
+def test_the_reader_alone_runs_nothing():
+    Path("train.py").write_text(script(before=F + "open('ran', 'w')"))
+    found = read(Path("train.py"))
+    assert not Path("ran").exists()
+    assert SimpleNamespace(**vars(found)).rewards == [{"function": "train.py:f"}]
