@@ -30,15 +30,27 @@ def read_script(path: Path, text: str) -> Found:
     if not trainers and not configs:
         expected, fix = "a call of GRPOConfig or GRPOTrainer", "give the training script"
         raise InputError("E105", "no GRPO script", path.name, "neither", expected, fix)
+    configs.sort(key=lambda call: call not in _args_of(script, trainers[:1]))  # Others may only try something out.
     for call in [*trainers[1:], *configs[1:]]:
-        found.skip(call.lineno, f"a second {script.last(call)}: only the first is read")
+        found.skip(call.lineno, f"a second {script.last(call)}: it is not read")
     for name in subclasses:
         found.skip(script.top[name].lineno, f"{name} changes GRPOTrainer: what it overrides has no equal")
     _settings(script, found, trainers[:1], configs[:1])
     for call in trainers[:1]:
         _trainer(script, found, call)
     found.starts = next(script.work_at_import(), 0)
+    if script.assumed:
+        names = ", ".join(dict.fromkeys(script.assumed))
+        found.skip(0, f"the command line of the script: the defaults of its own options stand for {names}")
     return found
+
+
+def _args_of(script: Script, trainers: list[ast.Call]) -> list[ast.expr]:
+    """The expression that is GRPOTrainer's ``args``."""
+    try:
+        return [script.expression(k.value) for call in trainers for k in call.keywords if k.arg == "args"]
+    except Unreadable:
+        return []
 
 
 def _settings(script: Script, found: Found, trainers: list[ast.Call], configs: list[ast.Call]) -> None:
@@ -46,11 +58,15 @@ def _settings(script: Script, found: Found, trainers: list[ast.Call], configs: l
         positional = [ast.keyword("output_dir", call.args[0])] if call.args else []
         for keyword in [*positional, *call.keywords]:
             _setting(script, found, keyword)
-    variables = [n for n, all_ in script.assigned.items() if any(value in configs for _, value in all_)]
+    variables = {n for n, all_ in script.assigned.items() if any(value in configs for _, value in all_)}
+    variables |= {ast.unparse(k.value) for call in trainers for k in call.keywords if k.arg == "args"}
+    trained = {n for n, all_ in script.assigned.items() if any(value in trainers for _, value in all_)}
     for target, all_ in script.assigned.items():
         owner, dot, name = target.rpartition(".")
-        for line, value in all_ if dot and owner in variables else []:
-            if value is None:
+        for line, value in all_ if dot and owner in variables | trained else []:
+            if owner in trained:
+                found.skip(line, f"{target} is set on the trainer itself: not read")
+            elif value is None:
                 found.skip(line, f"{target} is set under a condition")
             else:
                 _setting(script, found, ast.keyword(name, value, lineno=line))
@@ -128,7 +144,10 @@ def _rows_of(script: Script, found: Found, node: ast.expr, part: str) -> None:
     try:
         source = _source(script, found, node, "")
     except Unreadable as error:
-        found.refuse(f"{part} rows not readable", error.line, str(error), "load_dataset of a file or name", option)
+        if part == "train":
+            found.refuse("train rows not readable", error.line, str(error), "load_dataset of a file or name", option)
+        else:
+            found.skip(error.line, f"eval_dataset = {error} is not read; {option} gives it")
         return
     if source and source.changed:
         file = f"data/{part}.jsonl"

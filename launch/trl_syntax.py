@@ -22,6 +22,7 @@ ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }
+CASTS: dict[str, Callable[[Any], Any]] = {"str": str, "int": int, "float": float, "bool": bool}
 WORKS = {
     "GRPOTrainer",
     "GRPOConfig",
@@ -62,6 +63,9 @@ class Script:
         for node in ast.walk(self.tree):
             self._import(node)
         self._collect(self.tree, False)
+        self._options = {name: call for call in self.calls if self.last(call) == "add_argument" for name in dests(call)}
+        self.assumed: list[str] = []
+        """Options of the script's own command line whose defaults were taken."""
 
     def _import(self, node: ast.AST) -> None:
         if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -116,6 +120,12 @@ class Script:
             return {self.value(k) if k else unreadable(node): self.value(v) for k, v in zip(node.keys, node.values)}
         if isinstance(node, ast.Call) and self.dotted(node.func) == "dict" and not node.args:
             return {k.arg or unreadable(node): self.value(k.value) for k in node.keywords}
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return not self.value(node.operand)
+        if isinstance(node, ast.Call) and name_of(node) in CASTS and len(node.args) == 1:
+            return self._calculated(node, lambda kind, one: CASTS[kind](one), name_of(node), self.value(node.args[0]))
+        if isinstance(node, ast.Attribute) and self._is_parsed(node.value):
+            return self._default_of_option(node)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return self._calculated(node, operator.sub, 0, self.value(node.operand))
         if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
@@ -128,8 +138,23 @@ class Script:
     def _calculated(node: ast.expr, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
         try:
             return function(left, right)
-        except (TypeError, ZeroDivisionError):
+        except (TypeError, ValueError, ZeroDivisionError):
             raise Unreadable(node) from None
+
+    def _is_parsed(self, node: ast.expr) -> bool:
+        """Whether this is what argparse made of the command line."""
+        values = [value for _, value in self.assigned.get(ast.unparse(node), [])]
+        return any(isinstance(value, ast.Call) and self.last(value) == "parse_args" for value in values)
+
+    def _default_of_option(self, node: ast.Attribute) -> Any:
+        call = self._options.get(node.attr)
+        given = {k.arg: k.value for k in call.keywords} if call else {}
+        flag = "action" in given and self.value(given["action"]) in ("store_true", "store_false")
+        if call is None or ("default" not in given and not flag):
+            raise Unreadable(node)
+        value = self.value(given["default"]) if "default" in given else self.value(given["action"]) == "store_false"
+        self.assumed.append(ast.unparse(node))
+        return value
 
     def last(self, call: ast.Call) -> str:
         """The last part of the name of what is called, also of a method of something without a name."""
@@ -190,6 +215,19 @@ def defined(node: ast.AST) -> list[str]:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return [target.id for target in targets if isinstance(target, ast.Name)]
     return [node.name] if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else []
+
+
+def dests(call: ast.Call) -> list[str]:
+    """The attribute that ``add_argument`` fills; none if it is not written down."""
+    named = [k.value for k in call.keywords if k.arg == "dest"] or call.args
+    names = [str(node.value) for node in named if isinstance(node, ast.Constant)]
+    long = [name for name in names if name.startswith("--")] or names
+    return [name.lstrip("-").replace("-", "_") for name in long[:1]]
+
+
+def name_of(call: ast.Call) -> str:
+    """What is called, as it is written."""
+    return ast.unparse(call.func)
 
 
 def unreadable(node: ast.AST) -> Any:

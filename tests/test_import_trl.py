@@ -605,6 +605,31 @@ def test_a_held_out_part_that_nobody_evaluates_is_left_out():
     assert (config.data.train, config.data.eval, config.eval.every_steps) == ("data/train.jsonl", "data/eval.jsonl", 5)
 
 
+def test_defaults_of_the_scripts_own_options_are_taken_and_said():
+    before = "import argparse\np = argparse.ArgumentParser()\np.add_argument('--lr', '-l', type=float, default=1e-5)\n"
+    before += "p.add_argument('--max-steps', default='7')\np.add_argument('--smoke', action='store_true')\n"
+    before += "p.add_argument('--seed', required=True)\nargs = p.parse_args()\n"
+    given = (
+        "learning_rate=args.lr, max_steps=int(args.max_steps), bf16=args.smoke, use_vllm=not args.smoke, seed=args.seed"
+    )
+    config, said = from_script(script(F + before, args=given))
+    assert (config.learner.lr, config.run.steps, config.model.dtype) == (1e-5, 7, "float32")
+    assert config.algorithm.importance_sampling.level == "sequence"
+    assert "the defaults of its own options stand for args.lr, args.max_steps, args.smoke" in said
+    assert "seed = args.seed is not read" in said
+
+
+def test_the_configuration_that_the_trainer_takes_is_read():
+    text = "GRPOConfig(loss_type='grpo')\ncfg = GRPOConfig(loss_type='dr_grpo')\ncfg.beta = 0.5\n"
+    text += "t = GRPOTrainer('m', 'r', args=cfg, train_dataset=load_dataset('json', data_files='a.jsonl'), eval_dataset=g())\n"
+    config, said = from_script(text + "t.epsilon_low = 0.1\nif x:\n    cfg.seed = 3\n")
+    assert (config.algorithm.aggregation.name, config.algorithm.kl.coef, config.run.seed) == ("constant", 0.5, 42)
+    assert "train.py:1: a second GRPOConfig: it is not read" in said
+    assert "train.py:5: t.epsilon_low is set on the trainer itself" in said
+    assert "train.py:7: cfg.seed is set under a condition" in said
+    assert "eval_dataset = g() is not read; --eval ROWS.jsonl gives it" in said
+
+
 def test_a_script_with_a_second_assignment_over_lines_is_followed():
     text = "rows = load_dataset('json', data_files='a.jsonl')\nrows = (\n    rows\n    .filter(g)\n)\nGRPOTrainer('m', 'r', None, rows)"
     config, said = from_script(text)
