@@ -6,8 +6,7 @@ import importlib
 import json
 import sys
 
-from launch.options import Options
-from launch.run import guarded
+from launch.options import Options, guarded
 from shared.errors import InputError, nearest
 
 WORKLOADS = {
@@ -24,28 +23,28 @@ WORKLOADS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    chosen = given[0] if given and given[0] in WORKLOADS else "rewards"
-    return guarded(given, _bench, help_text=_parser(chosen).format_help())
+    return guarded(given, _bench, parser(given[0] if given and given[0] in WORKLOADS else "rewards"))
 
 
-def _parser(workload: str) -> Options:
+def parser(workload: str = "rewards") -> Options:
+    """The verb's options for one ``workload``."""
     module = importlib.import_module(WORKLOADS[workload])
-    parser = Options(f"bench {workload}", module.__doc__)
-    parser.add_argument("workload", choices=list(WORKLOADS))
-    module.add_options(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON line last")
-    return parser
+    options = Options(f"bench {workload}", module.__doc__, f"millrace bench {workload} --json")
+    options.add_argument("workload", choices=list(WORKLOADS))
+    module.add_options(options)
+    options.add_argument("--json", action="store_true", help="print one JSON line last")
+    return options
 
 
 def _bench(arguments: list[str]) -> None:
-    workload = arguments[0]
+    workload = arguments[0] if arguments else ""
     if workload not in WORKLOADS:
         guess = nearest(workload, WORKLOADS) or next(iter(WORKLOADS))
         expected = f"one of {', '.join(WORKLOADS)}"
         raise InputError(
             "E107", "unknown bench workload", "command line", workload, expected, f"millrace bench {guess}"
         )
-    options = _parser(workload).parse_args(arguments)
+    options = parser(workload).parse_args(arguments)
     result = importlib.import_module(WORKLOADS[workload]).run(options)
     if options.json:
         print(json.dumps(result), flush=True)

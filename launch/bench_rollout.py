@@ -56,7 +56,7 @@ async def alternate(config: Config, rounds: int, groups: int, with_raw: bool = T
     from launch.parts import started
     from launch.preflight import prepare
 
-    prompts = prepare(config, "bench.toml", Path(config.data.train).parent).train.prompts
+    prompts = prepare(config, "bench.toml", Path(config.data.train[0].path).parent).train.prompts
     ours, raw = [], []
     async with ray_session(config), started(config, check_resources(config, "bench")) as parts:
         publication = await parts.learners.publish(prompts[0].token_ids)

@@ -93,16 +93,22 @@ ENOUGH_SKILL, MOST_ROUNDS, SEED = 0.75, 3, 0
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def resolve(config: Config, origin: str) -> Config:
-    """Replace every ``builtin:`` path of ``config`` by a real one, making model and data if the cache lacks them."""
+def resolve(config: Config, origin: str, make_model: bool = True) -> Config:
+    """Replace every ``builtin:`` path of ``config`` by a real one, making model and data if the cache lacks them.
+
+    Without ``make_model`` a model that is missing is one of the same shape that nobody has trained.
+    """
     model, data = config.model, config.data
     if model.path.startswith(SCHEME):
-        model = model.model_copy(update={"path": str(_model(_task_name(model.path, origin, "model.path")))})
+        model = model.model_copy(update={"path": str(_model(_task_name(model.path, origin, "model.path"), make_model))})
     changes = {}
     for index, split in enumerate(("train", "eval")):
-        path = getattr(data, split)
-        if path and path.startswith(SCHEME):
-            changes[split] = str(_data(_task_name(path, origin, f"data.{split}"), index))
+        sources = getattr(data, split) or []
+        key = f"data.{split}"
+        made = [
+            str(_data(_task_name(s.path, origin, key), index)) if s.path.startswith(SCHEME) else s.path for s in sources
+        ]
+        changes[split] = [s.model_copy(update={"path": path}) for s, path in zip(sources, made)] or None
     return config.model_copy(update={"model": model, "data": data.model_copy(update=changes)})
 
 
@@ -136,12 +142,15 @@ def _data(name: str, index: int) -> Path:
     return path
 
 
-def _model(name: str) -> Path:
+def _model(name: str, make: bool) -> Path:
     recipe = hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()[:8]
     path = _cache() / f"{name}-{recipe}"
+    if not path.exists() and not make:
+        path = _cache() / f"{name}-{recipe}-untrained"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, lambda part: _make_model(TASKS[name], name, part))
+        write = _make_model if make else _untrained_model
+        _write_whole(path, lambda part: write(TASKS[name], name, part))
     return path
 
 
@@ -185,17 +194,15 @@ def random_qwen2(tokenizer: Any, **shape: Any) -> Any:
     return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **ends, **shape))
 
 
-def _make_model(task: Task, name: str, path: Path) -> None:
-    """Warm up a fresh model on the task's training rows and save it in Hugging Face form."""
+def _fresh_model(task: Task) -> tuple[Any, Any]:
+    """A random model for ``task``, and its tokenizer."""
     import torch
 
-    print(f"making the base model builtin:{name}; later runs find it in {path.parent}", flush=True)
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(task)
-    vocabulary = 32 * -(-len(tokenizer) // 32)
     model = random_qwen2(
         tokenizer,
-        vocab_size=vocabulary,
+        vocab_size=32 * -(-len(tokenizer) // 32),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -204,6 +211,21 @@ def _make_model(task: Task, name: str, path: Path) -> None:
         max_position_embeddings=task.max_position,
         initializer_range=0.06,
     )
+    return model, tokenizer
+
+
+def _untrained_model(task: Task, name: str, path: Path) -> None:
+    print(f"builtin:{name} is made at the first start, in about a minute", flush=True)
+    for part in _fresh_model(task):
+        part.save_pretrained(path)
+
+
+def _make_model(task: Task, name: str, path: Path) -> None:
+    """Warm up a fresh model on the task's training rows and save it in Hugging Face form."""
+    import torch
+
+    print(f"making the base model builtin:{name}; later runs find it in {path.parent}", flush=True)
+    model, tokenizer = _fresh_model(task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     train, _ = task.rows()
     chance, started = random.Random(SEED), time.monotonic()

@@ -1,39 +1,79 @@
-"""The ``millrace`` command: one verb a module."""
+"""The ``millrace`` command: one verb a module, imported when it is asked for.
+
+Each verb's module has ``main(arguments) -> exit code`` and ``parser()``, which the help and the shell's completion read.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-VERBS = {
-    "train": ("launch.run", "train a policy: millrace train CONFIG.toml [--section.field VALUE ...]"),
-    "scale": ("launch.scale", "change the number of engines of a run that goes on: millrace scale RUN --engines N"),
-    "plan": ("launch.plan", "share devices between engines and learner: millrace plan CONFIG.toml --devices N"),
-    "simulate": ("launch.simulate", "the control plane with simulated engines: millrace simulate --engines 1000"),
-    "replay": ("launch.replay", "train again on a run's stored groups: millrace replay RUN [--to STEP]"),
-    "doctor": ("launch.doctor", "run the reward functions on canned completions and say what is wrong"),
-    "score": ("launch.score", "score stored completions: millrace score --reward NAME --data ROWS.jsonl --json"),
-    "bench": ("launch.bench", "measure throughput: millrace bench rewards [--json]"),
-    "import-trl": ("launch.import_trl", "a TRL script or its arguments as a configuration: millrace import-trl FILE"),
-    "evaluate": ("launch.evaluate", "score a model directory: millrace evaluate CONFIG.toml [--model.path DIR]"),
+GROUPS = {
+    "a run": {
+        "train": ("launch.run:main", "train a policy"),
+        "resume": ("launch.run:resume", "go on with a run from its newest checkpoint"),
+        "scale": ("launch.scale:main", "change the number of engines of a run that goes on"),
+    },
+    "before": {
+        "configs": ("launch.shipped:main", "the configurations and recipes that ship, to read and to copy"),
+        "import-trl": ("launch.import_trl:main", "a TRL script, or the arguments of one, as a configuration"),
+        "doctor": ("launch.doctor:main", "run the reward functions on canned completions and say what is wrong"),
+        "score": ("launch.score:main", "score stored completions with reward functions"),
+        "plan": ("launch.plan:main", "how to share devices between engines and learner, and what to expect"),
+    },
+    "after": {
+        "show": ("launch.show:main", "browse prompts, completions, rewards and tokens in the terminal"),
+        "eval": ("launch.evaluate:main", "score a model on held-out rows, greedy or with pass@k"),
+        "replay": ("launch.replay:main", "train again on a run's stored groups, and compare the weights"),
+    },
+    "measuring": {
+        "bench": ("launch.bench:main", "throughput of each part beside its own limit"),
+        "simulate": ("launch.simulate:main", "the control plane with up to thousands of simulated engines"),
+    },
+    "this command": {
+        "completion": ("launch.completion:main", "what bash, zsh or tcsh need to complete its words"),
+    },
 }
+VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
 def main() -> int:
     """Dispatch to a verb; exit code 2 for an unknown one."""
-    import importlib
-
-    from shared.errors import nearest
-
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: millrace VERB ...\n" + "\n".join(f"  {name:10s} {text}" for name, (_, text) in VERBS.items()))
+        print(usage())
         return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"millrace {_version()}")
+        return 0
     if arguments[0] not in VERBS:
+        from shared.errors import InputError, nearest
+
         guess = nearest(arguments[0], VERBS)
-        fix = f"did you mean {guess}?" if guess else "see --help"
-        print(
-            f"error[E106] unknown verb — command line. Found {arguments[0]}, expected one of {', '.join(VERBS)}. Fix: {fix}",
-            file=sys.stderr,
-        )
+        expected, fix = f"one of {', '.join(VERBS)}", f"millrace {guess}" if guess else "millrace --help"
+        print(InputError("E106", "unknown verb", "command line", arguments[0], expected, fix), file=sys.stderr)
+        print("exit code 2", file=sys.stderr)
         return 2
-    return int(importlib.import_module(VERBS[arguments[0]][0]).main(arguments[1:]))
+    module, _, name = VERBS[arguments[0]][0].partition(":")
+    return int(getattr(importlib.import_module(module), name)(arguments[1:]))
+
+
+def usage() -> str:
+    """All verbs, by when they are wanted."""
+    lines = ["usage: millrace VERB [options]        millrace VERB --help for each"]
+    for title, verbs in GROUPS.items():
+        lines += ["", f"{title}:"] + [f"  {verb:<12}{meaning}" for verb, (_, meaning) in verbs.items()]
+    lines += [
+        "",
+        "to begin:",
+        "  millrace train quickstart --dry-run   # check everything, start nothing",
+        "  millrace train quickstart             # two-digit addition on two cores, without a GPU or a download",
+        "  millrace configs gsm8k > my.toml      # a configuration to start one's own from",
+    ]
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version("millrace")

@@ -23,6 +23,7 @@ from typing import Any
 from launch.environment import SAFE, refuse_open_dashboard
 from launch.placement import ACCELERATOR, SOME, Needs, Node, accelerator_of_ranks, check, table
 from launch.ray_actors import RaySlot
+from shared.actors import LOGS
 from shared.config import Config
 from shared.errors import InputError, one_line, raise_all
 
@@ -255,10 +256,16 @@ async def reserve(needs: Needs) -> Reservation:
     return reservation
 
 
-def worker_environment() -> dict[str, str]:
-    """Environment of every actor: it imports Millrace from where the driver did, and is no less safe on any node."""
+def worker_environment(output: Path | None = None) -> dict[str, str]:
+    """Environment of every actor: it imports Millrace from where the driver did, and is no less safe on any node.
+
+    What it prints goes to ``output``/logs, unless ``MILLRACE_WORKER_LOGS`` asks to see it at once.
+    """
     path = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     ours = {"PYTHONPATH": os.pathsep.join(p for p in dict.fromkeys(path) if p), "TOKENIZERS_PARALLELISM": "false"}
     if not os.environ.get("RAY_ADDRESS"):  # All on this machine: process groups need not be heard outside either.
         ours |= {name: os.environ.get(name, value) for name, value in LOOPBACK.items()}
+    if output is not None and not os.environ.get("MILLRACE_WORKER_LOGS"):
+        (output / "logs").mkdir(exist_ok=True)
+        ours[LOGS] = str(output / "logs")
     return ours | SAFE

@@ -16,7 +16,7 @@ import numpy as np
 from launch.accounts import Accounts, trainer_state
 from launch.early_stopping import EARLY_STOPPING
 from launch.failures import FailureBudget, RefusedSteps, stalled
-from launch.held_out import evaluate
+from launch.held_out import Judges, evaluate
 from launch.keeper import Keeper
 from launch.partners import Done, Engines, Learners, Recorder, Rewards, Training
 from learner.choices import bind
@@ -292,8 +292,9 @@ class Controller:
         if not self._held_out:
             return
         with self._time.during("evaluate"):
-            metrics = await evaluate(self._config, self._held_out, self._engines, self._rewards, self._failures)
-        self._recorder.evaluated(self.version, metrics)
-        self._evaluated = self.version
-        if self._stopping.observe(metrics, self.version) and self.version:
+            by = Judges(self._engines.generate, self._rewards.score)
+            metrics = await evaluate(self._config, self._held_out, by, self._failures)
+        self._evaluated, improved = self.version, self._stopping.observe(metrics, self.version)
+        self._recorder.evaluated(self.version, metrics, self._stopping.story())
+        if improved and self.version:
             await self._checkpoint()

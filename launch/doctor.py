@@ -1,4 +1,4 @@
-"""``millrace doctor CONFIG.toml [--completions FILE.jsonl] [--sample N]``: run the reward functions before anything expensive starts.
+"""``millrace doctor CONFIG``: run the reward functions before anything expensive starts.
 
 Feeds them canned completions made from the data, in killable children, and says what it finds: exceptions, wrong
 shapes, constants, a reversed sign, jumps, slowness. ``--sample N`` adds the model's own answers to N prompts. ``probe`` is the same check, small, in every run's preflight.
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from launch.doctor_rules import ERROR, Finding, Verdict, judge, unequal_scales
 from launch.doctor_samples import Sample, canary_samples, samples_for
-from launch.run import guarded, parse
+from launch.options import ConfigOptions, guarded
 from launch.score import read_rows
 from rollout.reward_loading import isolation_of, reward_name
 from rollout.reward_worker import RewardWorker
 from shared.config import Config
-from shared.config_loader import load_config
+from shared.config_loader import config_file, load_config
 from shared.config_reward import Reward, RewardFunction
 from shared.errors import InputError, InputErrors, RewardFailed
 from shared.types import Prompt
@@ -32,44 +32,50 @@ STATE = {"global_step": 0, "epoch": 0, "max_steps": 1, "log_history": []}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code: 0 clean or warnings, 2 errors."""
-    return guarded(sys.argv[1:] if arguments is None else arguments, _doctor)
+    return guarded(arguments, _doctor, parser())
+
+
+def parser() -> ConfigOptions:
+    """The verb's options."""
+    examples = """
+        millrace doctor my.toml                              # canned completions
+        millrace doctor my.toml --completions rows.jsonl     # and yours
+        millrace doctor my.toml --sample 4                   # and the model's own
+        """
+    options = ConfigOptions("doctor", __doc__, examples)
+    options.add_argument("--completions", metavar="FILE.jsonl", help="also score these stored completions")
+    options.add_argument(
+        "--sample", type=int, default=0, metavar="N", help="also sample the model's answers to N prompts"
+    )
+    return options
 
 
 def _doctor(arguments: list[str]) -> None:
     from launch.preflight import prepare
     from launch.run_folder import resolve_output
 
-    arguments, stored = _option(arguments, "--completions")
-    arguments, sampled = _option(arguments, "--sample")
-    files, overrides = parse(arguments)
-    prepared = prepare(load_config(files, overrides), Path(files[-1]).name, Path(files[-1]).parent, probing=False)
+    options, files, settings = parser().parse_config(arguments)
+    source = config_file(files[-1])
+    prepared = prepare(load_config(files, settings), source.name, source.parent, probing=False)
     prompts = prepared.train.prompts[:8]
     extra: dict[int, list[str]] = {}
-    if stored:
-        extra[0] = [str(row["completion"]) for row in read_rows(Path(stored))]
-    if sampled:
-        extra |= dict(enumerate(asyncio.run(sample(prepared.config, prompts[: int(sampled)]))))
+    if options.completions:
+        extra[0] = [str(row["completion"]) for row in read_rows(Path(options.completions))]
+    if options.sample:
+        extra |= dict(enumerate(asyncio.run(sample(prepared.config, prompts[: options.sample]))))
     verdicts = examine(prepared.config, prompts, extra=extra)
     for verdict in verdicts:
         print(verdict.render())
-    found = [
+    findings = [
         (finding.level != ERROR, verdict.name, finding.text) for verdict in verdicts for finding in verdict.findings
     ]
-    _, name, text = min(found, key=lambda entry: entry[0], default=(False, "", ""))
-    print(f"advice: {name} {text}" if found else "advice: nothing found; the rewards look usable")
+    _, name, text = min(findings, key=lambda entry: entry[0], default=(False, "", ""))
+    print(f"advice: {name} {text}" if findings else "advice: nothing found; the rewards look usable")
     folder = resolve_output(prepared.config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "doctor.json").write_text(json.dumps([v.as_dict() for v in verdicts], indent=1), encoding="utf-8")
     print(f"full results: {folder / 'doctor.json'}")
-    _raise_errors(verdicts, Path(files[-1]).name)
-
-
-def _option(arguments: list[str], name: str) -> tuple[list[str], str]:
-    """``arguments`` without option ``name``, and its value or nothing."""
-    if name not in arguments:
-        return arguments, ""
-    at = arguments.index(name)
-    return arguments[:at] + arguments[at + 2 :], (arguments[at + 1 : at + 2] or [""])[0]
+    _raise_errors(verdicts, source.name)
 
 
 async def sample(config: Config, prompts: list[Prompt]) -> list[list[str]]:

@@ -6,6 +6,7 @@ The controller calls ``observe`` after every evaluation. The fields are all the 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,10 @@ class NoStopping:
 
     best_version = -1
     stop = False
+
+    def story(self) -> str:
+        """Nothing to tell."""
+        return ""
 
     def observe(self, metrics: dict[str, float], version: int) -> bool:
         """Never an improvement worth a checkpoint."""
@@ -63,6 +68,16 @@ class Patience:
         self._decide(version)
         return improved
 
+    def story(self) -> str:
+        """Where it stands, for people; empty before the first evaluation."""
+        if self.best_version < 0:
+            return ""
+        best = f"best {self._metric.removeprefix('eval/')} {self.best:.4g} at version {self.best_version}"
+        left = self._patience - self.without
+        if self._patience == sys.maxsize:
+            return best
+        return f"{best}; stops now" if self.stop else f"{best}; stops after {max(left, 1)} more without a better one"
+
     def restore(self, state: dict[str, Any], version: int) -> None:
         """Remember the evaluations before a checkpoint, and decide by the settings of today."""
         vars(self).update(state)
@@ -72,4 +87,9 @@ class Patience:
         self.stop = self.without >= self._patience and version >= self._min_steps
 
 
-EARLY_STOPPING: dict[str, Callable[..., Any]] = {"none": NoStopping, "patience": Patience}
+def keep_best(*, metric: str = "eval/reward", mode: str = "max", min_delta: float = 0.0) -> Patience:
+    """Never stops, but knows the best evaluation, whose checkpoint is kept."""
+    return Patience(metric=metric, mode=mode, min_delta=min_delta, patience=sys.maxsize)
+
+
+EARLY_STOPPING: dict[str, Callable[..., Any]] = {"none": NoStopping, "best": keep_best, "patience": Patience}

@@ -1,7 +1,7 @@
-"""``millrace evaluate CONFIG.toml [--model.path DIR]``: score a model directory on the configuration's held-out rows.
+"""``millrace eval CONFIG | RUN``: score a model on held-out rows, greedy and, with ``--eval.samples N``, pass@k.
 
-Loads the weights from disk into a fresh vLLM of its own, without Ray and without a learner, so it also proves that
-a checkpoint stands alone. Prints one JSON object last.
+Of a run folder it takes the configuration and the best checkpoint. The weights are loaded from disk into a fresh vLLM of
+its own, without Ray and without a learner, so it also proves that a checkpoint stands alone. One JSON object comes last.
 """
 
 from __future__ import annotations
@@ -11,48 +11,93 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from launch.run import guarded, parse
+from launch.options import ConfigOptions, guarded
 from shared.config import Config
-from shared.config_loader import load_config
+from shared.config_loader import config_file, load_config
 from shared.errors import InputError
+from shared.types import Prompt
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code."""
-    return guarded(sys.argv[1:] if arguments is None else arguments, _evaluate)
+    return guarded(arguments, _evaluate, parser())
+
+
+def parser() -> ConfigOptions:
+    """The verb's options."""
+    examples = """
+        millrace eval runs/my                              # the best checkpoint of a run
+        millrace eval runs/my --checkpoint 120             # that of a step
+        millrace eval my.toml --model.path DIR             # any model directory
+        millrace eval runs/my --eval.samples 8             # pass@1, 2, 4, 8 beside the greedy score
+        """
+    options = ConfigOptions("eval", __doc__, examples)
+    text = "of a run folder: best, newest, or a step"
+    options.add_argument("--checkpoint", default="best", metavar="WHICH", help=text)
+    return options
 
 
 def _evaluate(arguments: list[str]) -> None:
     from launch.preflight import prepare
 
-    files, overrides = parse(arguments)
-    prepared = prepare(load_config(files, overrides), Path(files[-1]).name, Path(files[-1]).parent)
+    options, files, settings = parser().parse_config(arguments)
+    if (Path(files[0]) / "config.toml").is_file():
+        settings = {"model.path": str(_checkpoint(Path(files[0]), options.checkpoint))} | settings
+        files = [str(Path(files[0]) / "config.toml")]
+    source = config_file(files[-1])
+    prepared = prepare(load_config(files, settings), source.name, source.parent)
     if not prepared.held_out:
-        place = f"{Path(files[-1]).name}:data.eval"
+        place = f"{source.name}:data.eval"
         raise InputError("E201", "no evaluation rows", place, "nothing", "held-out rows", "set data.eval")
     scores = asyncio.run(score(prepared.config, prepared.held_out))
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        print(f"{name:{width}}  {value:.4f}")
     print(json.dumps({"model": prepared.config.model.path, "rows": len(prepared.held_out), **scores}), flush=True)
 
 
-async def score(config: Config, prompts: list) -> dict[str, float]:
-    """Mean of every reward function over greedy completions of ``prompts``, in a fresh engine."""
-    from rollout.engine import Engine, Sampling
-    from rollout.reward_worker import RewardWorker
+def _checkpoint(run: Path, which: str) -> Path:
+    """The model of a run's checkpoint. Raises ``InputError`` E603 if there is none such."""
+    from launch.resume import Point
+    from shared.checkpoints import all_of, newest, of_step
 
-    engine = Engine(config, load_format="safetensors")
+    parent = run / "checkpoints"
+    found = newest(parent) if not which.isdigit() else of_step(parent, int(which))
+    if found is not None and which == "best":
+        best = Point.at(*found).state["stopping"].get("best_version", -1)
+        found = of_step(parent, best) if best > 0 else found
+    if found is None:
+        there = ", ".join(path.name for path in all_of(parent)) or "none"
+        place, fix = f"command line:--checkpoint {which}", "train first, or choose one of these"
+        raise InputError("E603", "no such checkpoint", place, there, "a good checkpoint", fix)
+    return found[0] / "hf"
+
+
+async def score(config: Config, prompts: list[Prompt]) -> dict[str, float]:
+    """``eval/...`` metrics of the model at ``config.model.path`` on ``prompts``, in a fresh engine."""
+    from launch.failures import FailureBudget
+    from launch.held_out import Judges, evaluate
+    from rollout.engine import Engine, Sampling
+    from rollout.reward_worker import RewardWorker, Scores
+    from shared.types import Completion
+
+    engine, worker = Engine(config, load_format="safetensors"), RewardWorker(config.reward)
+    state = {"global_step": 0, "epoch": 0, "max_steps": 0, "log_history": []}
+    scoring = asyncio.Lock()  # A worker takes one call at a time.
+
+    async def generate(_: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
+        return await engine.generate(prompt.token_ids, sampling, 0)
+
+    async def judge(number: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Scores:
+        async with scoring:
+            return (await asyncio.to_thread(worker.score, [(number, prompt, completions)], state))[0]
+
     try:
-        limit = config.eval.max_new_tokens or config.rollout.max_new_tokens
-        sampling = Sampling(1, limit, 0.0, stop=tuple(config.rollout.stop))
-        answers = await asyncio.gather(*(engine.generate(prompt.token_ids, sampling, 0) for prompt in prompts))
+        failures = FailureBudget(config.reward, lambda *_: None)
+        return await evaluate(config, prompts, Judges(generate, judge), failures)
     finally:
         await engine.close()
-    worker = RewardWorker(config.reward)
-    groups = [(i, prompt, answer) for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))]
-    results = await asyncio.to_thread(worker.score, groups, {"global_step": 0, "epoch": 0, "max_steps": 0})
-    worker.close()
-    return {name: float(np.nanmean([r.parts[name][0] for r in results])) for name in results[0].parts}
+        worker.close()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Nor is any code that ships with it: whether that may run is settled here, before
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,16 @@ def _check_head_dim(path: Path, shape: dict[str, Any], problems: list[InputError
                 "use another model",
             )
         )
+
+
+def count_parameters(path: Path) -> int:
+    """Of a model that was checked, by the headers of its weight files."""
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total
 
 
 def _check_weights(path: Path, problems: list[InputError]) -> None:

@@ -76,7 +76,7 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
         reservation = await reserve(needs)
         if output is not None:
             await check_files(config, output, reservation)
-        environment = worker_environment()
+        environment = worker_environment(output)
         rewards = RewardPool(config, reservation.rewards, environment)
         learners = LearnerGroup(config, run_id, reservation.ranks, environment)
         engines = EnginePool(config, reservation, environment)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
+from launch.sinks import check_sinks
 from rollout.prompts import PromptSet
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
 from rollout.sandbox import require_sandbox
 from shared.config import Config
 from shared.config_checks import warnings as combination_warnings
+from shared.config_data import Source
 from shared.errors import InputError, InputErrors, one_line, raise_all
 from shared.types import Prompt
 
@@ -31,28 +34,31 @@ class Prepared:
     warnings: list[str]
 
 
-def prepare(config: Config, origin: str, base: Path, probing: bool = True) -> Prepared:
+def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehearsal: bool = False) -> Prepared:
     """Check and load everything that needs no cluster. ``base``: the folder that reward files are relative to.
 
-    ``probing`` also calls every reward function on canned completions, in a child that can be killed.
+    ``probing`` also calls every reward function on canned completions, in a child that can be killed. A ``rehearsal``
+    makes nothing that takes long: a built-in model that is not there yet stays untrained.
 
     Raises ``InputErrors`` with all the problems found.
     """
     from launch.builtin import resolve
 
     check_environment()
-    config = _with_paths(resolve(config, origin), base)
+    config = _with_paths(resolve(config, origin, make_model=not rehearsal), base)
     problems: list[InputError] = []
     _collect(problems, lambda: _check_choices(config, origin))
+    _collect(problems, lambda: check_sinks(config, origin))
     _collect(problems, lambda: check_secrets(config, origin))
     _collect(problems, lambda: check_model(config, origin))
     raise_all(problems)
-    tokenizer = _load_tokenizer(config, origin)
-    train = _collect(problems, lambda: PromptSet.load(config, config.data.train, f"{origin}:data.train", tokenizer))
+    tokenizer = _load_tokenizer(config, origin, light=rehearsal)
+    load = partial(PromptSet.load, config, tokenizer=tokenizer)
+    train = _collect(problems, lambda: load(config.data.train, "train", f"{origin}:data.train"))
     held_out: list[Prompt] = []
     if config.data.eval:
-        path = config.data.eval
-        loaded = _collect(problems, lambda: PromptSet.load(config, path, f"{origin}:data.eval", tokenizer))
+        sources = config.data.eval
+        loaded = _collect(problems, lambda: load(sources, "test", f"{origin}:data.eval"))
         held_out = loaded.prompts[: config.eval.max_rows] if loaded else []
     raise_all(problems)
     assert train is not None
@@ -88,11 +94,7 @@ def _with_paths(config: Config, base: Path) -> Config:
         if colon and source.endswith(".py") and not Path(source).is_absolute():
             spec = spec.model_copy(update={"function": f"{(base / source).resolve()}:{attribute}"})
         functions.append(spec)
-    data = {}
-    for key in ("train", "eval"):
-        path = getattr(config.data, key)
-        if path and not Path(path).is_file() and (base / path).is_file():
-            data[key] = str((base / path).resolve())
+    data = {key: _located(getattr(config.data, key), base) for key in ("train", "eval")}
     model, trusted = config.model, config.model.trust_remote_code
     tokenizer = model.tokenizer and _local_model(model.tokenizer, trusted)
     changes = {
@@ -101,6 +103,16 @@ def _with_paths(config: Config, base: Path) -> Config:
         "reward": config.reward.model_copy(update={"functions": functions}),
     }
     return config.model_copy(update=changes)
+
+
+def _located(sources: list[Source] | None, base: Path) -> list[Source] | None:
+    """``sources`` with their files found: in the working directory, or else in ``base``; hub names stay as they are."""
+
+    def found(path: str) -> str:
+        there = next((place for place in (Path(path), base / path) if place.exists()), None)
+        return str(there.resolve()) if there else path
+
+    return [s.model_copy(update={"path": found(s.path)}) for s in sources] if sources else None
 
 
 def _local_model(path: str, trusted: bool) -> str:
@@ -134,12 +146,19 @@ def _check_choices(config: Config, origin: str) -> None:
     bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", f"{origin}:eval.early_stopping")
 
 
-def _load_tokenizer(config: Config, origin: str) -> Any:
-    from transformers import AutoTokenizer
-
-    source = config.model.tokenizer or config.model.path
+def _load_tokenizer(config: Config, origin: str, light: bool) -> Any:
+    """``light``: by the class that reads any tokenizer.json. To import the automatic one takes longer than all checks
+    together, and what it may do otherwise is a token at an end."""
+    source, trusted = config.model.tokenizer or config.model.path, config.model.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
+        if light and (Path(source) / "tokenizer.json").is_file() and not trusted:
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
     except Exception as error:  # A damaged file surfaces as whatever its parser raises.
         place = f"{origin}:model.tokenizer"
         raise InputError(
@@ -189,13 +208,17 @@ def check_columns(config: Config, origin: str, columns: list[str]) -> None:
 
 
 def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:
-    name, needed = Path(config.data.train).name, config.learner.prompts_per_step
+    name, needed = " + ".join(Path(s.path).name for s in config.data.train), config.learner.prompts_per_step
     if len(train.prompts) < needed:
         found, expected = f"{len(train.prompts)} usable rows", f">= learner.prompts_per_step ({needed})"
         problems.append(
             InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step")
         )
-    warnings = [f"{n} {reason} prompts of {name} dropped" for reason, n in train.dropped.items() if n]
+    warnings = [
+        f"{n} {reason} {'rows' if reason == 'filtered' else 'prompts'} of {name} dropped"
+        for reason, n in train.dropped.items()
+        if n
+    ]
     seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
     cores, engines = config.rollout.cpu_cores.split("|"), config.rollout.num_engines
     if engines > 1 and cores != ["nobind"] and len(set(cores)) < engines:
@@ -208,7 +231,7 @@ def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], proble
         warnings.append(f"warning[W209] duplicate prompts — {name}. Found {duplicates}, expected none.")
     shared = [prompt for prompt in held_out if prompt.token_ids.tobytes() in seen]
     if shared and not config.data.allow_overlap:
-        place = f"{Path(config.data.eval or '').name}:{shared[0].prompt_id + 1}"
+        place = f"{' + '.join(Path(s.path).name for s in config.data.eval or [])}:{shared[0].prompt_id + 1}"
         fix = "remove them or data.allow_overlap = true"
         problems.append(InputError("E209", "eval rows in train", place, f"{len(shared)} shared prompts", "0", fix))
     return warnings

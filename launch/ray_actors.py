@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.actors import ActorDied, ActorUnreachable, Call
+from shared.actors import LOGS, NAME, ActorDied, ActorUnreachable, Call
 from shared.errors import one_line
 
 
@@ -24,8 +26,9 @@ class _Process(NamedTuple):
 class RayActor:
     """An actor of Ray's; on this node its process is known by number, so that it can be ended at once."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, log: Path | None = None) -> None:
+        """``log``: where it writes what it prints."""
+        self._handle, self._log = handle, log
         self._gone = False
         """Ray says that the process has ended: another may have its number."""
         self._process = self.call("__ray_call__", _process).answer
@@ -75,7 +78,8 @@ class RayActor:
             raise error.cause from error
         except RayError as error:  # It died, or its place is gone before it came up.
             self._gone = True
-            raise ActorDied(_brief(error)) from None
+            where = f" (log: {self._log})" if self._log else ""
+            raise ActorDied(_brief(error) + where) from None
 
     def _pid_here(self) -> int | None:
         import ray
@@ -110,7 +114,8 @@ class RaySlot:
             "max_concurrency": concurrency,
             "runtime_env": {"env_vars": environment},
         }
-        return RayActor(ray.remote(kind).options(**options).remote(*arguments))
+        log = log_file(environment)
+        return RayActor(ray.remote(_logged(kind) if log else kind).options(**options).remote(*arguments), log)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:
         """See ``Slot``; takes none of its resources."""
@@ -142,6 +147,34 @@ class RaySlot:
             where = NodeAffinitySchedulingStrategy(self.node, soft=False)
         taken = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
         return taken | {"scheduling_strategy": where}
+
+
+def log_file(environment: Mapping[str, str]) -> Path | None:
+    """The log of a process with this environment, if it has one."""
+    folder, name = environment.get(LOGS), environment.get(NAME)
+    return Path(folder) / f"{name}.log" if folder and name else None
+
+
+def _logged(kind: type) -> type:
+    """``kind``, but what its process prints, libraries and children included, goes to its own log."""
+
+    class Logged(kind):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            _print_into(log_file(os.environ))
+            super().__init__(*arguments)
+
+    Logged.__name__ = Logged.__qualname__ = kind.__name__
+    return Logged
+
+
+def _print_into(log: Path | None) -> None:
+    if log is None or not log.parent.is_dir():  # A host without the run folder keeps Ray's own log.
+        return
+    with log.open("ab", buffering=0) as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 def kill_process(pid: int) -> None:

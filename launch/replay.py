@@ -6,7 +6,6 @@ repeated exactly, without engines and without rewards. Ends with exit code 1 at 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch.run import guarded
+from launch.options import Options, guarded
 from shared.config import Config
 from shared.config_loader import load_config
 from shared.errors import InputError, MillraceError
@@ -33,27 +32,26 @@ class Diverged(MillraceError):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code."""
-    return guarded(sys.argv[1:] if arguments is None else arguments, _replay, _parser().format_help())
+    return guarded(arguments, _replay, parser())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="millrace replay", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--to", type=int, help="last step to replay")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser
+def parser() -> Options:
+    """The verb's options."""
+    options = Options("replay", __doc__, "millrace replay runs/quickstart --to 20")
+    options.add_argument("run", type=Path, help="run folder")
+    options.add_argument("--to", type=int, help="last step to replay")
+    return options
 
 
 def _replay(arguments: list[str]) -> None:
     from launch.preflight import prepare
-    from rollout.prompts import PromptStream
 
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     file = options.run / "config.toml"
     files = stored_steps(options.run, options.to)
     prepared = prepare(load_config([str(file)], {}), file.name, file.parent)
     config = prepared.config
-    stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+    stream = prepared.train.stream(config)
     asyncio.run(replay(config, stream, files, digests(options.run)))
 
 

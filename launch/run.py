@@ -12,8 +12,6 @@ import os
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch.options import ConfigOptions, guarded
 from shared.config import Config
-from shared.config_loader import known_keys, load_config
-from shared.errors import InputError, MillraceError, one_line
+from shared.config_loader import config_file, load_config
+from shared.errors import InputError
 
 if TYPE_CHECKING:
     from launch.parts import Parts
@@ -36,99 +35,87 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, and return the exit code."""
-    return guarded(sys.argv[1:] if arguments is None else arguments, _train_command)
+    return guarded(arguments, _train_command, parser())
+
+
+def resume(arguments: list[str] | None = None) -> int:
+    """``millrace resume RUN``: go on with a run, as its own folder says it was; returns the exit code."""
+    return guarded(arguments, _resume_command, resume_parser())
+
+
+def parser() -> ConfigOptions:
+    """Options of ``millrace train``."""
+    examples = """
+        millrace train quickstart                                  # two-digit addition on two cores, a minute
+        millrace train my.toml --learner.lr 2e-6 --run.steps 500   # any setting
+        millrace train my.toml --dry-run                           # check everything, start nothing
+        millrace train --help learner                              # settings whose name contains "learner"
+        ray job submit --working-dir . -- python launch/run.py my.toml
+        """
+    options = ConfigOptions("train", __doc__, examples)
+    _common(options)
+    return options
+
+
+def resume_parser() -> ConfigOptions:
+    """Options of ``millrace resume``."""
+    text = "Go on with a run from its newest good checkpoint, with the settings in its folder or changed ones."
+    options = ConfigOptions("resume", text, "millrace resume runs/my --run.steps 1000")
+    _common(options)
+    return options
+
+
+def _common(options: ConfigOptions) -> None:
+    text = "check everything, show settings, placement and memory, and start nothing"
+    options.add_argument("--dry-run", action="store_true", help=text)
+    text = "run.trace = true: keep the whole timeline of all processes, for Perfetto (ledger/trace.json)"
+    options.add_argument("--trace", action="store_true", help=text)
 
 
 def _train_command(arguments: list[str]) -> None:
-    files, overrides = parse(arguments)
-    train(load_config(files, overrides), Path(files[-1]), dry_run="--dry-run" in arguments)
+    options, files, settings = parser().parse_config(arguments)
+    train(load_config(files, _traced(options, settings)), config_file(files[-1]), dry_run=options.dry_run)
 
 
-def guarded(arguments: list[str], verb: Callable[[list[str]], None], help_text: str = "") -> int:
-    """Run ``verb``; print help, or at most one error without a traceback, and return the exit code."""
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        if help_text:
-            print(help_text)
-        else:
-            print_help()
-        return 0 if arguments else 2
-    debug = "--debug" in arguments
-    # Threads that spin while they wait take the cores from the other processes; read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        verb(arguments)
-        return 0
-    except MillraceError as error:
-        if debug:
-            raise
-        print(f"{error}\nexit code {error.exit_code}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except (KeyboardInterrupt, asyncio.CancelledError) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 143
-        print(f"interrupted; the last checkpoint stands\nexit code {code}", file=sys.stderr, flush=True)
-        return code
-    except Exception as error:  # A bug of ours or a fault of a machine: the one case that needs its traceback.
-        if debug:
-            raise
-        traceback.print_exc()
-        print(
-            f"error[E000] unexpected {type(error).__name__}: {one_line(error)}\nexit code 1",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
+def _resume_command(arguments: list[str]) -> None:
+    options, folders, settings = resume_parser().parse_config(arguments)
+    folder = Path(folders[0]).absolute()
+    if not (folder / "config.toml").is_file():
+        fix = "check the path"
+        raise InputError("E603", "nothing to resume", folders[0], "no config.toml", "the folder of a run", fix)
+    here = {"run.output_dir": str(folder), "run.resume": "auto"}
+    file, settings = folder / "config.toml", _traced(options, here | settings)
+    train(load_config([str(file)], settings), file, dry_run=options.dry_run)
 
 
-def parse(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Configuration files and ``--section.field value`` overrides. Raises ``InputError`` E105 or E106."""
-    files: list[str] = []
-    overrides: dict[str, str] = {}
-    rest = [a for a in arguments if a not in ("--debug", "--dry-run")]
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            files.append(argument)
-            continue
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            if not rest or (rest[0].startswith("--") and "." in rest[0]):
-                raise InputError(
-                    "E106", "bad override", f"command line:--{key}", "no value", "a value", f"--{key} VALUE"
-                )
-            value = rest.pop(0)
-        overrides[key.replace("-", "_")] = value
-    if not files:
-        raise InputError(
-            "E105",
-            "no config",
-            "command line",
-            "no file",
-            "a TOML file",
-            "python launch/run.py launch/configs/quickstart.toml",
-        )
-    return files, overrides
+def _traced(options: Any, settings: dict[str, str]) -> dict[str, str]:
+    return settings | {"run.trace": "true"} if options.trace else settings
 
 
 def train(config: Config, source: Path, dry_run: bool = False) -> None:
-    """Check everything, then run the whole loop."""
+    """Check everything, then run the whole loop; ``source`` names the configuration in messages."""
+    from launch.dry_run import check_disk
+    from launch.dry_run import dry_run as rehearse
     from launch.preflight import prepare
     from launch.resume import find
     from launch.run_folder import resolve_output
-    from rollout.prompts import PromptStream
 
     started = time.monotonic()
-    prepared = prepare(config, source.name, source.parent)
-    stream = PromptStream(prepared.train.prompts, config.run.seed, config.data.shuffle)
+    prepared = prepare(config, source.name, source.parent, rehearsal=dry_run)
+    stream = prepared.train.stream(config)
     output = resolve_output(config.run.output_dir)
     point = find(prepared.config, output, stream)
+    check_disk(prepared.config, output)
     for warning in prepared.warnings:
         print(warning, flush=True)
     evaluated = point is not None and (not prepared.held_out or point.state["evaluated"] == point.version)
     if point is not None and point.version >= config.run.steps and evaluated:
         print(f"{output}: complete at step {point.version}; raise run.steps to go on", flush=True)
         return
-    session = Session(prepared, source.name, output, stream, point)
-    asyncio.run(session.run(started, dry_run))
+    if dry_run:
+        rehearse(prepared.config, source.name, output, point)
+    else:
+        asyncio.run(Session(prepared, source.name, output, stream, point).run(started))
 
 
 @dataclass
@@ -144,13 +131,12 @@ class Session:
     name: Any = None
     """Held on the cluster, so that no other run takes it."""
 
-    async def run(self, began: float, dry_run: bool) -> None:
-        """Start the parts and train; with ``dry_run`` stop before anything is started."""
-        from launch.cluster import check_resources, claim, nodes, ray_session
+    async def run(self, began: float) -> None:
+        """Start the parts and train."""
+        from launch.cluster import check_resources, claim, ray_session
         from launch.garbage import collected_by_the_clock
         from launch.parts import started
-        from launch.placement import table
-        from launch.run_folder import RunFolder, dump_config
+        from launch.run_folder import RunFolder
         from launch.scale import obey
 
         config = self.prepared.config
@@ -160,11 +146,6 @@ class Session:
             # `ray job stop` and preemption send it, and wait three seconds. Only now: Ray has put a handler there too.
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
             needs = check_resources(config, self.origin)
-            if dry_run:
-                begin = f"from {self.point.place}" if self.point else "at step 0"
-                print(f"{dump_config(config)}\n# begins {begin}; placement:\n{table(needs, nodes())}", flush=True)
-                print("# dry run: everything checked, nothing started", flush=True)
-                return
             self.name = claim(self.output)
             folder = RunFolder(config, self.output)
             try:
@@ -214,14 +195,6 @@ class Session:
         self.point = Point.at(*found) if found else None
         self.stream.cursor = 0
         print(f"learner built again in {time.monotonic() - started:.0f} s", flush=True)
-
-
-def print_help() -> None:
-    """Usage and every setting with its default and meaning."""
-    print("usage: python launch/run.py CONFIG.toml [MORE.toml ...] [--section.field VALUE ...] [--dry-run] [--debug]\n")
-    for key, field in known_keys().items():
-        default = "required" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        print(f"  --{key}  ({default})\n        {field.description}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.display import clock, screen_for
 from launch.failures import sample_file
 from launch.resume import NOTHING, QUEUED, STATE, Point, model_digest, rewind_rows, take_lock
+from launch.sinks import Sinks
 from launch.stored_groups import write_groups
 from shared import checkpoints
 from shared.config import Config
@@ -27,20 +29,21 @@ from shared.metrics import MetricsWriter, read_metrics
 from shared.sample_ledger import SampleLedger
 from shared.types import Prompt, RolloutGroup
 
-PRINT_EVERY_S = 2.0
 OURS = (
-    *("checkpoints", "samples", "ledger", "failed", "tensorboard"),
+    *("checkpoints", "samples", "ledger", "failed", "tensorboard", "wandb", "logs"),
     *(
         "config.toml",
         "metrics.jsonl",
         "metrics.cut.jsonl",
         "reward.png",
+        "report.html",
         "stacks.txt",
         "scale.asked.json",
         "scale.answered.json",
     ),
 )
 """What a run writes into its folder, beside the lock."""
+TRACE_BYTES = 64 << 20
 WEIGHTS = "ledger/weights.jsonl"
 """Digests of the published weights by step."""
 
@@ -77,10 +80,11 @@ class RunFolder:
                 "a writable directory",
                 "another place",
             ) from None
-        self._metrics = MetricsWriter(path, config.run.tensorboard)
-        self.book = TimeBook(path / "ledger" / "trace.json")
+        self._metrics, self._sinks = MetricsWriter(path), Sinks(config, path)
+        self._screen = screen_for(config)
+        self.book = TimeBook(path / "ledger" / "trace.json", None if config.run.trace else TRACE_BYTES)
         self.samples = SampleLedger(path / "ledger" / "samples.jsonl")
-        self._started = self._printed = time.monotonic()
+        self._started = time.monotonic()
         self._first: tuple[int, float] | None = None
         self._failures = self._refusals = self._unsaved = 0
         self._last_sampled = 0
@@ -95,7 +99,7 @@ class RunFolder:
             if int(sample.stem.removeprefix("step-")) > version:
                 sample.unlink()
         aside = checkpoints.set_aside(self.path / "checkpoints", version)
-        self._metrics = MetricsWriter(self.path, self._config.run.tensorboard)
+        self._metrics = MetricsWriter(self.path)
         groups = self.samples.rewind(point.state["samples"] if point else NOTHING)
         self._last_sampled = max(version, 0)
         if point:
@@ -106,7 +110,7 @@ class RunFolder:
             print(f"set aside: {', '.join(aside)} in {self.path / 'checkpoints'}", flush=True)
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup], digest: str = "") -> None:
-        """Record a finished step and print a line of progress every other second; ``digest`` is that of its weights."""
+        """Record a finished step and show it; ``digest`` is that of its weights."""
         now = time.monotonic()
         self._first = self._first or (step, now)
         every, last = self._config.run.samples_every, self._config.run.steps
@@ -116,15 +120,8 @@ class RunFolder:
         with (self.path / WEIGHTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "digest": digest}) + "\n")
         self._metrics.write(step, metrics)  # Last: a step that has its row has everything.
-        if now - self._printed >= PRINT_EVERY_S or step == self._first[0] or step >= last:
-            self._printed = now
-            left = (now - self._first[1]) / max(step - self._first[0], 1) * (last - step)
-            rate = metrics["throughput/rollout_tokens_per_second"]
-            kl = f"  kl {metrics['kl']:.4f}" if "kl" in metrics else ""
-            print(
-                f"step {step:>5}/{last}  reward {metrics['reward']:.3f}{kl}  |A| {metrics['advantages/abs_mean']:.2f}  {rate:,.0f} tokens/s  {_clock(left)} left",
-                flush=True,
-            )
+        self._sinks.write(step, metrics)
+        self._screen.step(step, metrics, (now - self._first[1]) / max(step - self._first[0], 1) * (last - step))
 
     def draft(self, step: int) -> Path:
         """An empty folder for the files of a checkpoint. Raises ``OSError`` if one as large as the last has no room."""
@@ -188,14 +185,11 @@ class RunFolder:
         }
         path.write_text(json.dumps(kept, default=str, indent=1), encoding="utf-8")
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Record an evaluation of policy version ``step``, as a row of its own."""
-        shown = "  ".join(
-            f"{name.removeprefix('eval/').removeprefix('rewards/').removesuffix('/mean')} {value:.3f}"
-            for name, value in metrics.items()
-        )
-        print(f"evaluation at version {step}: {shown}", flush=True)
+    def evaluated(self, step: int, metrics: dict[str, float], story: str = "") -> None:
+        """Record an evaluation of policy version ``step``, as a row of its own; ``story``: what early stopping makes of it."""
+        self._screen.evaluated(step, metrics, story)
         self._metrics.write(step, metrics)
+        self._sinks.write(step, metrics)
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Keep the summary of the run's time, and print its verdict and the account of all samples."""
@@ -204,8 +198,10 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the sinks."""
+        self._screen.close()
         self.book.close()
         self._metrics.close()
+        self._sinks.close()
         self.samples.flush()
         self._lock.close()
 
@@ -213,12 +209,7 @@ class RunFolder:
         """Close the sinks and draw the curve."""
         self.close()
         draw_curves(read_metrics(self.path), self.path / "reward.png", self._config)
-        print(f"run folder: {self.path} ({_clock(time.monotonic() - self._started)} in all)", flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+        print(f"run folder: {self.path} ({clock(time.monotonic() - self._started)} in all)", flush=True)
 
 
 def dump_config(config: Config) -> str:

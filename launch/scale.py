@@ -17,8 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from launch.options import Options
-from launch.run import guarded
+from launch.options import Options, guarded
 from rollout.engine_pool import EnginePool
 from shared.errors import InputError, MillraceError, one_line
 
@@ -32,19 +31,20 @@ class NoAnswer(MillraceError):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code."""
-    return guarded(sys.argv[1:] if arguments is None else arguments, _scale, help_text=_parser().format_help())
+    return guarded(arguments, _scale, parser())
 
 
-def _parser() -> Options:
-    parser = Options("scale", __doc__)
-    parser.add_argument("run", type=Path, help="the run folder")
-    parser.add_argument("--engines", type=int, required=True, help="engines that it shall have")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="longest wait for the run's answer")
-    return parser
+def parser() -> Options:
+    """The verb's options."""
+    options = Options("scale", __doc__, "millrace scale runs/my --engines 6")
+    options.add_argument("run", type=Path, help="the run folder")
+    options.add_argument("--engines", type=int, required=True, help="engines that it shall have")
+    options.add_argument("--timeout-s", type=float, default=60.0, help="longest wait for the run's answer")
+    return options
 
 
 def _scale(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     print(ask(options.run, options.engines, options.timeout_s), flush=True)
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.options import Options
-from launch.run import guarded
+from launch.options import Options, guarded
 from shared.config import Config
 from shared.errors import GroupFailed, InputError
 from shared.types import Completion, Prompt
@@ -24,28 +23,31 @@ from shared.types import Completion, Prompt
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code."""
-    return guarded(sys.argv[1:] if arguments is None else arguments, _score, help_text=_parser().format_help())
+    return guarded(arguments, _score, parser())
 
 
-def _parser() -> Options:
-    parser = Options("score", __doc__)
-    parser.add_argument(
+def parser() -> Options:
+    """The verb's options."""
+    options = Options("score", __doc__, "millrace score --reward gsm8k_answer --data rows.jsonl --json")
+    options.add_argument(
         "--reward",
         action="append",
         required=True,
         help="built-in name, pkg.module:function or file.py:function; may repeat",
     )
-    parser.add_argument("--data", required=True, help="JSON lines with prompt, completion and columns")
-    parser.add_argument("--args", default="{}", help='arguments of the functions as TOML, for example "{target = 200}"')
-    parser.add_argument("--isolation", choices=["actor", "subprocess", "sandbox"], help="where the functions run")
-    parser.add_argument("--timeout-s", type=float, default=10.0, help="longest time of one call")
-    parser.add_argument("--workers", type=int, default=1, help="reward workers")
-    parser.add_argument("--json", action="store_true", help='print {"rewards": [...]} last')
-    return parser
+    options.add_argument("--data", required=True, help="JSON lines with prompt, completion and columns")
+    options.add_argument(
+        "--args", default="{}", help='arguments of the functions as TOML, for example "{target = 200}"'
+    )
+    options.add_argument("--isolation", choices=["actor", "subprocess", "sandbox"], help="where the functions run")
+    options.add_argument("--timeout-s", type=float, default=10.0, help="longest time of one call")
+    options.add_argument("--workers", type=int, default=1, help="reward workers")
+    options.add_argument("--json", action="store_true", help='print {"rewards": [...]} last')
+    return options
 
 
 def _score(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         table = tomllib.loads(f"args = {options.args}")["args"]
     except tomllib.TOMLDecodeError as error:

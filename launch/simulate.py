@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.options import Options
-from launch.run import guarded
+from launch.options import Options, guarded
 from launch.timings import Timings
 from shared.config import Config
 from shared.config_loader import load_config
@@ -31,24 +30,33 @@ WARM_UP = 0.2
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    return guarded(given or ["--engines", "8"], _simulate, help_text=_parser().format_help())
+    return guarded(arguments, _simulate, parser())
 
 
-def _parser() -> Options:
-    parser = Options("simulate", __doc__)
-    parser.add_argument("config", nargs="?", help="a run's configuration; by default groups of 8, a few per engine")
-    parser.add_argument("--engines", type=int, help="engines (default: the configuration's, or 8)")
-    parser.add_argument("--ranks", type=int, help="learner ranks (default: the configuration's, or as many as keep up)")
-    parser.add_argument("--steps", type=int, default=20, help="batches to train")
-    parser.add_argument("--groups-per-engine", type=int, default=4, help="without a configuration: prompts in a step")
-    parser.add_argument("--timings", type=Path, help="JSON of launch/timings.py, as millrace plan --save writes it")
-    parser.add_argument("--json", action="store_true", help="print one JSON line last")
-    return parser
+def parser() -> Options:
+    """The verb's options."""
+    options = Options(
+        "simulate",
+        __doc__,
+        """
+        millrace simulate --engines 1000                 # the control plane's cost
+        millrace simulate my.toml --timings t.json --json  # a run of one's own
+        """,
+    )
+    options.add_argument("config", nargs="?", help="a run's configuration; by default groups of 8, a few per engine")
+    options.add_argument("--engines", type=int, help="engines (default: the configuration's, or 8)")
+    options.add_argument(
+        "--ranks", type=int, help="learner ranks (default: the configuration's, or as many as keep up)"
+    )
+    options.add_argument("--steps", type=int, default=20, help="batches to train")
+    options.add_argument("--groups-per-engine", type=int, default=4, help="without a configuration: prompts in a step")
+    options.add_argument("--timings", type=Path, help="JSON of launch/timings.py, as millrace plan --save writes it")
+    options.add_argument("--json", action="store_true", help="print one JSON line last")
+    return options
 
 
 def _simulate(arguments: list[str]) -> None:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.engines is not None and options.engines < 1:
         found, fix = str(options.engines), "--engines 8"
         raise InputError("E102", "bad value", "command line:--engines", found, ">= 1", fix)

@@ -62,8 +62,9 @@ def bind(
     function = _find(choice.name, table, kind, name_key or f"{key}.name")
     parameters = inspect.signature(function).parameters
     accepted = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and n not in SUPPLIED]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name in choice.args:
-        if name not in accepted:
+        if name not in accepted and not takes_any:
             guess = nearest(name, accepted)
             raise InputError(
                 "E107",

@@ -18,7 +18,7 @@ import numpy as np
 
 from learner.distributed import free_port, learner_environment
 from learner.learner import Learner
-from shared.actors import Actor, ActorDied, ActorUnreachable, Slot
+from shared.actors import Actor, ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
 from shared.errors import LearnerFailed, LearnerLost, MillraceError
 from shared.ledger import TimeSlice
@@ -55,7 +55,8 @@ class LearnerGroup:
         master = await self._free_address()
         for rank, slot in enumerate(self._slots):
             arguments = self._config, rank, len(self._slots), master
-            self._ranks.append(slot.spawn(Learner, *arguments, environment=self._environment))
+            environment = self._environment | named(f"learner-{rank}")
+            self._ranks.append(slot.spawn(Learner, *arguments, environment=environment))
         self._lives += 1
         await self._call("open_sender", f"{self._run_id}-{self._lives}", timeout_s=START_TIMEOUT_S)
         self._node = await self._ranks[0].node()

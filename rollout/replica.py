@@ -13,7 +13,7 @@ from typing import Any
 from rollout.engine import Engine, Received, Sampling
 from rollout.engine_health import EngineHealth
 from rollout.vllm_setup import engine_environment
-from shared.actors import ActorDied, ActorUnreachable, Slot
+from shared.actors import ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
 from shared.errors import EngineFailed, MillraceError, WeightProofFailed, one_line
 from shared.ledger import TimeSlice
@@ -45,7 +45,7 @@ class Replica:
         """``health`` is that of the place, over all its lives."""
         self._config = config
         self.index, self.name, self.health = index, f"engine-{index}", health
-        environment = environment | engine_environment(config, index)
+        environment = environment | engine_environment(config, index) | named(self.name)
         self._actor = slot.spawn(Engine, config, index, environment=environment, concurrency=4096)
         self.end_of_life: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outstanding = 0

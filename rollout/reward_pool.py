@@ -18,7 +18,7 @@ import numpy as np
 from rollout.code_tests import longest_s
 from rollout.reward_loading import isolation_of, reward_name
 from rollout.reward_worker import Group, RewardWorker, Scores
-from shared.actors import Actor, ActorDied, ActorUnreachable, Slot
+from shared.actors import Actor, ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
 from shared.errors import GroupFailed, RewardFailed, one_line
 from shared.ledger import TimeSlice
@@ -184,7 +184,8 @@ class RewardPool:
                 item.result.set_exception(GroupFailed(item.group[0], cause, detail, *trace))
 
     def _spawn(self, index: int, name: str) -> Actor:
-        return self._slots[index].spawn(RewardWorker, self._settings, False, name, environment=self._environment)
+        environment = self._environment | named(name)
+        return self._slots[index].spawn(RewardWorker, self._settings, False, name, environment=environment)
 
     def _replace(self, index: int) -> None:
         self._actors[index].kill()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.actors import Actor, ActorDied, ActorUnreachable, Places
+from shared.actors import Actor, ActorDied, ActorUnreachable, Places, named
 from shared.errors import EngineFailed
 from shared.weights import Publication, Segment, orphans, segment_name
 
@@ -212,5 +212,6 @@ class Relays:
         if node not in self._actors:
             self._spawned += 1
             name, slot = f"{self._run}-relay-{self._spawned}", self._places.on(node)
-            self._actors[node] = slot.spawn(WeightRelay, name, environment=self._environment, concurrency=THREADS)
+            environment = self._environment | named(f"relay-{self._spawned}")
+            self._actors[node] = slot.spawn(WeightRelay, name, environment=environment, concurrency=THREADS)
         return self._actors[node]

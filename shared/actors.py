@@ -10,6 +10,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+NAME, LOGS = "MILLRACE_ACTOR", "MILLRACE_LOGS"
+"""Environment of an actor's process: what it is called, and the folder for what it prints."""
+
+
+def named(name: str) -> dict[str, str]:
+    """Environment of a process that is called ``name``."""
+    return {NAME: name}
+
 
 class ActorDied(Exception):
     """The actor's process has ended, for good."""

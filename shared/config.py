@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from shared.config_algorithm import Algorithm, Choice, NonNegative, Positive, Section, Share
+from shared.config_data import Data
 from shared.config_reward import Reward
 
 MAX_SEQUENCES = 1024
@@ -36,8 +37,10 @@ class Run(Section):
     """Times that each engine, and the learner, is started again after it died or hung, before the run ends."""
     samples_every: NonNegative = 10
     """Write the step's completions to samples/ every so many steps; 0 writes none."""
-    tensorboard: bool = False
-    """Also write the metrics as TensorBoard events."""
+    sinks: list[Choice] = []
+    """Where metrics go beside metrics.jsonl: tensorboard, wandb (project, entity, ...), trackio (project, ...), prometheus."""
+    trace: bool = False
+    """Keep the whole timeline of all processes (ledger/trace.json, for Perfetto), not only the last 64 MB of it."""
     stall_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """End the run when no step finishes for this long (start-up has its own limit): longer than learner.step_timeout_s and
     twice rollout.request_timeout_s, which find who hangs and replace it."""
@@ -57,29 +60,6 @@ class Model(Section):
     """Jinja chat template that replaces the tokenizer's."""
     trust_remote_code: bool = False
     """Run code that ships with the model. Review it first: a directory, or a hub model at one commit, org/name@COMMIT."""
-
-
-class Data(Section):
-    """Rows to train and evaluate on."""
-
-    train: str
-    """Rows to train on: a .jsonl, .json, .csv or .parquet file, or builtin:NAME."""
-    eval: str | None = None
-    """Held-out rows, same forms; none: no evaluation."""
-    prompt_column: str = "prompt"
-    """Column with the prompt: a string, or a list of chat messages."""
-    chat: bool = False
-    """Wrap string prompts as one user message and apply the chat template."""
-    system_prompt: str | None = None
-    """System message put before every conversation."""
-    shuffle: bool = True
-    """Visit rows in a new random order each epoch (from run.seed)."""
-    on_bad_row: Literal["error", "drop"] = "error"
-    """What to do with blank prompts."""
-    on_long_prompt: Literal["error", "drop"] = "error"
-    """What to do with prompts over rollout.max_prompt_tokens; they are never cut."""
-    allow_overlap: bool = False
-    """Accept evaluation prompts that also occur in the training rows."""
 
 
 class Rollout(Section):
@@ -189,8 +169,17 @@ class Evaluation(Section):
     """Rows of data.eval used."""
     max_new_tokens: Positive | None = None
     """Completion limit; default: rollout.max_new_tokens."""
-    early_stopping: Choice = Choice(name="none")
-    """none, or patience (metric, mode, patience, min_delta, min_steps): end when an evaluation metric stops improving."""
+    samples: NonNegative = 0
+    """Completions sampled of each row beside the greedy one, for pass@1, 2, 4, ... up to so many; 0: greedy alone."""
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    """Of the sampled ones; default: rollout.temperature."""
+    pass_reward: str | None = None
+    """Reward function that says whether a completion solves its row; default: the one with the largest weight."""
+    pass_value: float = 1.0
+    """Least value of it that counts as solved."""
+    early_stopping: Choice = Choice(name="best")
+    """best: keep the best checkpoint by an evaluation metric (metric, mode, min_delta); patience (also patience, min_steps): and
+    end when it stops improving; none: neither."""
 
 
 class Config(Section):

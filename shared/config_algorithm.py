@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -24,12 +24,17 @@ class Section(BaseModel):
 
 
 class Choice(BaseModel):
-    """An entry of one of the tables of functions: ``name`` plus that function's own keyword arguments."""
+    """An entry of one of the tables of functions: ``name`` plus that function's own keyword arguments; or a name alone."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow", use_attribute_docstrings=True)
 
     name: str
     """Name in the table, or ``package.module:function`` for one of your own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
 
     @property
     def args(self) -> dict[str, Any]:

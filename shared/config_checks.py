@@ -173,7 +173,7 @@ def _reference(c: Config, disagree: Refuse) -> None:
 
 
 def _early_stopping(c: Config, disagree: Refuse) -> None:
-    if c.eval.early_stopping.name == "none":
+    if c.eval.early_stopping.name in ("none", "best"):
         return
     if c.data.eval is None:
         disagree("eval.early_stopping, data.eval", "no evaluation rows", "data.eval", "set data.eval")

@@ -27,9 +27,9 @@ def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Co
     Raises ``InputError`` E105 for an unreadable file and ``InputErrors`` with every E101-E104, E106 and E108 found.
     """
     table: dict[str, Any] = {}
-    origin = Path(files[-1]).name if files else "command line"
+    origin = config_file(files[-1]).name if files else "command line"
     for name in files:
-        _merge(table, _read_toml(Path(name)))
+        _merge(table, _read_toml(config_file(name)))
     overrides = overrides or {}
     place = f"{origin}:algorithm.recipe"
     if overrides.get("algorithm.recipe", "none") != "none":  # On the command line it replaces what the files say.
@@ -68,10 +68,22 @@ def _over_recipe(table: dict[str, Any], place: str) -> dict[str, Any]:
     return below
 
 
+def config_file(name: str) -> Path:
+    """The file that ``name`` means: itself, or else the shipped configuration of that name."""
+    path = Path(name)
+    return path if path.is_file() or path.suffix or path.name != name else shipped().get(name, path)
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that ship, by name; recipes are parts of one and not among them."""
+    return {path.stem: path for path in sorted(RECIPES.parent.glob("*.toml"))}
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        similar = nearest(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
-        fix = f"did you mean {path.parent / similar}?" if similar else "check the path"
+        there = {p.name: p for p in path.parent.glob("*.toml")} if path.parent.is_dir() else {}
+        similar = nearest(path.name, [*there, *shipped()])
+        fix = f"did you mean {there.get(similar, similar)}?" if similar else "check the path"
         raise InputError("E105", "cannot read config", str(path), "no such file", "a TOML file", fix)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 RESIDUE_LIMIT = 0.005
 """Share of a process's wall clock that its states may miss."""
@@ -77,17 +78,20 @@ class TimeLedger:
 class TimeBook:
     """The slices of all processes: seconds by state, the check of their sum, and a Chrome trace for Perfetto."""
 
-    def __init__(self, trace: Path | None = None) -> None:
-        """``trace``: a JSON file that is appended to as slices arrive; readable at any moment."""
+    def __init__(self, trace: Path | None = None, most_bytes: int | None = None) -> None:
+        """``trace``: a JSON file that is appended to as slices arrive; readable at any moment.
+
+        Beyond ``most_bytes`` it is kept as ``<name>.before.json`` in place of the one before, and begun anew.
+        """
         self.totals: dict[str, dict[str, float]] = {}
         """Process -> state -> seconds."""
         self._threads: dict[str, int] = {}
         """Numbers of the processes in the trace."""
         self._walls: dict[str, tuple[float, float]] = {}
         self._row: dict[str, float] = defaultdict(float)
-        self._trace = trace.open("w", encoding="utf-8") if trace is not None else None
-        if self._trace is not None:
-            self._trace.write("[\n")  # The format allows a missing end: a killed run leaves a file that opens.
+        self._path, self._most_bytes = trace, most_bytes
+        self._trace: TextIO | None = None
+        self._open()
 
     def add(self, piece: TimeSlice) -> None:
         """Account for ``piece``; one that starts a process anew ends the time for which that was lost."""
@@ -106,6 +110,8 @@ class TimeBook:
             if end > begin:
                 event = {"name": state, "ph": "X", "ts": round(begin * 1e6), "dur": round((end - begin) * 1e6)}
                 self._event(event, piece.process)
+        if self._trace is not None and self._most_bytes and self._trace.tell() > self._most_bytes:
+            self._begin_anew()
 
     def row(self) -> dict[str, float]:
         """``time/<process>/<state>``: seconds that came in since the last call."""
@@ -130,6 +136,19 @@ class TimeBook:
             self._trace.write('{"name": "process_name", "ph": "M", "pid": 1, "args": {"name": "millrace"}}\n]\n')
             self._trace.close()
             self._trace = None
+
+    def _open(self) -> None:
+        if self._path is not None:
+            self._trace = self._path.open("w", encoding="utf-8")
+            self._trace.write("[\n")  # The format allows a missing end: a killed run leaves a file that opens.
+
+    def _begin_anew(self) -> None:
+        assert self._path is not None
+        self.close()
+        self._path.replace(self._path.with_suffix(".before.json"))
+        self._open()
+        for process in self._threads:
+            self._event({"name": "thread_name", "ph": "M", "args": {"name": process}}, process)
 
     def _event(self, event: dict[str, object], process: str) -> None:
         if self._trace is not None:

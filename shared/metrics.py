@@ -1,4 +1,4 @@
-"""Named scalars: what a step's groups add up to, and where the numbers go.
+"""Named scalars: what a step's groups add up to, and the file they go to.
 
 ``metrics.jsonl`` is the truth, one object a step; every plot, sink and test reads it. Names follow TRL where TRL
 has one.
@@ -64,6 +64,10 @@ def group_metrics(
         metrics[f"rewards/{name}/mean"] = _mean(given)
         metrics[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
         metrics[f"rewards/{name}/none_frac"] = 1.0 - given.size / values.size
+    sources = sorted({group.prompt.source for group in groups})
+    for source in sources if len(sources) > 1 else ():
+        own = np.concatenate([group.rewards for group in groups if group.prompt.source == source])
+        metrics[f"source/{source}/reward"] = _mean(own[~np.isnan(own)])
     return metrics
 
 
@@ -79,28 +83,18 @@ def _std(row: np.ndarray) -> float:
 class MetricsWriter:
     """Appends one JSON object a step to ``metrics.jsonl``, flushed; NaN and infinity become null."""
 
-    def __init__(self, directory: Path, tensorboard: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self._file: TextIO = (directory / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Record ``metrics`` under ``step``."""
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **clean}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Close the file."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ class Prompt:
     """The prompt as the reward functions see it: a string, or a list of messages."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Every other dataset column of the row, for the reward functions."""
+    source: str = ""
+    """Name of the source that the row is from."""
 
 
 class VersionSpan(NamedTuple):

@@ -9,7 +9,8 @@ import sys
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,14 @@ def make_completion(
     return Completion(ids, np.zeros(tokens, np.float32), text, "stop", tuple(VersionSpan(*span) for span in spans))
 
 
-def make_group(group_id: int = 0, rewards: tuple[float, ...] = (0.0, 1.0), version: int = 0) -> RolloutGroup:
+def make_group(
+    group_id: int = 0, rewards: Sequence[float] = (0.0, 1.0), version: int = 0, source: str = ""
+) -> RolloutGroup:
     """A scored group whose completions were sampled under ``version``."""
     completions = tuple(make_completion(f"c{i}", 3, ((version, 0, 3),)) for i in range(len(rewards)))
     values = np.array(rewards, dtype=np.float32)
-    return RolloutGroup(group_id, make_prompt(group_id), completions, values, {"r": values})
+    prompt = replace(make_prompt(group_id), source=source)
+    return RolloutGroup(group_id, prompt, completions, values, {"r": values})
 
 
 # --- the controller's four partners ---
@@ -280,7 +284,7 @@ class FakeRecorder:
             raise error
         self.steps.append((step, metrics, groups))
 
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluated(self, step: int, metrics: dict[str, float], story: str) -> None:
         self.evaluations.append((step, metrics))
 
     def failed(self, failure: Any, prompt: Prompt) -> None:

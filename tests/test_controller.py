@@ -332,7 +332,8 @@ async def test_without_held_out_rows_nothing_is_evaluated():
 async def test_evaluation_before_and_after():
     loop = await Loop(held_out=3, **{"eval.max_new_tokens": 9}).run()
     assert [version for version, _ in loop.recorder.evaluations] == [0, 5]
-    assert loop.recorder.evaluations[0][1] == {"eval/rewards/exact_match/mean": 0.0, "eval/reward": 0.0}
+    shape = {"eval/mean_length": 4.0, "eval/clipped_ratio": 0.0}
+    assert loop.recorder.evaluations[0][1] == {"eval/rewards/exact_match/mean": 0.0, "eval/reward": 0.0} | shape
     greedy = [(group, s) for group, s in loop.engines.sampled if group < 0]
     assert sorted(group for group, _ in greedy) == [-3, -3, -2, -2, -1, -1]
     assert all((s.n, s.temperature, s.max_new_tokens) == (1, 0.0, 9) for _, s in greedy)
@@ -342,7 +343,7 @@ async def test_evaluation_before_and_after():
 async def test_evaluation_every_so_many_steps_sees_the_delivered_weights():
     loop = Loop(held_out=1, engines=FakeEngines(receive_delay=0.003), **{"eval.every_steps": 2})
     served = []
-    loop.recorder.evaluated = lambda version, _: served.append((version, loop.engines.version))
+    loop.recorder.evaluated = lambda version, *_: served.append((version, loop.engines.version))
     await loop.run()
     assert served == [(0, 0), (2, 2), (4, 4), (5, 5)]
 

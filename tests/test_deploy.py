@@ -12,7 +12,7 @@ import yaml
 
 from launch.cli import VERBS
 from launch.cluster import Needs
-from launch.run import parse
+from launch.run import parser
 from shared.config_loader import known_keys, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,7 @@ RUNS = {
 def test_a_run_that_is_shown_is_accepted(where):
     program, entry, *arguments = shlex.split(RUNS[where])
     assert (program, entry) == ("python", "launch/run.py")
-    load_config(*parse(arguments))
+    load_config(*parser().parse_config(arguments)[1:])
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -148,7 +148,7 @@ def test_a_job_that_fails_is_tried_again_where_it_was_and_leaves_nothing():
     spec = JOB["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["backoffLimit"] > 0
-    config = load_config(*parse(shlex.split(spec["entrypoint"])[2:]))
+    config = load_config(*parser().parse_config(shlex.split(spec["entrypoint"])[2:])[1:])
     assert config.run.resume == "auto"
     assert "ReadWriteMany" in TEXTS["rayjob.yaml"]
     assert "kind: PersistentVolumeClaim" not in TEXTS["rayjob.yaml"]
@@ -156,7 +156,7 @@ def test_a_job_that_fails_is_tried_again_where_it_was_and_leaves_nothing():
 
 def test_the_cluster_fits_ray_and_the_run():
     assert f"ray[default]=={CLUSTER['rayVersion']}" in PROJECT["dependencies"]
-    needs = Needs.of(load_config(*parse(shlex.split(JOB["spec"]["entrypoint"])[2:])), on_gpu=True)
+    needs = Needs.of(load_config(*parser().parse_config(shlex.split(JOB["spec"]["entrypoint"])[2:])[1:]), on_gpu=True)
     limits = PODS["gpu"]["containers"][0]["resources"]["limits"]
     replicas = GROUPS["gpu"]["replicas"]
     assert limits["nvidia.com/gpu"] == 8
@@ -178,12 +178,11 @@ def test_a_pod_has_shared_memory_and_the_shared_volume(name):
         container["resources"]["limits"]["memory"].removesuffix("Gi")
     )
     assert mounts["/millrace"]["persistentVolumeClaim"]["claimName"] == "millrace"
-    config = load_config(*parse(shlex.split(JOB["spec"]["entrypoint"])[2:]))
+    config = load_config(*parser().parse_config(shlex.split(JOB["spec"]["entrypoint"])[2:])[1:])
     variables = yaml.safe_load(JOB["spec"]["runtimeEnvYAML"])["env_vars"]
     places = [
         config.run.output_dir,
-        config.data.train,
-        config.data.eval,
+        *(source.path for source in [*config.data.train, *(config.data.eval or [])]),
         variables["HF_HOME"],
         variables["MILLRACE_CACHE"],
     ]

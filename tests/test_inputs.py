@@ -311,7 +311,7 @@ def test_help_lists_every_setting_and_returns_0(capsys):
 
 
 def test_a_bug_of_ours_is_exit_code_1_with_its_traceback(answer, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise AttributeError("ours")
 
     monkeypatch.setattr("launch.preflight.prepare", fail)
@@ -329,11 +329,13 @@ def test_debug_shows_the_traceback_of_an_input_error(answer):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["trian"], 2, "did you mean train?"),
+        (["trian"], 2, "Fix: millrace train"),
         ([], 2, "usage"),
-        (["--help"], 0, "evaluate"),
+        (["--help"], 0, "pass@k"),
         (["train", "nope.toml"], 2, "E105"),
-        (["evaluate", "nope.toml"], 2, "E105"),
+        (["eval", "nope.toml"], 2, "E105"),
+        (["show"], 2, "E106"),
+        (["plan", "nope.toml", "--devces", "8"], 2, "--devices"),
     ],
 )
 def test_the_command(monkeypatch, capsys, arguments, code, said):

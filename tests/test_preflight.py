@@ -127,9 +127,9 @@ def test_builtin_data_is_written_once_and_found_again(config):
     first = builtin.resolve(
         config(**{"data.train": "builtin:addition", "data.eval": "builtin:addition"}), "run.toml"
     ).data
-    stamp = os.stat(first.train).st_mtime_ns
+    stamp = os.stat(first.train[0].path).st_mtime_ns
     assert builtin.resolve(config(**{"data.train": "builtin:addition"}), "run.toml").data.train == first.train
-    assert os.stat(first.train).st_mtime_ns == stamp
+    assert os.stat(first.train[0].path).st_mtime_ns == stamp
     assert first.train != first.eval
 
 

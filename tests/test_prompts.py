@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.builtin import CHAT, TASKS, make_tokenizer
-from rollout.prompts import PromptSet, PromptStream, load_rows
+from rollout.datasets import read
+from rollout.prompts import PromptSet, PromptStream
+from shared.config_data import Source
 from shared.errors import InputError, InputErrors
 from tests.fakes import make_config, make_prompt, write_rows
 
@@ -33,7 +35,7 @@ def chat():
 
 
 def load(path, tokenizer, **changes) -> PromptSet:
-    return PromptSet.load(make_config(**changes), str(path), "run.toml:data.train", tokenizer)
+    return PromptSet.load(make_config(**changes), [Source(path=str(path))], "train", "run.toml:data.train", tokenizer)
 
 
 def refused(path, tokenizer=None, **changes) -> list[InputError]:
@@ -44,6 +46,10 @@ def refused(path, tokenizer=None, **changes) -> list[InputError]:
 
 
 # --- files ---
+
+
+def load_rows(path: str, key: str) -> list[dict]:
+    return [row for _, row in read(Source(path=path), "train", key).rows]
 
 
 def write(path, rows) -> None:
@@ -161,7 +167,7 @@ def test_blank_and_long_prompts_are_refused_together(tmp_path, plain):
 def test_blank_and_long_prompts_are_dropped_and_counted_on_request(tmp_path, plain):
     drop = {"data.on_bad_row": "drop", "data.on_long_prompt": "drop"}
     loaded = load(write_rows(tmp_path / "a.jsonl", MIXED), plain, **drop)
-    assert loaded.dropped == {"blank": 3, "long": 2}
+    assert loaded.dropped == {"blank": 3, "long": 2, "filtered": 0}
     # The rows that stay keep their numbers, and a prompt of exactly the limit is whole.
     assert [(p.prompt_id, len(p.token_ids)) for p in loaded.prompts] == [(0, 4), (3, 16)]
 

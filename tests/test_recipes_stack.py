@@ -127,13 +127,12 @@ def test_eight_points_ship():
 @pytest.mark.parametrize("recipe", recipes())
 def test_a_recipe_learns(stack, recipe):
     from launch.controller import Controller
-    from rollout.prompts import PromptStream
 
     engines, run = stack
     ready = prepared(recipe)
     config = ready.config
     learner, rows = LocalLearner(config), Rows()
-    stream = PromptStream(ready.train.prompts, config.run.seed, config.data.shuffle)
+    stream = ready.train.stream(config)
     try:
         run(Controller(config, stream, ready.held_out, engines, LocalRewards(config), learner, rows).run())
     finally:
