@@ -24,13 +24,13 @@ options = trl.GRPOConfig(
 grader = AutoModelForSequenceClassification.from_pretrained("my-org/reward", num_labels=1)
 
 
-class Trainer(trl.GRPOTrainer):
+class LoggingGRPOTrainer(trl.GRPOTrainer):
     def log(self, *args):
         pass
 
 
 if __name__ == "__main__":
-    trainer = Trainer(
+    trainer = LoggingGRPOTrainer(
         model="Qwen/Qwen2.5-Math-1.5B",
         args=options,
         reward_funcs=[graders.equal, grader],
