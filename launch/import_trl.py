@@ -51,7 +51,9 @@ def _import(arguments: list[str]) -> None:
             setattr(found, part, {"model": FILL_IN, "train": [{"path": FILL_IN}]}.get(part, [{"function": FILL_IN}]))
             found.first.append(f"{name} is not in the file: write it for {FILL_IN}")
     own = _name_own_rewards(found, options.output)
-    t = Translation(found, _processes(found, options), _rows(found, options))
+    known = [source.get("max_rows") for source in found.train]
+    rows = options.rows or (None if None in known else sum(known))
+    t = Translation(found, _processes(found, options), rows)
     t.keys = {f"data.{name}": value for name, value in found.data.items()} | {"data.train": found.train}
     t.origins = dict.fromkeys(t.keys, "train_dataset") | {"model.path": "model"}
     translate(t)
@@ -77,9 +79,6 @@ def read(path: Path) -> Found:
         similar = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
         fix = f"did you mean {path.parent / similar}?" if similar else "check the path"
         raise InputError("E105", "cannot read script", str(path), "no such file", "a .py, .json, .yaml file", fix)
-    if path.suffix not in (".py", ".json", ".yaml", ".yml"):
-        expected, fix = "a .py, .json, .yaml or .yml file", "rename it"
-        raise InputError("E105", "cannot read script", path.name, path.suffix or "no suffix", expected, fix)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -114,22 +113,6 @@ def _processes(found: Found, options: Any) -> int:
     elif given < 1:
         raise InputError("E106", "bad option", "command line:--processes", str(given), ">= 1", "--processes 1")
     return 1 if given is None else int(given)
-
-
-def _rows(found: Found, options: Any) -> int | None:
-    """The number of rows to train on: given, or counted where the files are here."""
-    from rollout.datasets import number_rows
-
-    if options.rows is not None:
-        return int(options.rows)
-    total = 0
-    for source in found.train:
-        most = source.get("max_rows")
-        here = len(number_rows(Path(source["path"]))) if Path(source["path"]).is_file() else most
-        if here is None:
-            return None
-        total += min(here, most or here)
-    return total
 
 
 def _toml(t: Translation, name: str) -> str:

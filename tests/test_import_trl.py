@@ -23,7 +23,6 @@ from learner.losses import AGGREGATIONS, POLICY_LOSSES
 from learner.schedules import SCHEDULES
 from rollout.rewards import BUILTINS
 from shared.config_loader import known_keys, load_config
-from tests.fakes import write_rows
 
 SAMPLES = Path(__file__).parent / "data" / "trl"
 PAGE = Path(__file__).parent.parent / "docs" / "import-trl.md"
@@ -148,8 +147,7 @@ def test_the_least_script_has_trls_defaults():
 
 
 def test_a_script_with_a_server_on_two_processes():
-    write_rows(Path("rows.jsonl"), [{"prompt": f"{i}", "answer": "1"} for i in range(100)])
-    config, text = imported(SAMPLES / "vllm_server.py", "--processes", "2")
+    config, text = imported(SAMPLES / "vllm_server.py", "--processes", "2", "--rows", "100")
     learner = config.learner
     assert learner.prompts_per_step == 8  # 8 x 4 x 2 / 8
     assert config.run.steps == 24  # 2 epochs of 100 // 8 = 12 batches
@@ -259,7 +257,6 @@ def test_arguments_in_json():
     config, text = imported(SAMPLES / "arguments.json")
     assert (config.learner.prompts_per_step, config.learner.steps_per_batch) == (8, 1)  # 4 x 16 / 8
     assert config.learner.zero_stage == 3
-    assert config.learner.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     assert config.algorithm.policy_loss.args == {"tau_pos": 1.0, "tau_neg": 1.1}
     assert config.algorithm.entropy.args == {"target": 0.5, "delta": 0.005, "lowest": 0.0, "highest": 1.0}
     assert config.learner.schedule.args["warmup_steps"] == 2  # 0.1 x 20
@@ -440,7 +437,7 @@ def test_deepspeeds_own_file_is_read():
         '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "wall_clock_breakdown": true}'
     )
     config, _ = from_settings({"deepspeed": "ds.json"})
-    assert (config.learner.zero_stage, config.learner.deepspeed) == (2, {"wall_clock_breakdown": True})
+    assert config.learner.zero_stage == 2
 
 
 @pytest.mark.parametrize("name", ADAMW)
@@ -626,11 +623,11 @@ def test_defaults_of_the_scripts_own_options_are_taken_and_said():
 
 
 def test_the_configuration_that_the_trainer_takes_is_read():
-    text = "GRPOConfig(loss_type='grpo')\ncfg = GRPOConfig(loss_type='dr_grpo')\ncfg.beta = 0.5\n"
+    text = "cfg = GRPOConfig(loss_type='dr_grpo')\nGRPOConfig(loss_type='grpo')\ncfg.beta = 0.5\n"
     text += "t = GRPOTrainer('m', 'r', args=cfg, train_dataset=load_dataset('json', data_files='a.jsonl'), eval_dataset=g())\n"
     config, said = from_script(text + "if x:\n    cfg.seed = 3\n")
     assert (config.algorithm.aggregation.name, config.algorithm.kl.coef, config.run.seed) == ("constant", 0.5, 42)
-    assert "train.py:1: a second GRPOConfig: it is not read" in said
+    assert "train.py:2: a second GRPOConfig: it is not read" in said
     assert "train.py:6: cfg.seed is set under a condition" in said
     assert "eval_dataset = g() is not read; data.eval is left out" in said
 
@@ -652,7 +649,7 @@ def test_a_script_with_a_second_assignment_over_lines_is_followed():
         ("a.py", "def f(:", "error[E105] cannot parse script — a.py:1"),
         ("a.json", "{", "error[E105] cannot parse arguments — a.json"),
         ("a.yaml", "- 1", "error[E105] cannot parse arguments — a.yaml. Found list"),
-        ("a.toml", "x = 1", "error[E105] cannot read script — a.toml. Found .toml"),
+        ("a.toml", "x = 1", "error[E105] cannot parse arguments — a.toml. Found str"),
         (
             "a.json",
             '{"learning_rate": "fast"}',

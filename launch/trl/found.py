@@ -38,7 +38,6 @@ class Found:
     settings: Table = field(default_factory=dict)
     """As given, by TRL's name."""
     model: str | None = None
-    tokenizer: str | None = None
     train: list[Table] = field(default_factory=list)
     """Sources of data.train."""
     eval: list[Table] = field(default_factory=list)

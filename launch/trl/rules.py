@@ -42,9 +42,6 @@ ADAPTIVE = {"target": "target", "delta": "coef_delta", "lowest": "coef_min", "hi
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 NEVER = 1e9
 """Above every ratio and norm."""
-OWNED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
-OWNED |= {"optimizer", "scheduler", "bf16", "fp16", "steps_per_print"}
-"""Keys of DeepSpeed that Millrace writes itself."""
 SINKS = ("tensorboard", "wandb", "trackio")
 
 
@@ -67,8 +64,6 @@ def _model(t: Translation) -> None:
     options: dict[str, Any] = {"dtype": None, "revision": "main"} | dict(t["model_init_kwargs"] or {})
     revision, older, kind = options.pop("revision"), options.pop("torch_dtype", None), options.pop("dtype")
     t.keys["model.path"] = f"{t.found.model}@{revision}" if t.found.model and revision != "main" else t.found.model
-    if t.found.tokenizer not in (None, t.found.model):
-        t.keys["model.tokenizer"], t.origins["model.tokenizer"] = t.found.tokenizer, "processing_class"
     for name, value in options.items():
         if name not in ("use_cache", "device_map", "low_cpu_mem_usage"):
             t.lacks(f"model_init_kwargs.{name}", "dtype and revision alone are taken", value)
@@ -186,23 +181,16 @@ def _optimizer(t: Translation) -> None:
 
 
 def _sharding(t: Translation) -> None:
-    """ZeRO's stage, and DeepSpeed's further keys."""
-    given = t["deepspeed"] or {}
-    if isinstance(given, str):
-        try:
-            given = json.loads(Path(given).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            t.found.skip(0, "the file of deepspeed is not read: set learner.zero_stage and learner.deepspeed")
-            given = {}
-    rest = {key: value for key, value in given.items() if key not in OWNED and value != "auto"}
-    zero = {key: value for key, value in (rest.pop("zero_optimization", None) or {}).items() if value != "auto"}
-    named = re.search(r"zero([123])", str(t["accelerate_config"]))
-    stage = zero.pop("stage", int(named[1]) if named else None)
-    if stage is not None:
-        t.put("learner.zero_stage", stage, "deepspeed", "accelerate_config")
-    elif t.processes > 1:
-        t.found.skip(0, "accelerate's own configuration says what is sharded: set learner.zero_stage")
-    t.put("learner.deepspeed", rest | ({"zero_optimization": zero} if zero else {}), "deepspeed")
+    """ZeRO's stage: in DeepSpeed's own table or file, or in the name of one of TRL's configurations of accelerate."""
+    given, stage = t["deepspeed"], re.search(r"zero([123])", str(t["accelerate_config"]))
+    if isinstance(given, str) and Path(given).is_file():
+        given = json.loads(Path(given).read_text(encoding="utf-8"))
+    if isinstance(given, dict):
+        t.put("learner.zero_stage", (given.get("zero_optimization") or {}).get("stage", 0), "deepspeed")
+    elif stage:
+        t.put("learner.zero_stage", int(stage[1]), "accelerate_config")
+    elif given or t.processes > 1:
+        t.found.skip(0, "what DeepSpeed or accelerate shard is in a file of theirs: set learner.zero_stage")
 
 
 def _files(t: Translation) -> None:

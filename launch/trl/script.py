@@ -1,7 +1,7 @@
 """Reads a TRL training script as a syntax tree; nothing of it is ever executed or imported.
 
-``launch/import_trl.py`` calls ``read_script``. What cannot be read is said with its line; a model, rows or a reward that
-cannot be read are refused unless they are given another way.
+``launch/import_trl.py`` calls ``read_script``. What cannot be read is said with its line; for a model, rows or a reward
+that cannot be read stands ``FILL_IN``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ def read_script(path: Path, text: str) -> Found:
         given = dict(zip(ORDER, call.args)) | {k.arg: k.value for k in call.keywords if k.arg}
         if script.last(call) != "GRPOTrainer":
             found.skip(call.lineno, f"{script.last(call)} is not GRPOTrainer: what it overrides has no equal")
-    taken = _args(script, given)
-    configs.sort(key=lambda call: call is not taken)  # Others may only try something out.
     for call in [*trainers[1:], *configs[1:]]:
         found.skip(call.lineno, f"a second {script.last(call)}: it is not read")
     _settings(script, found, given, configs[:1])
@@ -47,14 +45,6 @@ def read_script(path: Path, text: str) -> Found:
         listed = ", ".join(dict.fromkeys(script.assumed))
         found.skip(0, f"the command line of the script: the defaults of its own options stand for {listed}")
     return found
-
-
-def _args(script: Script, given: dict[str, ast.expr]) -> ast.expr | None:
-    """The expression that is GRPOTrainer's ``args``."""
-    try:
-        return script.expression(given["args"]) if "args" in given else None
-    except Unreadable:
-        return None
 
 
 def _settings(script: Script, found: Found, given: dict[str, ast.expr], configs: list[ast.Call]) -> None:
@@ -90,9 +80,7 @@ def _setting(script: Script, found: Found, name: str | None, node: ast.expr) -> 
 def _trainer(script: Script, found: Found, given: dict[str, ast.expr]) -> None:
     for name, node in given.items():
         if name == "model":
-            found.model = _pretrained(script, found, node, True)
-        elif name == "processing_class":
-            found.tokenizer = _pretrained(script, found, node, False)
+            found.model = _pretrained(script, found, node)
         elif name == "reward_funcs":
             _rewards(script, found, node)
         elif name in ("train_dataset", "eval_dataset"):
@@ -101,26 +89,20 @@ def _trainer(script: Script, found: Found, given: dict[str, ast.expr]) -> None:
             found.trainer[name] = node.lineno
 
 
-def _pretrained(script: Script, found: Found, node: ast.expr, is_model: bool) -> str | None:
-    """The name of a model or tokenizer: a string, or what ``from_pretrained`` is given."""
+def _pretrained(script: Script, found: Found, node: ast.expr) -> str | None:
+    """The name of a model: a string, or what ``from_pretrained`` is given."""
     try:
         made = script.expression(node)
         if not isinstance(made, ast.Call):
             return str(script.value(made))
         if script.last(made) != "from_pretrained" or not made.args:
             raise Unreadable(node)
-        for keyword in made.keywords if is_model else []:
-            try:
-                options = found.settings.setdefault("model_init_kwargs", {})
-                options[str(keyword.arg)] = script.value(keyword.value)
-            except Unreadable as error:
-                found.skip(error.line, f"{keyword.arg} = {error} of the model is not read")
+        if made.keywords:
+            options = ast.Dict([ast.Constant(k.arg) for k in made.keywords], [k.value for k in made.keywords])
+            _setting(script, found, "model_init_kwargs", ast.copy_location(options, made))
         return str(script.value(made.args[0]))
     except Unreadable as error:
-        if is_model:
-            found.miss(error.line, "the name of the model", str(error))
-        else:
-            found.skip(error.line, f"processing_class = {error} is not read; the model's own stands here")
+        found.miss(error.line, "the name of the model", str(error))
         return None
 
 

@@ -90,7 +90,7 @@ def coerced(name: str, value: Any, place: str) -> Any:
         raise InputError("E102", "bad value", place, repr(value), expected, f"{name} = {default}")
     if isinstance(default, float):
         return float(value)
-    return int(value) if not truth and value == int(value) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _from_text(value: str, default: Any) -> Any:

@@ -131,10 +131,8 @@ class Script:
 
     def _calculated(self, node: ast.BinOp) -> Any:
         left, right = self.value(node.left), self.value(node.right)
-        joined = isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str)
-        if type(node.op) not in ARITHMETIC or not (
-            joined or (isinstance(left, int | float) and isinstance(right, int | float))
-        ):
+        kinds, joined = {type(left), type(right)}, isinstance(node.op, ast.Add)
+        if type(node.op) not in ARITHMETIC or not (kinds <= {int, float} or (kinds == {str} and joined)):
             raise Unreadable(node)
         return ARITHMETIC[type(node.op)](left, right)
 
@@ -166,7 +164,7 @@ class Script:
             if name in defines and name not in needed:
                 needed.add(name)
                 waiting += [n.id for n in ast.walk(defines[name]) if isinstance(n, ast.Name)]
-        lines, parts = self.text.splitlines(), []
+        lines, parts = self.text.split("\n"), []
         for node in [node for node in self.tree.body if needed & set(defined(node))]:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
             parts.append("\n".join(lines[first - 1 : node.end_lineno]))
