@@ -37,7 +37,8 @@ test-fast: install
 # Every row of the fault matrix: faults inflicted on parts and on whole runs.
 chaos: install
 	$(BIN)/python -m pytest -q -m "chaos or not chaos" tests/test_chaos.py tests/test_resume_stack.py tests/test_fleet_stack.py \
-	  tests/test_checkpoints.py tests/test_resume.py tests/test_engine_pool.py tests/test_reward_pool.py tests/test_sandbox.py
+	  tests/test_hosts_stack.py tests/test_checkpoints.py tests/test_resume.py tests/test_engine_pool.py tests/test_fleet.py \
+	  tests/test_traffic.py tests/test_reward_pool.py tests/test_sandbox.py
 
 # Everything that needs GPUs; what there are too few for is skipped.
 test-gpu: install

@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -68,7 +69,9 @@ def connect(config: Config) -> None:
         _keep_private()
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": bool(os.environ.get("MILLRACE_WORKER_LOGS")), "logging_level": "warning"}
+    # Outside the main thread Ray warns of a signal handler that it cannot set; nobody needs it there.
+    level = "warning" if threading.current_thread() is threading.main_thread() else "error"
+    quiet: dict[str, Any] = {"log_to_driver": bool(os.environ.get("MILLRACE_WORKER_LOGS")), "logging_level": level}
     if not address:
         # Threads of one machine may share cores; Ray's own count is only bookkeeping here.
         cpus = max(os.cpu_count() or 1, int(Needs.of(config, on_gpu=False).total("CPU")))

@@ -122,6 +122,7 @@ class Panel:
     def render(self) -> RenderableType:
         """The panel as it is now."""
         from rich import box
+        from rich.markup import escape
         from rich.panel import Panel as Frame
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -146,7 +147,7 @@ class Panel:
         now = time.monotonic()
         quiet = now - self._stepped
         age = f"  ·  [yellow]no step for {clock(quiet)}[/]" if quiet > max(10.0, 3 * row.get("time/step", 0.0)) else ""
-        title = f"[bold]{Path(self._config.run.output_dir).name}[/]  step {self._step}/{last}"
+        title = f"[bold]{escape(Path(self._config.run.output_dir).name)}[/]  step {self._step}/{last}"
         foot = f"{clock(now - self._started)} so far  ·  {clock(self._left_s)} left{age}"
         return Frame(table, title=title, subtitle=foot, title_align="left", subtitle_align="right", box=box.ROUNDED)
 

@@ -62,6 +62,9 @@ def _checkpoint(run: Path, which: str) -> Path:
     from shared.checkpoints import all_of, newest, of_step
 
     parent = run / "checkpoints"
+    if which not in ("best", "newest") and not which.isdigit():
+        place, expected = f"command line:--checkpoint {which}", "best, newest, or a step"
+        raise InputError("E106", "bad option", place, which, expected, "--checkpoint best")
     found = newest(parent) if not which.isdigit() else of_step(parent, int(which))
     if found is not None and which == "best":
         best = Point.at(*found).state["stopping"].get("best_version", -1)
@@ -78,19 +81,27 @@ async def score(config: Config, prompts: list[Prompt]) -> dict[str, float]:
     from launch.failures import FailureBudget
     from launch.held_out import Judges, evaluate
     from rollout.engine import Engine, Sampling
-    from rollout.reward_worker import RewardWorker, Scores
+    from rollout.reward_worker import Group, RewardWorker, Scores
     from shared.types import Completion
 
     engine, worker = Engine(config, load_format="safetensors"), RewardWorker(config.reward)
     state = {"global_step": 0, "epoch": 0, "max_steps": 0, "log_history": []}
-    scoring = asyncio.Lock()  # A worker takes one call at a time.
+    waiting: dict[int, Group] = {}
+    scored: dict[int, Scores] = {}
+    scoring = asyncio.Lock()  # A worker takes one call at a time: who waited meanwhile goes together.
 
     async def generate(_: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
         return await engine.generate(prompt.token_ids, sampling, 0)
 
     async def judge(number: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Scores:
+        waiting[number] = (number, prompt, completions)
         async with scoring:
-            return (await asyncio.to_thread(worker.score, [(number, prompt, completions)], state))[0]
+            if number in waiting:
+                groups = list(waiting.values())
+                waiting.clear()
+                answers = await asyncio.to_thread(worker.score, groups, state)
+                scored.update(zip((group[0] for group in groups), answers, strict=True))
+        return scored.pop(number)
 
     try:
         failures = FailureBudget(config.reward, lambda *_: None)

@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from shared.config_loader import config_file, load_config
 from shared.errors import InputError
 
 if TYPE_CHECKING:
+    from launch.display import Screen
     from launch.parts import Parts
     from launch.preflight import Prepared
     from launch.resume import Point
@@ -94,14 +96,32 @@ def _traced(options: Any, settings: dict[str, str]) -> dict[str, str]:
 
 def train(config: Config, source: Path, dry_run: bool = False) -> None:
     """Check everything, then run the whole loop; ``source`` names the configuration in messages."""
+    if dry_run:
+        from launch.dry_run import dry_run as rehearse
+
+        session = prepare_session(config, source, rehearsal=True)
+        if session is not None:
+            rehearse(session.prepared.config, source.name, session.output, session.point)
+        return
+    session = prepare_session(config, source)
+    if session is not None:
+        asyncio.run(session.run())
+
+
+def prepare_session(
+    config: Config, source: Path, screen: Screen | None = None, rehearsal: bool = False
+) -> Session | None:
+    """Everything that can be checked before an actor exists; None if the run is complete already.
+
+    ``screen`` is told of the progress in place of the terminal; a ``rehearsal`` makes no model.
+    """
     from launch.dry_run import check_disk
-    from launch.dry_run import dry_run as rehearse
     from launch.preflight import prepare
     from launch.resume import find
     from launch.run_folder import resolve_output
 
-    started = time.monotonic()
-    prepared = prepare(config, source.name, source.parent, rehearsal=dry_run)
+    began = time.monotonic()
+    prepared = prepare(config, source.name, source.parent, rehearsal=rehearsal)
     stream = prepared.train.stream(config)
     output = resolve_output(config.run.output_dir)
     point = find(prepared.config, output, stream)
@@ -111,11 +131,8 @@ def train(config: Config, source: Path, dry_run: bool = False) -> None:
     evaluated = point is not None and (not prepared.held_out or point.state["evaluated"] == point.version)
     if point is not None and point.version >= config.run.steps and evaluated:
         print(f"{output}: complete at step {point.version}; raise run.steps to go on", flush=True)
-        return
-    if dry_run:
-        rehearse(prepared.config, source.name, output, point)
-    else:
-        asyncio.run(Session(prepared, source.name, output, stream, point).run(started))
+        return None
+    return Session(prepared, source.name, output, stream, point, began, screen)
 
 
 @dataclass
@@ -128,10 +145,13 @@ class Session:
     stream: PromptStream
     point: Point | None
     """Where to go on from; None: at the beginning."""
+    began: float
+    """When the start began, on the monotonic clock."""
+    screen: Screen | None = None
     name: Any = None
     """Held on the cluster, so that no other run takes it."""
 
-    async def run(self, began: float) -> None:
+    async def run(self) -> None:
         """Start the parts and train."""
         from launch.cluster import check_resources, claim, ray_session
         from launch.garbage import collected_by_the_clock
@@ -144,13 +164,14 @@ class Session:
         assert task is not None
         async with ray_session(config):
             # `ray job stop` and preemption send it, and wait three seconds. Only now: Ray has put a handler there too.
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+            if threading.current_thread() is threading.main_thread():
+                asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
             needs = check_resources(config, self.origin)
             self.name = claim(self.output)
-            folder = RunFolder(config, self.output)
+            folder = RunFolder(config, self.output, self.screen)
             try:
                 async with started(config, needs, folder.path) as parts, collected_by_the_clock():
-                    took = f"{time.monotonic() - began:.0f} s"
+                    took = f"{time.monotonic() - self.began:.0f} s"
                     print(f"engines, learner and reward workers up after {took} ({await parts.where()})", flush=True)
                     scaling = asyncio.create_task(obey(folder.path, parts.engines))
                     await self._lives(folder, parts)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.display import clock, screen_for
+from launch.display import Screen, clock, screen_for
 from launch.failures import sample_file
 from launch.resume import NOTHING, QUEUED, STATE, Point, model_digest, rewind_rows, take_lock
 from launch.sinks import Sinks
@@ -59,8 +59,11 @@ def resolve_output(output_dir: str) -> Path:
 class RunFolder:
     """One run's folder, open for writing."""
 
-    def __init__(self, config: Config, path: Path) -> None:
-        """Create ``path``, emptied if that is asked for, and lock it. Raises ``InputError`` E601 or E602."""
+    def __init__(self, config: Config, path: Path, screen: Screen | None = None) -> None:
+        """Create ``path``, emptied if that is asked for, and lock it. Raises ``InputError`` E601 or E602.
+
+        ``screen`` is told of the progress; default: the terminal.
+        """
         self.path, self._config = path, config
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,7 @@ class RunFolder:
                 "another place",
             ) from None
         self._metrics, self._sinks = MetricsWriter(path), Sinks(config, path)
-        self._screen = screen_for(config)
+        self._screen = screen or screen_for(config)
         self.book = TimeBook(path / "ledger" / "trace.json", None if config.run.trace else TRACE_BYTES)
         self.samples = SampleLedger(path / "ledger" / "samples.jsonl")
         self._started = time.monotonic()

@@ -50,7 +50,7 @@ def _scale(arguments: list[str]) -> None:
 
 def ask(folder: Path, engines: int, timeout_s: float) -> str:
     """The answer of the run in ``folder``. Raises ``InputError`` E603 if none is going on there, or what the run refuses."""
-    if not _is_live(folder):
+    if not is_live(folder):
         place, expected = f"command line:{folder}", "the folder of a run that is going on"
         raise InputError("E603", "no such run", place, "nobody who writes there", expected, "check the path")
     wish = uuid.uuid4().hex
@@ -89,7 +89,7 @@ async def obey(folder: Path, engines: EnginePool) -> None:
             print(f"warning[W601] no answer written to {folder}: {one_line(error)}", flush=True)
 
 
-def _is_live(folder: Path) -> bool:
+def is_live(folder: Path) -> bool:
     """Whether somebody holds the folder's lock."""
     try:
         with (folder / "lock").open("rb") as file:

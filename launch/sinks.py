@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from learner.choices import bind
 from shared.config import Config
-from shared.config_algorithm import Choice
 from shared.errors import InputError, one_line
 
 Row = dict[str, float]
@@ -147,27 +146,32 @@ class Sinks:
     """All sinks of a run as one; none of them can end it."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self._open: dict[str, Sink] = {}
+        self._open: list[tuple[str, Sink]] = []
         for choice in config.run.sinks:
-            self._try(choice.name, partial(self._add, choice, folder, config))
+            make = bind(choice, SINKS, "sink", "run.sinks")
+            sink = self._try(choice.name, partial(make, folder, config))
+            if sink is not None:
+                self._open.append((choice.name, sink))
 
     def write(self, step: int, row: Row) -> None:
         """To each."""
-        for name, sink in list(self._open.items()):
-            self._try(name, partial(sink.write, step, row))
+        self._open = [(name, sink) for name, sink in self._open if self._try(name, partial(_written, sink, step, row))]
 
     def close(self) -> None:
         """Each."""
-        for name, sink in list(self._open.items()):
+        for name, sink in self._open:
             self._try(name, sink.close)
-        self._open.clear()
+        self._open = []
 
-    def _add(self, choice: Choice, folder: Path, config: Config) -> None:
-        self._open[choice.name] = bind(choice, SINKS, "sink", "run.sinks")(folder, config)
-
-    def _try(self, name: str, call: Callable[[], Any]) -> None:
+    def _try(self, name: str, call: Callable[[], Any]) -> Any:
+        """What ``call`` returns; None if it fails, which is told."""
         try:
-            call()
+            return call()
         except Exception as error:  # Whatever the library raises, it is only about telling.
-            self._open.pop(name, None)
             print(f"warning[W905] sink {name} switched off — {type(error).__name__}: {one_line(error)}", flush=True)
+            return None
+
+
+def _written(sink: Sink, step: int, row: Row) -> bool:
+    sink.write(step, row)
+    return True

@@ -27,9 +27,13 @@ def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Co
     Raises ``InputError`` E105 for an unreadable file and ``InputErrors`` with every E101-E104, E106 and E108 found.
     """
     table: dict[str, Any] = {}
-    origin = config_file(files[-1]).name if files else "command line"
     for name in files:
         _merge(table, _read_toml(config_file(name)))
+    return config_of(table, overrides, config_file(files[-1]).name if files else "command line")
+
+
+def config_of(table: dict[str, Any], overrides: dict[str, str] | None = None, origin: str = "config") -> Config:
+    """``table``, as a TOML file would have it, with ``overrides``; ``origin`` is what messages call it. Raises as above."""
     overrides = overrides or {}
     place = f"{origin}:algorithm.recipe"
     if overrides.get("algorithm.recipe", "none") != "none":  # On the command line it replaces what the files say.

@@ -59,3 +59,12 @@ def run_millrace():
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
     return run
+
+
+@pytest.fixture
+async def make_pool(monkeypatch):
+    """``make_pool(engines, **changes) -> (pool, world)`` of scripted engines; see ``tests/engine_worlds.py``."""
+    from tests.engine_worlds import pools
+
+    async with pools(monkeypatch) as build:
+        yield build

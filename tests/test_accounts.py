@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from launch.accounts import Accounts, tokens_of, useful_tokens, verdict
+from shared.errors import EngineFailed
 from shared.ledger import TimeBook, TimeLedger, TimeSlice
 from shared.types import Completion, Prompt, RolloutGroup
 from tests.fakes import make_config
@@ -127,3 +128,32 @@ def test_one_sentence_names_what_bounds_a_run_and_the_setting(spent, changes, bo
     assert setting in said
     assert said.endswith(".")
     assert said.count(". ") == 0
+
+
+async def test_times_that_are_missing_are_said_and_a_fault_of_ours_travels(capsys):
+    async def close_books():
+        raise error
+
+    part = Part()
+    part.close_books = close_books
+    accounts = Accounts(make_config(), TimeBook(), TimeLedger("controller"), (part,))
+    error = EngineFailed("engine-0 died")
+    await accounts.begin()
+    assert "warning[W901] times of some processes are missing: engine-0 died" in capsys.readouterr().out
+    error = ValueError("ours")
+    with pytest.raises(ValueError, match="ours"):
+        await accounts.begin()
+
+
+def test_colocated_engines_take_no_devices_of_their_own(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("launch.accounts.time.monotonic", lambda: now[0])
+    config = make_config(**{"rollout.colocate": True, "rollout.num_engines": 2, "learner.num_ranks": 2})
+    accounts = Accounts(config, TimeBook(), TimeLedger("controller"), ())
+    now[0] = 4.0
+    assert accounts.step([group([80], [1.0])], [], 1.0, 2)["goodput"] == pytest.approx(80 / 4 / 2)
+
+
+def test_busy_reward_workers_bound_nothing_while_the_learner_is_busier():
+    said = verdict(times(0.5, 0.4, 0.1, 0.95, 0.05, score=0.9), make_config(**{"rollout.max_staleness": 2}))
+    assert said.startswith("The learner bounds this run")

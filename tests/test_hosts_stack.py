@@ -50,6 +50,7 @@ def on_host(place, name):
     return int(host.rpartition(".")[2]) - 10
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_job_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path):
     if not hosts.sealed:

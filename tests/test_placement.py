@@ -112,3 +112,14 @@ def test_the_table():
         "  H100-0                      8 GPU 32 CPU      H100",
         "  free at the moment          3 GPU 30 CPU",
     ]
+
+
+def test_every_worker_of_an_engine_on_cpus_has_its_threads():
+    wanted, _ = needs(cpus(8), **{E: 1, TP: 2, "rollout.cpu_threads": 3})
+    assert wanted.engine == {"CPU": 6.0}
+    assert refused(cpus(6), "E501", **{E: 1, TP: 2, "rollout.cpu_threads": 3}).fix == "a cluster with at least 7 CPUs"
+
+
+def test_engines_go_where_they_leave_the_least_over():
+    # The first node could have the engine, but then only one rank would find a place.
+    checked(cpus(6, 4), **{E: 1, RANKS: 2, "rollout.cpu_threads": 4, "learner.cpu_threads": 3})

@@ -235,3 +235,43 @@ def test_bad_input(tmp_path, model, capsys, arguments, code):
 def test_a_model_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match=r"config\.json of a decoder"):
         Shape.of(make_config(**{"model.path": str(tmp_path)}))
+
+
+def test_staleness_counts_updates_and_not_batches():
+    changes = {"learner.steps_per_batch": 2, "learner.epochs_per_batch": 3, "run.steps": 60}
+    synchronous, within, ahead = (predict(config(2, 5, s, **changes), EVEN, 1, 1).step_s for s in (0, 5, 6))
+    assert within == synchronous
+    assert ahead < synchronous
+    needed = staleness_needed(config(2, **changes), EVEN, 1, 1)
+    assert needed > 0
+    assert needed % 6 == 0
+
+
+def test_more_cores_than_processes_make_nobody_faster():
+    assert predict(config(), replace(EVEN, cores=8), 1, 1).step_s == pytest.approx(ROLLOUT + TRAIN)
+
+
+def test_busy_engines_are_what_a_step_waits_for():
+    fast = replace(EVEN, train_step_s=0.0, train_token_s=0.0, publish_s=0.0)
+    assert predict(config(staleness=31), fast, 1, 1).bound == "engines"
+    assert predict(config(), EVEN, 1, 1).bound == "latency"
+
+
+def test_weights_through_host_memory_take_the_slower_way(model):
+    linked, hosted = (
+        timings_of(make_config(**{"model.path": model, "rollout.weights": way}), DEVICES["h200"], 1000, 4096, 500)
+        for way in ("auto", "host")
+    )
+    for name in ("publish_s", "prepare_s", "pause_s"):
+        assert getattr(hosted, name) == pytest.approx(2 * getattr(linked, name))
+
+
+def test_each_stage_of_zero_spreads_more(model):
+    needed = []
+    for stage in range(4):
+        given = make_config(**{"model.path": model, "learner.zero_stage": stage})
+        line = memory_report(given, DEVICES["b200"], 8, 100, Timings())[1]
+        needed.append(float(line.rsplit(": ", 1)[1].split()[0]))
+    parameters = Shape.of(given).parameters / 1e9
+    saved = -np.diff(needed) / (parameters * 7 / 8)
+    assert saved == pytest.approx([12, 2, 2], abs=0.05)

@@ -118,3 +118,19 @@ def test_a_process_is_killed_with_its_children():
     psutil.wait_procs([child], timeout=5)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     kill_process(parent.pid)  # Nothing is left to kill.
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_nothing_is_cancelled_once_ray_is_shut_down(killed, monkeypatch, running):
+    cancelled = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: running)
+    monkeypatch.setattr(ray, "cancel", cancelled.append)
+    call = RayActor(Handle({"save": 3})).call("save")
+    call.abort()
+    assert len(cancelled) == running
+    assert await call.answer == 3
+
+
+def test_what_is_bound_to_a_node_goes_nowhere_else():
+    where = ray_actors.RaySlot({"CPU": 2.0}, node="a" * 56)._options({})["scheduling_strategy"]
+    assert (where.node_id, where.soft) == ("a" * 56, False)

@@ -132,3 +132,33 @@ async def test_a_learner_without_a_place_is_lost_in_the_end(monkeypatch, scalabl
     with pytest.raises(LearnerLost, match="no place for the learner's ranks within 50 s"):
         await Parts(engines, None, Learners(engines, 0), False).rebuild_learner()
     assert engines.asked == ([1] if scalable else [])
+
+
+async def test_a_learner_that_was_lost_is_linked_with_the_engines_again():
+    engines = Engines(2)
+    learners = Learners(engines, 2)
+    engines.connect, engines.workers = "connect", 2
+
+    async def connect(join, workers):
+        learners.events.append((join, workers))
+
+    learners.connect = connect
+    await Parts(engines, None, learners, True).rebuild_learner()
+    assert learners.events == ["end", "start", ("connect", 2)]
+
+
+def test_an_answer_that_cannot_be_written_does_not_end_the_obedience(live, monkeypatch, capsys):
+    folder, engines = live
+    write = scale._write
+
+    def full(path, content):
+        if path.name == scale.ANSWERED:
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(scale, "_write", full)
+    assert scale.main([str(folder), "--engines", "5", "--timeout-s", "1"]) == 1
+    assert "warning[W601] no answer written" in capsys.readouterr().out
+    monkeypatch.setattr(scale, "_write", write)
+    assert scale.main([str(folder), "--engines", "4", "--timeout-s", "10"]) == 0
+    assert engines.asked == [5, 4]

@@ -152,3 +152,25 @@ def test_the_cost_of_a_group_does_not_grow_with_the_fleet(capsys):
         for engines, steps in ((10, "90"), (300, "5")):
             costs[engines].append(quiet(capsys, "--engines", str(engines), "--steps", steps)["controller_us_per_group"])
     assert min(costs[300]) < 1.6 * min(costs[10])
+
+
+def test_a_group_is_done_in_time_while_another_waits_for_room():
+    # Two places: 5 and 30 tokens, then 5 beside the 30, then the other group's 4.
+    first = 14 * 0.012 + 16 * 0.011
+    assert ended(PLAIN, (5, 30, 5), (4,), room=2, at=(0, 0.01)) == pytest.approx([first, 14 * 0.012])
+
+
+def test_who_goes_away_leaves_an_engine_to_the_others():
+    async def run():
+        engine = SimulatedEngine(replace(PLAIN, lengths=(10,)), make_config(), 0)
+        gone = engine.call("generate", PROMPT, Sampling(1, 99, 1.0), 0)
+        await asyncio.sleep(0.01)
+        engine._timings = replace(PLAIN, lengths=(30,))
+        stays = engine.call("generate", PROMPT, Sampling(1, 99, 1.0), 0)
+        await asyncio.sleep(0.01)
+        gone.abort()
+        async with asyncio.timeout(60):
+            (completion,) = await stays.answer
+        return len(completion.token_ids)
+
+    assert virtual_time.run(run()) == 30

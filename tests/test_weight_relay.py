@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -222,3 +223,44 @@ async def test_nothing_is_left_in_memory(world):
     assert (SHM_DIR / here.segment).exists()
     await world.relays.close()
     assert not (SHM_DIR / here.segment).exists()
+
+
+async def test_a_publication_from_nowhere_is_taken_as_it_is(world):
+    publication = replace(published(world, 1), node="")
+    assert await world.relays.bring(publication, "x", 5) is publication
+    assert world.spawned == {}
+
+
+async def test_who_comes_late_with_a_failure_does_not_undo_what_was_brought_since(world):
+    publication = published(world, 1)
+    await world.relays.bring(publication, "x", 5)
+    earlier = asyncio.create_task(asyncio.sleep(0))
+    world.relays.forget("x", earlier)
+    await earlier
+    await world.relays.bring(publication, "x", 5)
+    assert world.sent["home", "x"] == 8
+
+
+async def test_two_hosts_pass_pieces_on_already(world):
+    for version in (1, 2):
+        world.sent.clear()
+        publication = published(world, version)
+        await asyncio.gather(*(world.relays.bring(publication, host, 5) for host in ("a", "b")))
+    assert world.sent == {("home", "a"): 4, ("home", "b"): 4, ("a", "b"): 4, ("b", "a"): 4}
+
+
+async def test_relays_end_with_the_run(world):
+    await world.relays.bring(published(world, 1), "x", 5)
+    relays = list(world.relays._actors.values())
+    await world.relays.close()
+    assert [relay.killed for relay in relays] == [True, True]
+
+
+async def test_an_engine_that_goes_away_leaves_the_weights_to_the_others_of_its_host(world):
+    publication, world.gates["x"] = published(world, 1), asyncio.Event()
+    first, second = (asyncio.create_task(world.relays.bring(publication, "x", 5)) for _ in range(2))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.sleep(0.01)
+    world.gates["x"].set()
+    assert (await second).hash_segment() == publication.digest

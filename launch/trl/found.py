@@ -75,7 +75,7 @@ def sources(found: Found, line: int, given: Table) -> list[Table]:
     if name in LOADERS:
         local = isinstance(files, list) and not any("://" in file or set("*?[") & set(file) for file in files)
         return [{"path": file} | limit for file in files] if local and files else []
-    if Path(name).suffix or name.startswith((".", "/")) or Path(name).is_dir():
+    if Path(name).suffix[1:] in (*LOADERS, "jsonl") or name.startswith((".", "/")) or Path(name).is_dir():
         return [{"path": name, "split": base} | limit]
     revision = given.get("revision")
     if revision and re.fullmatch("[0-9a-f]{40}", str(revision)):

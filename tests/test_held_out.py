@@ -1,0 +1,128 @@
+"""Evaluation: pass@k by its formula, what is sampled and how, and what a model directory scores by itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from launch import evaluate as verb
+from launch.failures import FailureBudget
+from launch.held_out import Judges, evaluate, pass_at_k, pass_reward
+from rollout.reward_worker import Scores
+from shared.errors import GroupFailed, NothingToLearn
+from tests.fakes import make_completion, make_config, make_prompt
+
+NAN = float("nan")
+TWO = [{"function": "regex", "name": "form", "weight": 0.2, "args": {"pattern": "x"}}, {"function": "exact_match"}]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n):
+    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+        passed = np.arange(n) < right
+        draws = list(itertools.combinations(passed, k))
+        assert pass_at_k(passed, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_pass_at_k_by_hand():
+    assert pass_at_k(np.array([True, False, False, False]), 2) == pytest.approx(0.5)  # 3 of 6 pairs have it.
+
+
+async def run(values, prompts=2, failures=(), **changes):
+    """Evaluate rows whose sampled completions score ``values`` in turn, and greedy ones 1; what was asked for."""
+    config = make_config(**changes)
+    asked = []
+
+    async def generate(number, prompt, sampling):
+        asked.append((number, sampling))
+        if number in failures:
+            raise GroupFailed(number, "generation_timeout", "late")
+        return tuple(make_completion(tokens=5) for _ in range(sampling.n))
+
+    async def score(number, prompt, completions):
+        row = values[prompt.prompt_id] if len(completions) > 1 else [1.0]
+        return Scores({"exact_match": np.array(row, np.float32)})
+
+    budget = FailureBudget(config.reward, lambda *_: None)
+    rows = [make_prompt(i) for i in range(prompts)]
+    return await evaluate(config, rows, Judges(generate, score), budget), asked
+
+
+async def test_greedy_alone_unless_samples_are_wanted():
+    metrics, asked = await run([])
+    assert [(number, s.n, s.temperature) for number, s in asked] == [(-1, 1, 0.0), (-2, 1, 0.0)]
+    assert not [name for name in metrics if "pass@" in name or "sampled" in name]
+    assert (metrics["eval/reward"], metrics["eval/mean_length"], metrics["eval/clipped_ratio"]) == (1.0, 5.0, 0.0)
+
+
+async def test_sampled_completions_give_pass_at_powers_of_two_and_all():
+    values = [[1, 0, 0, 0, 0, 0], [0.5, 1, 1, 0, 0, 0]]  # 1 and 2 of 6 pass.
+    metrics, asked = await run(values, **{"eval.samples": 6, "eval.temperature": 0.6, "eval.max_new_tokens": 7})
+    assert [name for name in metrics if "pass@" in name] == ["eval/pass@1", "eval/pass@2", "eval/pass@4", "eval/pass@6"]
+    assert metrics["eval/pass@1"] == pytest.approx((1 / 6 + 2 / 6) / 2)
+    assert metrics["eval/pass@2"] == pytest.approx(((1 - 10 / 15) + (1 - 6 / 15)) / 2)
+    assert metrics["eval/pass@6"] == 1.0
+    assert metrics["eval/sampled/reward"] == pytest.approx(3.5 / 12)
+    assert metrics["eval/reward"] == 1.0
+    sampled = [(number, s.n, s.temperature, s.max_new_tokens) for number, s in asked[2:]]
+    assert sampled == [(-3, 6, 0.6, 7), (-4, 6, 0.6, 7)]
+
+
+async def test_evaluations_of_the_same_weights_draw_the_same():
+    values = [[1, 0]] * 2
+    (_, first), (_, again) = [await run(values, **{"eval.samples": 2}) for _ in range(2)]
+    seeds = [sampling.seed for _, sampling in first[2:]]
+    assert seeds == [sampling.seed for _, sampling in again[2:]]
+    assert len(set(seeds)) == 2
+
+
+async def test_completions_without_a_reward_are_left_out_of_pass_at_k():
+    metrics, _ = await run([[1, NAN, 0], [NAN, NAN, NAN]], **{"eval.samples": 3})
+    assert metrics["eval/pass@1"] == pytest.approx(0.5)
+    assert metrics["eval/pass@2"] == 1.0
+    assert "eval/pass@3" not in metrics
+
+
+async def test_what_passes_is_a_setting():
+    metrics, _ = await run([[0.5, 0.4]], prompts=1, **{"eval.samples": 2, "eval.pass_value": 0.5})
+    assert metrics["eval/pass@1"] == 0.5
+    assert pass_reward(make_config(**{"reward.functions": TWO})) == "exact_match"  # The heaviest.
+    assert pass_reward(make_config(**{"reward.functions": TWO, "eval.pass_reward": "form"})) == "form"
+
+
+async def test_a_row_that_fails_is_left_out_and_counted():
+    metrics, _ = await run([[1, 1]] * 2, failures=[-2, -3], **{"eval.samples": 2})
+    assert metrics["eval/failed"] == 2.0
+    assert metrics["eval/pass@1"] == 1.0
+    with pytest.raises(NothingToLearn, match="not one of 1"):
+        await run([], prompts=1, failures=[-1])
+
+
+# --- which checkpoint ---
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    """Steps 10, 20 and 30, of which 20 was the best."""
+    for step in (10, 20, 30):
+        state = tmp_path / "checkpoints" / f"step-{step:06d}" / "state"
+        state.mkdir(parents=True)
+        table = {"version": step, "stopping": {"best_version": 20}}
+        (state / "run.json").write_text(json.dumps(table))
+    monkeypatch.setattr("shared.checkpoints.verify", lambda place: {})
+    return tmp_path
+
+
+@pytest.mark.parametrize(("which", "step"), [("best", 20), ("newest", 30), ("10", 10)])
+def test_the_checkpoint_of_a_run(checkpoints, which, step):
+    assert verb._checkpoint(checkpoints, which) == checkpoints / "checkpoints" / f"step-{step:06d}" / "hf"
+
+
+@pytest.mark.parametrize("which", ["40", "latest"])
+def test_a_checkpoint_that_is_not_there_is_one_line(checkpoints, capsys, which):
+    (checkpoints / "config.toml").write_text("")
+    assert verb.main([str(checkpoints), "--checkpoint", which]) == 2
+    assert capsys.readouterr().err.startswith("error[E")

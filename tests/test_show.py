@@ -1,0 +1,112 @@
+"""``millrace show``: which groups come in which order, what a page says of them, and that text stays text."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from launch import show
+from launch.stored_groups import write_groups
+from tests.fakes import make_completion, make_group
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Steps 10 and 20 of two groups each: rewards 0/1 and 1/1, then 0/0 and 0/1 with a long answer."""
+
+    def group(number, rewards, *texts, prompt="1+1="):
+        made = make_group(number, rewards)
+        completions = tuple(make_completion(text, max(len(text), 1), ((3, 0, max(len(text), 1)),)) for text in texts)
+        made = replace(made, completions=completions, advantages=np.array(rewards, np.float32))
+        return replace(made, prompt=replace(made.prompt, text=prompt))
+
+    write_groups(
+        tmp_path / "samples" / "step-000010.parquet", [group(1, (0, 1), "a", "b"), group(2, (1, 1), "c", "d")], 10
+    )
+    later = [group(3, (0, 0), "e", "f", prompt="[red]2+2=[/red]"), group(4, (0, 1), "g" * 30, "Needle")]
+    write_groups(tmp_path / "samples" / "step-000020.parquet", later, 20)
+    return tmp_path
+
+
+def groups_of(out: str) -> list[int]:
+    return [int(line.split("group ")[1].split()[0]) for line in out.splitlines() if "group " in line]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], [3, 4]),  # The newest step.
+        (["--step", "10"], [1, 2]),
+        (["--step", "0"], [1, 2, 3, 4]),
+        (["--step", "0", "--sort", "reward"], [2, 1, 4, 3]),
+        (["--step", "0", "--sort", "length"], [4, 1, 2, 3]),
+        (["--step", "0", "--sort", "spread", "--limit", "2"], [1, 4]),
+        (["--step", "0", "--search", "needle"], [4]),
+        (["--step", "0", "--group", "2"], [2]),
+    ],
+)
+def test_which_groups_come_in_which_order(run, capsys, arguments, expected):
+    assert show.main([str(run), *arguments]) == 0
+    assert groups_of(capsys.readouterr().out) == expected
+
+
+def test_a_page_says_what_there_is_to_know(run, capsys):
+    show.main([str(run), "--group", "4"])
+    out = capsys.readouterr().out
+    for piece in ("step 20", "reward 0.500", "Needle", "advantage +1.00", "6 tokens", "stop", "version 3"):
+        assert piece in out
+    assert out.index("Needle") < out.index("ggg")  # The best first.
+
+
+def test_text_of_models_is_shown_and_not_interpreted(run, capsys):
+    show.main([str(run), "--group", "3"])
+    assert "[red]2+2=[/red]" in capsys.readouterr().out
+
+
+def test_one_line_a_group(run, capsys):
+    show.main([str(run), "--step", "0", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[2].split()[:5] == ["2", "10", "1.000", "0.000", "2"]
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["RUN", "--step", "15"], ["RUN", "--search", "absent"]])
+def test_what_is_not_there_is_one_line(run, capsys, arguments):
+    assert show.main([str(run) if a == "RUN" else a for a in arguments]) == 2
+    assert capsys.readouterr().err.startswith("error[E603] nothing to show")
+
+
+@pytest.mark.parametrize(
+    ("at", "answer", "expected"),
+    [(0, "", 1), (1, "", 1), (1, "p", 0), (0, "p", 0), (0, "4", 1), (0, "q", -1), (0, "/needle", 1), (1, "/2+2", 0)],
+)
+def test_turning_pages(run, at, answer, expected):
+    assert show._turn(list(show._groups(run, 20)), at, answer) == (expected, "")
+
+
+@pytest.mark.parametrize("answer", ["99", "/absent", "what"])
+def test_an_answer_that_leads_nowhere_stays_and_says_so(run, answer):
+    at, said = show._turn(list(show._groups(run, 20)), 1, answer)
+    assert at == 1
+    assert said
+
+
+ROW = {"tokens": 3, "advantage": -9.0, "rollout_logprobs": [0.0, -50.0, -0.1], "versions": [1, 0, 1, 3, 1, 3]}
+
+
+@pytest.mark.parametrize(
+    ("colour", "shades"), [("logprobs", [7, 0, 6]), ("advantage", [0, 0, 0]), ("versions", [0, 7, 7])]
+)
+def test_tokens_are_coloured_by_what_is_asked(colour, shades):
+    assert show._shades(ROW, colour) == shades
+
+
+def test_coloured_tokens_are_the_texts_of_the_tokens(run):
+    console = Console(file=io.StringIO(), record=True, width=80)
+    group = next(show._groups(run, 20))
+    console.print(show.page(group, "1 of 1", "advantage", lambda ids: [f"<{i}>" for i in ids]))
+    assert "<0>" in console.export_text()
