@@ -67,6 +67,8 @@ def sources(found: Found, line: int, given: Table) -> list[Table]:
     """Tables of data.train for what ``load_dataset`` would be given; none if that is no file and no dataset of the hub."""
     name, split, files = str(given["path"]), str(given.get("split") or "train"), given.get("data_files")
     base, part = re.split(r"[\[+]", split)[0], re.fullmatch(r"[\w.-]+\[:(\d+)\]", split)
+    if not base:  # A list of them, as text.
+        return []
     limit = {"max_rows": int(part[1])} if part else {}
     if base != split and not part:
         found.skip(line, f'split "{split}": all rows of "{base}" are taken')

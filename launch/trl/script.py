@@ -89,7 +89,7 @@ def _trainer(script: Script, found: Found, given: dict[str, ast.expr]) -> None:
             found.trainer[name] = node.lineno
 
 
-def _pretrained(script: Script, found: Found, node: ast.expr) -> str | None:
+def _pretrained(script: Script, found: Found, node: ast.expr) -> str:
     """The name of a model: a string, or what ``from_pretrained`` is given."""
     try:
         made = script.expression(node)
@@ -103,7 +103,7 @@ def _pretrained(script: Script, found: Found, node: ast.expr) -> str | None:
         return str(script.value(made.args[0]))
     except Unreadable as error:
         found.miss(error.line, "the name of the model", str(error))
-        return None
+        return FILL_IN
 
 
 # --- rows ---
@@ -118,6 +118,7 @@ def _rows(script: Script, found: Found, node: ast.expr, part: str) -> None:
     except Unreadable as error:
         if part == "train":
             found.miss(error.line, "a file of rows", str(error))
+            found.train = [{"path": FILL_IN}]
         else:
             found.skip(error.line, f"eval_dataset = {error} is not read; data.eval is left out")
         return

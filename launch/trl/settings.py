@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def coerced(name: str, value: Any, place: str) -> Any:
     if value is None:  # As in the JSON of an older release, where it was allowed.
         return None if name in MAY_BE_NONE else default
     truth = isinstance(default, bool)
-    if not isinstance(value, int | float) or isinstance(value, bool) != truth:
+    if not isinstance(value, int | float) or isinstance(value, bool) != truth or not math.isfinite(value):
         expected = "true or false" if truth else "a number"
         raise InputError("E102", "bad value", place, repr(value), expected, f"{name} = {default}")
     if isinstance(default, float):

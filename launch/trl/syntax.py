@@ -92,7 +92,8 @@ class Script:
         if not isinstance(node, ast.Name):
             return node
         known = self.assigned.get(node.id, [])
-        before = [v for _, v in known if v is not None and v.lineno <= node.lineno and node not in ast.walk(v)]
+        here = (node.lineno, node.col_offset)
+        before = [v for _, v in known if v is not None and (v.end_lineno or 0, v.end_col_offset or 0) <= here]
         if not before or any(value is None for _, value in known):
             raise Unreadable(node)
         return self.expression(before[-1])
