@@ -75,7 +75,7 @@ def test_paths_settings_and_variables_exist(name):
         assert (ROOT / path).exists(), path
     assert set(re.findall(r"--([a-z]+\.[a-z_]+)", text)) <= set(known_keys())
     assert set(re.findall(r"^millrace (\w+)", text, re.M)) <= set(VERBS)
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.py"))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "launch").rglob("*.py"))
     assert [variable for variable in re.findall(r"MILLRACE_[A-Z_]+", text) if f'"{variable}"' not in sources] == []
 
 
