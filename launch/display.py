@@ -90,6 +90,7 @@ class Panel:
         self._rewards: list[float] = []
         self._scores: list[float] = []
         self._row: Row = {}
+        self._where: dict[str, str] = {}
         self._step, self._left_s, self._story = 0, 0.0, ""
         self._started = self._stepped = time.monotonic()
         self._live: Live | None = None
@@ -98,6 +99,7 @@ class Panel:
         """See ``Screen``."""
         self._row, self._step, self._left_s, self._stepped = row, step, left_s, time.monotonic()
         self._rewards.append(row["reward"])
+        self._where |= whereabouts(row)  # Who did not report keeps what was known.
         self._show()
 
     def evaluated(self, step: int, row: Row, story: str) -> None:
@@ -142,7 +144,7 @@ class Panel:
         for title, text in self._figures(row).items():
             if text:
                 table.add_row(title, text)
-        for kind, text in whereabouts(row).items():
+        for kind, text in self._where.items():
             table.add_row(kind, text)
         now = time.monotonic()
         quiet = now - self._stepped
@@ -188,8 +190,9 @@ def whereabouts(row: Row) -> dict[str, str]:
         shares = [(state, value / total) for state, value in most if value / total >= 0.02]
         text = "  ".join(f"[{'yellow' if s in IDLE else 'green'}]{s.replace('_', ' ')} {v:.0%}[/]" for s, v in shares)
         count = len(names[kind])
-        told[f"{count} {kind}s" if count > 1 else kind] = text
-    return told
+        name = {"reward": "scorer"}.get(kind, kind)
+        told[f"{count} {name}s" if count > 1 else name] = text
+    return {name: told[name] for name in sorted(told, key=lambda name: name.lstrip("0123456789 ").rstrip("s"))}
 
 
 def sparkline(values: list[float], width: int) -> str:

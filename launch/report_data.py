@@ -137,6 +137,11 @@ def _state(folder: Path, steps: list[Row], settings: dict[str, Any], summed: boo
     return {"word": "ended early", "text": f"{said}; the same command goes on from the newest checkpoint"}
 
 
+def _paths(settings: dict[str, Any], key: str) -> str:
+    """Of the sources of rows."""
+    return ", ".join(str(v) for k, v in settings.items() if k.startswith(f"{key}.") and k.endswith(".path"))
+
+
 def _facts(folder: Path, steps: list[Row], settings: dict[str, Any]) -> list[tuple[str, str]]:
     """What the page says about the run beside its figures: label and text."""
 
@@ -150,8 +155,8 @@ def _facts(folder: Path, steps: list[Row], settings: dict[str, Any]) -> list[tup
     ]
     facts = [
         ("Model", f"{given('model.path')} · {given('model.dtype')}"),
-        ("Training rows", given("data.train")),
-        ("Held-out rows", str(settings.get("data.eval", "none"))),
+        ("Training rows", _paths(settings, "data.train") or "?"),
+        ("Held-out rows", _paths(settings, "data.eval") or "none"),
         ("Rewards", ", ".join(rewards[:6])),
         ("Algorithm", _algorithm(settings)),
         ("A step", f"{given('learner.prompts_per_step')} prompts × {given('rollout.group_size')} completions"),

@@ -87,7 +87,7 @@ class Trackio:
 
 
 class Prometheus:
-    """Gauges that Ray's metrics agent exports: ``millrace_<metric>{run="..."}``; launch/deploy/grafana.json shows them.
+    """Gauges that Ray's metrics agent exports: ``millrace_<metric>{run="..."}``; launch/grafana.json shows them.
 
     Seconds by state become ``millrace_time_seconds{process, state}``.
     """

@@ -548,7 +548,7 @@ async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypat
     folder = RunFolder(config, tmp_path / "run")
     monkeypatch.setattr("launch.run_folder.draw_curves", lambda *_: None)
     parts = Parts(engines, FakeRewards(), learners, linked=False)
-    session = Session(SimpleNamespace(config=config, held_out=[]), "run.toml", folder.path, stream, None)
+    session = Session(SimpleNamespace(config=config, held_out=[]), "run.toml", folder.path, stream, None, 0.0)
     lives = asyncio.wait_for(session._lives(folder, parts), 10)
     if ends:
         await lives

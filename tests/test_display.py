@@ -91,6 +91,15 @@ def test_a_panel_on_a_live_terminal_draws_and_ends():
 def test_states_of_a_kind_of_process_are_one_line():
     assert list(whereabouts(ROW)) == ["2 engines", "learner"]
     assert whereabouts({"time/step": 1.0}) == {}
+    row = {f"time/{name}/score": 1.0 for name in ("reward-0", "reward-1", "learner-0", "engine-0", "controller")}
+    assert list(whereabouts(row)) == ["controller", "engine", "learner", "2 scorers"]
+
+
+def test_a_process_that_did_not_report_stays_in_its_place(panel):
+    panel.step(21, {"reward": 1.0, "time/learner-0/backward": 1.0}, 1.0)
+    text = shown(panel)
+    assert "generate 80%" in text
+    assert "backward 100%" in text
 
 
 @pytest.mark.parametrize(

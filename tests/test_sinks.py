@@ -17,7 +17,7 @@ from shared.errors import InputError
 from tests.fakes import make_config, make_group
 
 ROW = {"reward": 0.5, "time/engine-0/generate": 2.0, "eval/pass@4": 0.25}
-GRAFANA = Path(__file__).parent.parent / "launch" / "deploy" / "grafana.json"
+GRAFANA = Path(__file__).parent.parent / "launch" / "grafana.json"
 
 
 class Recorder:

@@ -1,0 +1,179 @@
+"""Training from Python: functions of a notebook as a file, tables as configurations, and a run in its own thread."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from launch import function_files, train_steps
+from launch.api import _config, _with
+from launch.function_files import write_functions
+from rollout.rewards import BUILTINS
+from shared.errors import InputError
+from tests.fakes import make_config
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = [{"prompt": "1+1=", "answer": "2"}]
+
+
+# --- functions as files ---
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """``notebook(code) -> namespace`` of a ``__main__`` with that code, as a cell would leave it."""
+
+    def run(code: str) -> dict:
+        path = tmp_path / "cell.py"
+        path.write_text(textwrap.dedent(code))
+        spec = importlib.util.spec_from_file_location("cell", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "cell", module)
+        spec.loader.exec_module(module)
+        elsewhere = function_files._home
+        monkeypatch.setattr(function_files, "_home", lambda f: None if f.__module__ == "cell" else elsewhere(f))
+        return vars(module)
+
+    return run
+
+
+def load(path: Path):
+    """The module that a reward worker would import, without anything of ours."""
+    spec = importlib.util.spec_from_file_location("written", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_function_brings_all_that_it_uses(notebook, tmp_path):
+    cell = notebook(
+        """
+        import math
+        import re as regular
+        from collections import Counter
+
+        LIMIT = {"most": [3, 4]}
+        NUMBER = regular.compile(r"\\d+", regular.I)
+
+        def size(text):
+            return min(len(text), LIMIT["most"][0])
+
+        def score(completions, **_):
+            return [math.sqrt(size(c)) + len(Counter(c)) if NUMBER.search(c) else 0.0 for c in completions]
+        """
+    )
+    names = write_functions([cell["score"]], tmp_path / "rewards.py")
+    assert names == {cell["score"]: f"{tmp_path / 'rewards.py'}:score"}
+    assert load(tmp_path / "rewards.py").score(completions=["1122", "x"]) == [math.sqrt(3) + 2, 0.0]
+
+
+def test_a_function_made_by_another_brings_what_it_remembers(notebook, tmp_path):
+    cell = notebook(
+        """
+        def at_most(limit):
+            def brief(completions, **_):
+                return [float(len(c) <= limit) for c in completions]
+            return brief
+
+        brief = at_most(2)
+        """
+    )
+    write_functions([cell["brief"]], tmp_path / "rewards.py")
+    assert load(tmp_path / "rewards.py").brief(completions=["ab", "abc"]) == [1.0, 0.0]
+
+
+def test_a_function_of_a_file_is_named_by_it(tmp_path):
+    function = BUILTINS["exact_match"]
+    assert write_functions([function], tmp_path / "rewards.py") == {function: f"{ROOT}/rollout/rewards.py:exact_match"}
+    assert not (tmp_path / "rewards.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("score = lambda completions: []", "lambda"),
+        ("model = object()\ndef score(completions):\n    return model", "model, a object"),
+        ("class Judge: ...\njudge = Judge()\ndef score(completions):\n    return judge", "judge, a Judge"),
+    ],
+)
+def test_what_cannot_be_written_down_is_one_line(notebook, tmp_path, code, found):
+    with pytest.raises(InputError) as excinfo:
+        write_functions([notebook(code)["score"]], tmp_path / "rewards.py")
+    assert excinfo.value.code == "E301"
+    assert found in excinfo.value.found
+
+
+# --- configurations ---
+
+
+def test_a_table_a_file_and_an_object_are_configurations(tmp_path):
+    table = make_config().model_dump()
+    for given in (make_config(), table, "quickstart", ROOT / "launch" / "configs" / "quickstart.toml"):
+        config = _config(given, {"run.steps": 7, "learner.lr": 3e-5, "run.output_dir": "x", "rollout.stop": ["a"]})
+        assert (config.run.steps, config.learner.lr, config.run.output_dir) == (7, 3e-5, "x")
+        assert config.rollout.stop == ["a"]
+
+
+def test_rewards_and_rows_replace_those_of_the_configuration(tmp_path):
+    rewards = [BUILTINS["length"], "exact_match", {"function": "regex", "args": {"pattern": "x"}, "weight": 0.5}]
+    config = _with(make_config(), rewards, ROWS, tmp_path)
+    names = [(f.function.rpartition(":")[2], f.name, f.weight) for f in config.reward.functions]
+    assert names == [("length", "length", 1.0), ("exact_match", None, 1.0), ("regex", None, 0.5)]
+    assert (tmp_path / "rows.jsonl").read_text() == '{"prompt": "1+1=", "answer": "2"}\n'
+    assert config.data.train[0].path == str(tmp_path / "rows.jsonl")
+
+
+def test_wrong_input_is_raised_at_once_and_named():
+    with pytest.raises(Exception, match="E101"):
+        next(train_steps({"modle": {}}))
+
+
+# --- runs ---
+
+SCRIPT = """
+import re
+from launch import train, train_steps
+
+NUMBER = re.compile(r"^[0-9]+$")
+
+def numeric(completions, **_):
+    return [float(bool(NUMBER.match(c))) for c in completions]
+
+settings = {"run.output_dir": "OUT", "run.steps": 3, "learner.prompts_per_step": 4, "eval.max_rows": 8}
+seen = []
+for row in train_steps("quickstart", rewards=[numeric], settings=settings):
+    seen.append((row["step"], "reward" in row, "eval/reward" in row))
+print(seen)
+run = train("quickstart", rewards=[numeric], settings=settings | {"run.steps": 4, "run.resume": "auto"})
+print([row["step"] for row in run.metrics if "reward" in row], run.model.name)
+for row in train_steps("quickstart", rewards=[numeric], settings=settings | {"run.steps": 400}):
+    if row["step"] == 2:
+        break
+print("left early")
+"""
+
+
+@pytest.mark.stack
+def test_a_script_trains_goes_on_and_leaves_early(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.replace("OUT", str(tmp_path / "out")))
+    command = [sys.executable, str(tmp_path / "script.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False, env=environment
+    )
+    lines = [line for line in done.stdout.splitlines() if re.match(r"\[|left", line)]
+    assert lines == [
+        "[(0, False, True), (1, True, False), (2, True, False), (3, True, False), (3, False, True)]",
+        "[1, 2, 3, 4] hf",
+        "left early",
+    ], done
+    assert done.returncode == 0
+    assert "def numeric" in (tmp_path / "out" / "rewards.py").read_text()
