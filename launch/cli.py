@@ -16,6 +16,7 @@ GROUPS = {
     },
     "before": {
         "configs": ("launch.shipped:main", "the configurations and recipes that ship, to read and to copy"),
+        "import-trl": ("launch.import_trl:main", "a TRL script, or the arguments of one, as a configuration"),
         "doctor": ("launch.doctor:main", "run the reward functions on canned completions and say what is wrong"),
         "score": ("launch.score:main", "score stored completions with reward functions"),
         "plan": ("launch.plan:main", "how to share devices between engines and learner, and what to expect"),

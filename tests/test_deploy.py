@@ -75,7 +75,7 @@ def test_paths_settings_and_variables_exist(name):
         assert (ROOT / path).exists(), path
     assert set(re.findall(r"--([a-z]+\.[a-z_]+)", text)) <= set(known_keys())
     assert set(re.findall(r"^millrace (\w+)", text, re.M)) <= set(VERBS)
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.py"))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "launch").rglob("*.py"))
     assert [variable for variable in re.findall(r"MILLRACE_[A-Z_]+", text) if f'"{variable}"' not in sources] == []
 
 
@@ -256,8 +256,9 @@ def test_the_stages_are_those_that_are_shown():
 def test_an_image_holds_the_packages_and_runs_as_nobody_special(stage):
     lines = stages()[stage]
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert set(packages) | {"pyproject.toml", PROJECT["readme"]} <= set(copied)
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = {name.partition(".")[0] for name in named}
+    assert packages | {"pyproject.toml", PROJECT["readme"]} <= set(copied)
     assert all((ROOT / path).exists() for path in copied)
     made = next(line for line in lines if line.startswith("RUN mkdir ")).split()[2:]
     assert sorted(made) == sorted(packages)
