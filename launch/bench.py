@@ -30,7 +30,7 @@ def parser(workload: str = "rewards") -> Options:
     """The verb's options for one ``workload``."""
     module = importlib.import_module(WORKLOADS[workload])
     options = Options(f"bench {workload}", module.__doc__, f"millrace bench {workload} --json")
-    options.add_argument("workload", choices=list(WORKLOADS))
+    options.add_argument("workload", choices=list(WORKLOADS), help="what is measured")
     module.add_options(options)
     options.add_argument("--json", action="store_true", help="print one JSON line last")
     return options

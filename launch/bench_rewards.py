@@ -32,10 +32,10 @@ def cheap(completions, mode, **kwargs):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this workload."""
-    parser.add_argument("--completions", type=int, default=10000)
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--groups-per-call", type=int, default=8)
+    parser.add_argument("--completions", type=int, default=10000, help="completions in all")
+    parser.add_argument("--group-size", type=int, default=8, help="completions a group")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="reward workers, one row each")
+    parser.add_argument("--groups-per-call", type=int, default=8, help="most groups that one call scores")
     parser.add_argument("--hang", type=float, default=0.05, help="share of groups whose call hangs")
     parser.add_argument("--crash", type=float, default=0.05, help="share of groups whose call kills its process")
     parser.add_argument("--timeout-s", type=float, default=0.5, help="deadline of a call in the faulty rows")

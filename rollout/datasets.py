@@ -62,7 +62,7 @@ def find_files(source: Source, split: str, key: str) -> list[Path]:
     path, matched = Path(source.path), PINNED.fullmatch(source.path)
     if path.is_dir():
         return _of_split(path, source, split, key)
-    if matched and not path.suffix and not path.exists():
+    if matched and not path.exists() and not path.parent.is_dir():
         return _of_split(_from_hub(matched[1], matched[2], key), source, split, key)
     if path.suffix == ".py":
         fix = "convert it once"
