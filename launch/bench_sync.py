@@ -28,9 +28,13 @@ SHAPES = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this workload."""
-    parser.add_argument("--megabytes", type=int, nargs="+", choices=list(SHAPES), default=[1, 25])
+    parser.add_argument(
+        "--megabytes", type=int, nargs="+", choices=list(SHAPES), default=[1, 25], help="sizes of the weights"
+    )
     parser.add_argument("--rounds", type=int, default=8, help="publications; the first two are left out")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="float32", help="type of the weights"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings")
 
 

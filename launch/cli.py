@@ -25,7 +25,7 @@ GROUPS = {
     },
     "after": {
         "show": ("launch.show:main", "browse prompts, completions, rewards and tokens in the terminal"),
-        "report": ("launch.report:main", "one HTML page that explains a run, or compares several"),
+        "report": ("launch.report.page:main", "one HTML page that explains a run, or compares several"),
         "eval": ("launch.evaluate:main", "score a model on held-out rows, greedy or with pass@k"),
         "replay": ("launch.replay:main", "train again on a run's stored groups, and compare the weights"),
     },

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, shipped
+from launch import bench, cli, shipped
+from launch.bench import WORKLOADS
 from launch.cli import GROUPS, VERBS
 from launch.options import ConfigOptions, Options, guarded, settings_help
 from shared.config_loader import config_file, known_keys, load_config
@@ -46,6 +47,11 @@ def test_every_verb_has_help_with_examples_of_itself(verb, monkeypatch, capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_says_what_it_does(verb):
     assert [action.option_strings for action in parser_of(verb)._actions if not action.help] == []
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_option_of_every_bench_says_what_it_does(workload):
+    assert [action.option_strings for action in bench.parser(workload)._actions if not action.help] == []
 
 
 def test_the_overview_has_every_verb_once(monkeypatch, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.findings import GOOD, NOTICE, PROBLEM, findings
+from launch.report.findings import GOOD, NOTICE, PROBLEM, findings
 from tests.fakes import make_config
 
 

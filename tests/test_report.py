@@ -13,11 +13,11 @@ import re
 import numpy as np
 import pytest
 
-from launch.report import build, embedded, main, render
-from launch.report_data import run_data
-from launch.report_rows import MAX_POINTS, read_rows, rounded, series, times
-from launch.report_samples import read_samples
-from launch.report_time import BINS, MAX_INTERVALS, in_order, read_trace, timeline
+from launch.report.data import run_data
+from launch.report.page import build, embedded, main, render
+from launch.report.rows import MAX_POINTS, read_rows, rounded, series, times
+from launch.report.samples import read_samples
+from launch.report.times import BINS, MAX_INTERVALS, in_order, read_trace, timeline
 from launch.run_folder import OURS
 from launch.stored_groups import write_groups
 from shared.errors import InputError

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from launch.report import build
+from launch.report.page import build
 from tests.report_runs import write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.report_rows import kind_of, rounded
+from launch.report.rows import kind_of, rounded
 
 BINS = 600
 """Stretches into which the run is cut for the overview."""

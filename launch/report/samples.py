@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.report_rows import rounded
+from launch.report.rows import rounded
 
 BUDGET = 2_600_000
 """Bytes of all runs' completions on a page."""

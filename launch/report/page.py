@@ -19,7 +19,7 @@ from typing import Any
 from launch.options import Options, guarded
 from shared.errors import InputError
 
-PARTS = Path(__file__).resolve().parent / "report_page"
+PARTS = Path(__file__).resolve().parent / "assets"
 SCRIPTS = (
     *("page.js", "chart.js", "curves.js", "overview.js", "time.js", "timeline.js"),
     *("tokens.js", "completions.js", "compare.js", "main.js"),
@@ -63,7 +63,7 @@ def _report(arguments: list[str]) -> None:
 
 def build(folders: Sequence[Path]) -> str:
     """The page of the runs in ``folders``. Raises ``InputError`` E603 or E606 for what is no run, E106 for too many."""
-    from launch.report_data import run_data
+    from launch.report.data import run_data
 
     if len(folders) > MOST_RUNS:
         place, fix = "command line", "report them in parts"

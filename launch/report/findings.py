@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from launch.report_rows import Row, numbers, split_rows
+from launch.report.rows import Row, numbers, split_rows
 from shared.config import Config
 
 PROBLEM, NOTICE, GOOD = "problem", "notice", "good"

@@ -18,10 +18,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from launch.accounts import verdict
-from launch.findings import findings
-from launch.report_rows import Row, numbers, read_rows, rounded, series, split_rows, times
-from launch.report_samples import BUDGET, Piece, load_pieces, read_samples
-from launch.report_time import Trace, read_trace, seconds, timeline
+from launch.report.findings import findings
+from launch.report.rows import Row, numbers, read_rows, rounded, series, split_rows, times
+from launch.report.samples import BUDGET, Piece, load_pieces, read_samples
+from launch.report.times import Trace, read_trace, seconds, timeline
 from launch.scale import is_live
 from shared.config import Config
 from shared.config_loader import known_keys, load_config
