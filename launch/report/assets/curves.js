@@ -1,13 +1,16 @@
 // The curves in groups, each only where there is data; what never changes is told in a line; the rest by search.
 const parts = [...new Set(RUNS.flatMap((run) => Object.keys(run.training.values)))].filter((name) => /^rewards\/.*\/mean$/.test(name));
 const partName = (name) => name.replace(/^(eval\/)?rewards\//, "").replace(/\/mean$/, "");
-const evaluations = [...new Set(RUNS.flatMap((run) => Object.keys(run.evaluations.values)))].filter((name) => name !== "eval/reward");
+const evaluated = [...new Set(RUNS.flatMap((run) => Object.keys(run.evaluations.values)))];
+const evaluations = evaluated.filter((name) => /^eval\/rewards\//.test(name));
+const passes = evaluated.filter((name) => /^eval\/pass@/.test(name));
 
 const GROUPS = [
   ["Outcome", [
     ["Reward", "", { reward: "training", "eval/reward": "held-out" }],
     ["Reward by part", "", parts.length > 1 ? Object.fromEntries(parts.map((name) => [name, partName(name)])) : {}],
     ["Evaluations", "held-out", evaluations.length < 2 ? {} : Object.fromEntries(evaluations.map((name) => [name, partName(name)]))],
+    ["Solved within k samples", "held-out", Object.fromEntries(passes.map((name) => [name, name.replace("eval/", "")]))],
     ["Spread of rewards", "standard deviation", { reward_std: "of all", reward_group_std: "within groups" }],
     ["Groups without signal", "share", { frac_reward_zero_std: "all", "frac_reward_zero_std/all_best": "all best", "frac_reward_zero_std/all_worst": "all worst" }],
     ["Advantages", "mean size", { "advantages/abs_mean": "|A|" }],
@@ -21,9 +24,9 @@ const GROUPS = [
     ["Learning rate", "", { learning_rate: "learning rate" }],
   ]],
   ["Completions", [
-    ["Length", "tokens", { "completions/mean_length": "mean", "completions/max_length": "longest", "completions/min_length": "shortest" }],
+    ["Length", "tokens", { "completions/mean_length": "mean", "completions/max_length": "longest", "completions/min_length": "shortest", "eval/mean_length": "held-out" }],
     ["Length of those that ended", "tokens", { "completions/mean_terminated_length": "mean" }],
-    ["Truncated", "share", { "completions/clipped_ratio": "hit the limit" }],
+    ["Truncated", "share", { "completions/clipped_ratio": "hit the limit", "eval/clipped_ratio": "held-out" }],
   ]],
   ["Off-policy", [
     ["Staleness", "steps", { "staleness/mean": "mean", "staleness/max": "oldest" }],
