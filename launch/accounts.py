@@ -17,7 +17,7 @@ import numpy as np
 from shared.config import Config
 from shared.errors import MillraceError, one_line
 from shared.ledger import RESIDUE_LIMIT, TimeBook, TimeLedger, TimeSlice
-from shared.types import RolloutGroup
+from shared.types import Prompt, RolloutGroup
 
 LEARNER_IDLE = ("start", "wait_for_groups")
 
@@ -60,7 +60,9 @@ class Accounts:
         self._config, self._book, self._ledger, self._parts = config, book, ledger, parts
         self._started = self._last = time.monotonic()
         self.seen = 0
-        """Tokens of prompts and completions since the run began."""
+        """Tokens of prompts and completions since the run began: of all that was sampled and has met its fate."""
+        self._wasted = 0
+        """Tokens sampled for nothing since the last step."""
         self._before: dict[str, dict[str, float]] = {}
         self._sums: Counter[str] = Counter()
         self._seconds = np.zeros(2)
@@ -73,10 +75,13 @@ class Accounts:
         self._before = {process: dict(states) for process, states in self._book.totals.items()}
         self._started = self._last = time.monotonic()
 
-    def step(
-        self, groups: list[RolloutGroup], replaced: list[RolloutGroup], trained: float, engines: int
-    ) -> dict[str, float]:
-        """Figures since the last step; ``replaced`` were sampled for nothing, ``trained`` tokens passed the learner.
+    def wasted(self, prompt: Prompt, samples: int, tokens: int) -> None:
+        """A group of so many completions and tokens was sampled that no applied step holds: it counts as work."""
+        self._wasted += tokens
+        self.seen += tokens + samples * len(prompt.token_ids)
+
+    def step(self, groups: list[RolloutGroup], trained: float, engines: int) -> dict[str, float]:
+        """Figures since the last step, of the ``groups`` of this one; ``trained`` tokens passed the learner.
 
         ``engines``: how many the run has now.
         """
@@ -86,7 +91,8 @@ class Accounts:
         self._seconds += np.array([seconds, device_s])
         sampled, useful = tokens_of(groups), useful_tokens(groups, self._config.algorithm.mask_truncated)
         self.seen += sampled + sum(len(g.prompt.token_ids) * len(g.completions) for g in groups)
-        self._sums.update(useful=useful, generated=sampled + tokens_of(replaced))
+        generated, self._wasted = sampled + self._wasted, 0
+        self._sums.update(useful=useful, generated=generated)
         self._drain()
         row = self._book.row()
         return row | {
@@ -96,7 +102,7 @@ class Accounts:
             "throughput/samples_per_second": sum(len(g.completions) for g in groups) / seconds,
             "time/step": seconds,
             "goodput": useful / device_s,
-            "goodput/work": useful / max(sampled + tokens_of(replaced), 1),
+            "goodput/work": useful / max(generated, 1),
             "goodput/time": _busy(_nested(row)),
         }
 
@@ -113,7 +119,7 @@ class Accounts:
         seconds = time.monotonic() - self._started
         stepped, device_s = self._seconds
         devices = device_s / stepped if stepped else self._devices(self._config.rollout.num_engines)
-        useful, generated = self._sums["useful"], max(self._sums["generated"], 1)
+        useful, generated = self._sums["useful"], max(self._sums["generated"] + self._wasted, 1)
         self._book.close()
         return {
             "processes": {

@@ -127,7 +127,7 @@ class Controller:
             self._samples.sampled(group_id, len(completions), sum(len(c.token_ids) for c in completions))
             scores = await self._rewards.score(group_id, prompt, completions)
         except GroupFailed as failure:
-            self._samples.close(group_id, "failed", failure.cause)
+            self._accounts.wasted(prompt, *self._samples.close(group_id, "failed", failure.cause))
             await self.buffer.discard(group_id)
             self._failures.failed(failure, prompt)
             return
@@ -140,7 +140,7 @@ class Controller:
         signal = group.has_signal(by_part=algorithm.combine == "normalize_then_sum")
         if algorithm.zero_variance == "resample" and not signal:
             self._replaced.append(group)
-            self._samples.close(group_id, "filtered", "no_signal")
+            self._accounts.wasted(prompt, *self._samples.close(group_id, "filtered", "no_signal"))
             await self.buffer.replace(group_id)
         else:
             await self.buffer.put(group, signal)
@@ -176,12 +176,11 @@ class Controller:
         if not groups:  # Every group of the batch was without signal and could not be replaced.
             await self.buffer.release(self._config.batches_left(self.version))
             return
-        replaced, self._replaced = self._replaced, []
-        metrics = group_metrics(groups, self.version, replaced)
+        metrics, self._replaced = group_metrics(groups, self.version, self._replaced), []
         assert metrics["staleness/max"] <= self._config.rollout.max_staleness, f"staleness bound broken: {metrics}"
         self._time.enter("train")
         call = asyncio.ensure_future(self._learners.train_step(groups, self._canary))
-        self._training = Training(groups, replaced, metrics, call)
+        self._training = Training(groups, metrics, call)
         report, publication = await asyncio.shield(call)
         done = self._applied(self._training, report)
         if publication is None:
@@ -199,11 +198,13 @@ class Controller:
         for group in step.groups:
             if group.group_id in report.advantages:
                 self._samples.close(group.group_id, "trained", step=report.policy_version)
-            else:
-                self._samples.close(group.group_id, "filtered", "step_refused" if refused else "no_signal")
+                continue
+            spent = self._samples.close(group.group_id, "filtered", "step_refused" if refused else "no_signal")
+            if not report.applied:  # Else it is among the groups of the step.
+                self._accounts.wasted(group.prompt, *spent)
         self.version = report.policy_version
         metrics = step.metrics | report.metrics | self.buffer.metrics() | {"policy_version": float(self.version)}
-        done = Done(self.version, report.label(step.groups), step.replaced, metrics)
+        done = Done(self.version, report.label(step.groups), metrics)
         self._unrecorded += [done] if report.applied else []
         return done
 
@@ -220,8 +221,7 @@ class Controller:
     def _record(self, done: Done, sync: dict[str, float], digest: str) -> None:
         """A step into the run folder, with what publishing its weights gave."""
         metrics = done.metrics | sync | self._keeper.metrics() | self._samples.metrics() | self._engines.metrics()
-        trained, engines = metrics.get("train_tokens", 0.0), self._engines.size
-        metrics |= self._accounts.step(done.groups, done.replaced, trained, engines)
+        metrics |= self._accounts.step(done.groups, metrics.get("train_tokens", 0.0), self._engines.size)
         metrics |= {f"reward_pool/{name}": value for name, value in self._rewards.metrics().items()}
         history = [{"step": done.version, "reward": metrics["reward"]}]
         self._rewards.state = trainer_state(self._config, done.version, self._train.epoch, history)

@@ -87,7 +87,7 @@ def memory(config: Config, on_gpu: bool) -> list[str]:
         activations *= learner.max_tokens_per_microbatch
         told += f", activations {_size(activations)}"
         tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
-        longest = f", {_size(shape.kv_bytes * size / 2 * tokens)} for the longest sequence"
+        longest = f", {_size(shape.kv_bytes * tokens)} for the longest sequence"
     return [
         f"model: {_count(parameters)} parameters",
         f"engine worker: weights {_size(size * parameters / rollout.workers_per_engine)}, {cache}{longest}",

@@ -7,13 +7,13 @@ each at a usual share of the device's peak. What was measured is better: ``millr
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.timings import Timings
+from launch.timings import Lengths, Timings
 from shared.config import Config
-from shared.errors import InputError
+from shared.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Device:
 
     flops: float
     """Dense bfloat16 FLOP/s."""
+    flops_float32: float
+    """Those of float32 without tensor cores, as torch multiplies unless it is told otherwise."""
     bandwidth: float
     """Memory bytes/s."""
     memory: float
@@ -29,11 +31,11 @@ class Device:
 
 
 DEVICES = {
-    "a100-80": Device(312e12, 2.04e12, 80e9),
-    "h100-80": Device(989e12, 3.35e12, 80e9),
-    "h200": Device(989e12, 4.8e12, 141e9),
-    "b200": Device(2250e12, 8.0e12, 180e9),
-    "l40s": Device(362e12, 0.864e12, 48e9),
+    "a100-80": Device(312e12, 19.5e12, 2.04e12, 80e9),
+    "h100-80": Device(989e12, 67e12, 3.35e12, 80e9),
+    "h200": Device(989e12, 67e12, 4.8e12, 141e9),
+    "b200": Device(2250e12, 75e12, 8.0e12, 180e9),
+    "l40s": Device(362e12, 91.6e12, 0.864e12, 48e9),
 }
 READ_SHARE, DECODE_SHARE, PREFILL_SHARE, TRAIN_SHARE = 0.75, 0.5, 0.5, 0.4
 """Of the peaks that decoding, prefill and training usually reach."""
@@ -43,6 +45,17 @@ LINK, HOST_LINK = 50e9, 25e9
 """Bytes/s between devices, and between a device and its host's memory."""
 ENGINE_SHARE = 0.9
 """Of its memory that vLLM takes."""
+LARGEST = 10**9
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""Of ``config.json``; the last two may be missing or null."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,10 @@ class Shape:
     parameters: float
     layers: int
     hidden: int
+    number: int
+    """Bytes of a weight, a key or a value: ``model.dtype``."""
     kv_bytes: float
-    """Of a token's keys and values over all layers, in bfloat16."""
+    """Of a token's keys and values over all layers."""
 
     @classmethod
     def of(cls, config: Config) -> Shape:
@@ -61,69 +76,93 @@ class Shape:
         path = Path(config.model.path) / "config.json"
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-            return cls._from(table)
-        except (OSError, ValueError, KeyError) as error:
+            if not isinstance(table, dict):
+                raise ValueError(f"a {type(table).__name__}")
+            return cls._from(table, 4 if config.model.dtype == "float32" else 2)
+        except (OSError, ValueError, RecursionError) as error:
             expected, fix = "the config.json of a decoder", "a model directory, or --timings"
-            raise InputError("E401", "model not readable", str(path), repr(error), expected, fix) from None
+            raise InputError("E401", "model not readable", str(path), one_line(error), expected, fix) from None
 
     @classmethod
-    def _from(cls, table: dict[str, Any]) -> Shape:
-        hidden, layers, heads = table["hidden_size"], table["num_hidden_layers"], table["num_attention_heads"]
-        kv_heads, head = table.get("num_key_value_heads") or heads, table.get("head_dim") or hidden // heads
+    def _from(cls, table: dict[str, Any], number: int) -> Shape:
+        sizes: list[Any] = [table.get(name) for name in SIZES]
+        for name, size in zip(SIZES, sizes, strict=True):
+            missing = size is None and name in SIZES[-2:]
+            if not missing and not (type(size) is int and 0 < size <= LARGEST):
+                raise ValueError(f"{name} = {size!r}")
+        hidden, layers, heads, wide, words, kv_heads, head = sizes
+        kv_heads, head = kv_heads or heads, head or max(hidden // heads, 1)
         attention = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
-        per_layer = attention + 3 * hidden * table["intermediate_size"]
-        embeddings = table["vocab_size"] * hidden * (1 if table.get("tie_word_embeddings") else 2)
-        return cls(float(layers * per_layer + embeddings), layers, hidden, 2.0 * layers * kv_heads * head * 2)
+        embeddings = words * hidden * (1 if table.get("tie_word_embeddings") else 2)
+        parameters = float(layers * (attention + 3 * hidden * wide) + embeddings)
+        return cls(parameters, layers, hidden, number, 2.0 * layers * kv_heads * head * number)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of all weights."""
+        return self.number * self.parameters
 
 
 def timings_of(config: Config, device: Device, mean: float, longest: int, prompt: float) -> Timings:
     """Of ``config``'s model on ``device``, for completions of ``mean`` tokens cut at ``longest``, and such prompts."""
     shape, width = Shape.of(config), config.rollout.workers_per_engine
-    weights = 2 * shape.parameters
-    read, compute = device.bandwidth * READ_SHARE * width, device.flops * width
-    context = prompt + mean / 2
-    per_token = max(shape.kv_bytes * context / read, 2 * shape.parameters / (DECODE_SHARE * compute))
+    given = Timings(mean_length=mean, longest=longest, prompt_tokens=prompt)
+    peak = device.flops_float32 if shape.number == 4 else device.flops
+    read, compute = device.bandwidth * READ_SHARE * width, peak * width
+    context = _context(given)
     recompute = 2 if config.learner.gradient_checkpointing else 0
     passes = 6 + recompute + (2 if config.needs_reference else 0)
     attention = 12 * shape.layers * shape.hidden * context / shape.parameters
-    link = HOST_LINK if config.rollout.weights == "host" else LINK
-    return Timings(
-        decode_step_s=weights / read + STEP_OVERHEAD_S,
-        decode_sequence_s=per_token,
+    link = shape.weights / (HOST_LINK if config.rollout.weights == "host" else LINK)
+    return replace(
+        given,
+        decode_step_s=shape.weights / read + STEP_OVERHEAD_S,
+        decode_sequence_s=max(shape.kv_bytes * context / read, 2 * shape.parameters / (DECODE_SHARE * compute)),
         prefill_token_s=2 * shape.parameters / (PREFILL_SHARE * compute),
         request_s=0.2e-3,
         train_step_s=20 * shape.parameters / device.bandwidth,  # Adam reads and writes its states once.
-        train_token_s=(passes + attention) * shape.parameters / (TRAIN_SHARE * device.flops),
-        ranks_s=2 * weights / LINK,
-        publish_s=weights / link,
-        prepare_s=weights / link,
-        pause_s=weights / link,
+        train_token_s=(passes + attention) * shape.parameters / (TRAIN_SHARE * peak),
+        ranks_s=2 * shape.weights / LINK,
+        publish_s=link,
+        prepare_s=link,
+        pause_s=link,
         prove_s=10e-3,
         score_s=2e-3,
-        mean_length=mean,
-        longest=longest,
-        prompt_tokens=prompt,
+        room=max(_room(shape, device.memory * width, context), 1),
     )
 
 
+def _context(timings: Timings) -> float:
+    """Tokens of a running sequence on average, its prompt included."""
+    return timings.prompt_tokens + Lengths(timings).live
+
+
+def _room(shape: Shape, memory: float, context: float) -> int:
+    """Sequences whose keys and values have room beside the weights in an engine of so much ``memory``."""
+    return max(int((ENGINE_SHARE * memory - shape.weights) / (shape.kv_bytes * context)), 0)
+
+
 def memory_report(config: Config, device: Device, ranks: int, running: float, timings: Timings) -> list[str]:
-    """What an engine with ``running`` sequences and one of ``ranks`` learner ranks need, in words; wrong fits say so."""
-    shape, width = Shape.of(config), config.rollout.workers_per_engine
-    live = min(running, config.max_num_seqs) * (timings.prompt_tokens + timings.mean_length / 2) * shape.kv_bytes
-    engine, room = (2 * shape.parameters + live) / width, ENGINE_SHARE * device.memory
-    spread = ranks if config.learner.zero_stage >= 1 else 1
-    states = 12 * shape.parameters / spread
-    states += 2 * shape.parameters / (ranks if config.learner.zero_stage >= 2 else 1)
-    states += 2 * shape.parameters / (ranks if config.learner.zero_stage >= 3 else 1)
-    per_token = 2 * shape.hidden * shape.layers * (1 if config.learner.gradient_checkpointing else 17)
-    learner = states + per_token * config.learner.max_tokens_per_microbatch
+    """What an engine with ``running`` sequences and one of ``ranks`` learner ranks need, in words; wrong fits say so.
+
+    Sequences beyond the room for keys and values wait; an engine fits if the weights and one sequence do.
+    """
+    shape, width, learner = Shape.of(config), config.rollout.workers_per_engine, config.learner
+    context = _context(timings)
+    room = _room(shape, device.memory * width, context)
+    live = min(running, config.max_num_seqs, room) * context
+    engine = (shape.weights + max(live, config.max_model_len) * shape.kv_bytes) / width
+    states = 12 * shape.parameters / (ranks if learner.zero_stage >= 1 else 1)
+    states += shape.weights / (ranks if learner.zero_stage >= 2 else 1)
+    states += shape.weights / (ranks if learner.zero_stage >= 3 else 1)
+    per_token = shape.number * shape.hidden * shape.layers * (1 if learner.gradient_checkpointing else 17)
+    states += per_token * learner.max_tokens_per_microbatch
     if config.needs_reference:
-        learner += 2 * shape.parameters / (ranks if config.learner.zero_stage >= 3 else 1)
+        states += shape.weights / (ranks if learner.zero_stage >= 3 else 1)
+    weights = f"engine: weights {shape.weights / width / 1e9:.1f} GB, keys and values (room for {room:,} sequences)"
     return [
-        _fits(f"engine: weights {2 * shape.parameters / width / 1e9:.1f} GB, keys and values", engine, room),
-        _fits(
-            f"learner rank, ZeRO {config.learner.zero_stage}: optimizer, weights, activations", learner, device.memory
-        ),
+        _fits(weights, engine, ENGINE_SHARE * device.memory),
+        _fits(f"learner rank, ZeRO {learner.zero_stage}: optimizer, weights, activations", states, device.memory),
     ]
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from shared.errors import InputError, MillraceError, nearest, one_line
@@ -98,6 +100,35 @@ class ConfigOptions(Options):
         """The verb's own help; that of the first verb goes on with every setting."""
         more = settings_help() if self.prog == "millrace train" else "settings: millrace train --help"
         return f"{super().format_help()}\n{more}\n"
+
+
+def check_number(option: str, value: float | None, least: float, most: float = math.inf, limit: str = "") -> None:
+    """Raises ``InputError`` E102 unless ``option``, if given, lies within these; ``limit`` is the name of ``most``."""
+    if value is None or (least <= value <= most and math.isfinite(value)):
+        return
+    expected, nearest_one = f"a number >= {least:.9g}", most if value > most else least
+    if most < math.inf:
+        expected = f"a number from {least:.9g} to {f'{limit} = ' if limit else ''}{most:.9g}"
+    fix = f"{option} {nearest_one:.9g}"
+    raise InputError("E102", "bad value", f"command line:{option}", f"{value:.9g}", expected, fix)
+
+
+def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+    """Raises ``InputError`` E601 unless a file, with one of these ``suffixes`` if any, can be written to ``path``."""
+    if path is None:
+        return
+    found, expected, fix = "", "a file in a folder that is there", f"mkdir -p {path.parent}"
+    if suffixes and path.suffix.lower() not in suffixes:
+        found, expected = path.suffix or "no suffix", f"one of {', '.join(suffixes)}"
+        fix = f"{option} {path.with_suffix(suffixes[0]) if path.name else f'plan{suffixes[0]}'}"
+    elif not path.parent.is_dir():
+        found = f"no folder {path.parent}"
+    elif path.is_dir():
+        found, fix = "a folder", f"{option} {path / 'timings.json'}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        found, fix = "no permission", "another place"
+    if found:
+        raise InputError("E601", "cannot write", f"command line:{option} {path}", found, expected, fix)
 
 
 def settings_help(only: str = "") -> str:

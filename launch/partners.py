@@ -53,8 +53,6 @@ class Training(NamedTuple):
     """A step that the learner has not answered yet."""
 
     groups: list[RolloutGroup]
-    replaced: list[RolloutGroup]
-    """Without signal, generated beside them."""
     metrics: dict[str, float]
     call: Future[tuple[StepReport, Publication | None]]
 
@@ -64,7 +62,6 @@ class Done(NamedTuple):
 
     version: int
     groups: list[RolloutGroup]
-    replaced: list[RolloutGroup]
     metrics: dict[str, float]
 
 

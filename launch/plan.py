@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.hardware import DEVICES, memory_report, timings_of
-from launch.options import ConfigOptions, guarded
-from launch.plan_model import Prediction, predict, splits, staleness_needed
+from launch.options import ConfigOptions, check_number, check_output, guarded
+from launch.plan_model import Prediction, as_split, check_devices, predict, shares, splits, staleness_needed
 from launch.timings import Timings
 from shared.config import Config
 from shared.config_loader import config_file, load_config
 from shared.errors import InputError
+
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,18 +52,12 @@ def parser() -> ConfigOptions:
 
 def _plan(arguments: list[str]) -> None:
     options, files, settings = parser().parse_config(arguments)
-    if options.timings and options.device:
-        fix = "drop one of the two"
-        raise InputError("E108", "options disagree", "command line", "--timings with --device", "one of them", fix)
-    config, timings = _timings(options, load_config(files, settings), config_file(files[-1]))
+    config, source = load_config(files, settings), config_file(files[-1])
+    _check(options, config, source.name)
+    config, timings = _timings(options, config, source)
     if options.save:
         timings.save(options.save)
     ways = splits(config, timings, options.devices)
-    if not ways:
-        width = config.rollout.workers_per_engine
-        expected = f"{width} for an engine and a number of ranks that divides {config.completions_per_step} completions"
-        place, fix = "command line:--devices", f"--devices {width + 1}"
-        raise InputError("E501", "nothing to share out", place, str(options.devices), expected, fix)
     best = ways[0]
     needed = staleness_needed(config, timings, best.engines, best.ranks)
     _print(config, timings, ways, needed, options.device)
@@ -70,6 +66,27 @@ def _plan(arguments: list[str]) -> None:
     if options.json:
         rows = [dataclasses.asdict(split) for split in ways]
         print(json.dumps({"best": rows[0], "splits": rows, "staleness_needed": needed}), flush=True)
+
+
+def _check(options: Any, config: Config, origin: str) -> None:
+    """Whatever can be refused before the work. Raises ``InputError`` E102, E108, E501 or E601."""
+    fix = "drop one of the two"
+    if options.timings and options.device:
+        raise InputError("E108", "options disagree", "command line", "--timings with --device", "one of them", fix)
+    for option, limit in (("mean", "max_new_tokens"), ("prompt", "max_prompt_tokens")):
+        value = getattr(options, f"{option}_tokens")
+        if value is not None and not options.device:
+            found = f"--{option}-tokens without --device"
+            raise InputError("E108", "options disagree", "command line", found, "both", "--device h200")
+        check_number(f"--{option}-tokens", value, 1, getattr(config.rollout, limit), f"rollout.{limit}")
+    check_devices(config, origin)
+    if not shares(config, options.devices):
+        width = config.rollout.workers_per_engine
+        expected = f"{width} for an engine and a number of ranks that divides {config.completions_per_step} completions"
+        place, fix = "command line:--devices", f"--devices {width + 1}"
+        raise InputError("E501", "nothing to share out", place, str(options.devices), expected, fix)
+    check_output("--save", options.save)
+    check_output("--picture", options.picture, PICTURES)
 
 
 def _timings(options: Any, config: Config, source: Path) -> tuple[Config, Timings]:
@@ -103,6 +120,7 @@ def _print(config: Config, timings: Timings, ways: list[Prediction], needed: int
         f"of what more would (now {config.rollout.max_staleness})"
     )
     if device:
+        config = as_split(config, best.engines, best.ranks, best.staleness)
         for line in memory_report(config, DEVICES[device], best.ranks, best.running, timings):
             print(line)
 

@@ -12,7 +12,8 @@ In a periodic state every sequence gains ``v`` tokens a step, and the sequences 
 
 with ``n`` sequences a step and engine and ``L`` the length of a completion. The two equations fix ``v`` and ``T``. The
 learner needs ``T >= train + publish``. On shared cores everybody is slower, by the factor at which all CPU time fits
-into ``cores T``: then more batches overlap, and engines need fewer decoding steps for the same tokens.
+into ``cores T``: then more batches overlap, and engines need fewer decoding steps for the same tokens. Where an engine has
+no room for all sequences, some wait: decoding takes at least ``n E[L] / places`` steps, and a batch's last completion is late.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from launch.timings import Timings
+from launch.timings import BISECTIONS, Lengths, Timings
 from shared.config import Config
+from shared.errors import InputError
 
-GEOMETRIC_POINTS, POINTS = 4096, 64
+POINTS = 64
 SLOWEST, SHARED_MUCH = 64.0, 1.02
 """On shared cores: how much slower everybody may be, and from where on the cores are what a step waits for."""
 ENGINES_BOUND = 0.75
 """Share of their time that engines work, above which they and not the way round are what a step waits for."""
-BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -54,37 +55,6 @@ class Prediction:
     """What the step waits for: engines, learner, latency, rewards, cores."""
 
 
-class Lengths:
-    """Completion lengths as a distribution."""
-
-    def __init__(self, timings: Timings) -> None:
-        if timings.lengths:
-            self._values = np.sort(np.asarray(timings.lengths, dtype=float))
-        else:
-            quantiles = (np.arange(GEOMETRIC_POINTS) + 0.5) / GEOMETRIC_POINTS
-            drawn = np.ceil(np.log1p(-quantiles) / np.log1p(-1 / max(timings.mean_length, 1 + 1e-9)))
-            self._values = np.minimum(np.maximum(drawn, 1.0), timings.longest)
-
-    @property
-    def mean(self) -> float:
-        """``E[L]``."""
-        return float(self._values.mean())
-
-    def done(self, tokens: float) -> float:
-        """``P(L <= tokens)``."""
-        return float(np.searchsorted(self._values, tokens, side="right")) / len(self._values)
-
-    def capped(self, limit: float) -> float:
-        """``E[min(L, limit)]``."""
-        return float(np.minimum(self._values, limit).mean())
-
-    def longest(self, count: int) -> float:
-        """``E[max of count]``."""
-        ranks = np.arange(1, len(self._values) + 1) / len(self._values)
-        weights = ranks**count - (ranks - 1 / len(self._values)) ** count
-        return float(weights @ self._values)
-
-
 @dataclass(frozen=True)
 class _Step:
     """The seconds of one step's parts, per engine or rank."""
@@ -92,8 +62,12 @@ class _Step:
     ahead: int
     per_engine: float
     """Sequences a step and engine."""
+    places: int
+    """Sequences that run in an engine at the same time."""
     longest: float
-    """Tokens of the step's longest completion."""
+    """Decoding steps until the last completion of a batch that is alone in the engines."""
+    decoding: float
+    """Decoding steps that an engine makes at least."""
     fixed: float
     """Prefill and requests, per engine."""
     pause: float
@@ -103,10 +77,29 @@ class _Step:
     """From the last token to the release of the slots, beside training: scoring and delivery."""
 
 
+def as_split(config: Config, engines: int, ranks: int, staleness: int) -> Config:
+    """``config`` with these numbers: the room of an engine, for one, follows from them."""
+    rollout = {"num_engines": engines, "max_staleness": staleness}
+    changes = {
+        "rollout": config.rollout.model_copy(update=rollout),
+        "learner": config.learner.model_copy(update={"num_ranks": ranks}),
+    }
+    return config.model_copy(update=changes)
+
+
+def check_devices(config: Config, origin: str) -> None:
+    """Raises ``InputError`` E108 for a run whose engines and ranks share their GPUs: it is not reckoned with here."""
+    if config.rollout.colocate:
+        expected = "false: engines and ranks are planned on devices of their own"
+        fix = "rollout.colocate = false; to know what sharing gives, run both for a few steps"
+        raise InputError("E108", "cannot be planned", f"{origin}:rollout.colocate", "true", expected, fix)
+
+
 def predict(config: Config, timings: Timings, engines: int, ranks: int, staleness: int | None = None) -> Prediction:
     """The steady state of a run of ``config`` with so many ``engines`` and ``ranks``."""
     if staleness is None:
         staleness = config.rollout.max_staleness
+    config = as_split(config, engines, ranks, staleness)
     lengths, ahead, slower = Lengths(timings), staleness // config.updates_per_batch, 1.0
     split = engines, ranks
     if timings.cores and ahead == 0:  # Engines and learner take turns.
@@ -168,7 +161,7 @@ def _at(
         "latency": _periodic(slow, step, lengths),
         "learner": step.train,
         "rewards": config.groups_per_batch * timings.score_s / config.reward.workers,
-        "engines": _crowded(config, slow, step, lengths),
+        "engines": _crowded(slow, step, lengths),
     }
     bound = max(limits, key=lambda name: limits[name])
     seconds = limits[bound]
@@ -181,14 +174,17 @@ def _at(
 def _step(config: Config, timings: Timings, lengths: Lengths, split: tuple[int, int], ahead: int) -> _Step:
     engines, ranks = split
     groups = config.groups_per_batch
-    samples = groups * config.rollout.group_size
+    samples, places = groups * config.rollout.group_size, timings.places(config.max_num_seqs)
     tokens = samples * lengths.mean + groups * timings.prompt_tokens
     updates, epochs = config.updates_per_batch, config.learner.epochs_per_batch
     fixed_step = timings.train_step_s + (timings.ranks_s if ranks > 1 else 0.0)
+    each = samples / engines
     return _Step(
         ahead=ahead,
-        per_engine=samples / engines,
-        longest=lengths.longest(samples),
+        per_engine=each,
+        places=places,
+        longest=_makespan(lengths, samples, engines, places),
+        decoding=_makespan(lengths, each, 1, places) if ahead == 0 else each * lengths.mean / places,
         fixed=groups / engines * (timings.request_s + timings.prefill_token_s * timings.prompt_tokens),
         pause=timings.pause_s,
         train=updates * fixed_step + epochs * timings.train_token_s * tokens / ranks + timings.publish_s,
@@ -196,9 +192,18 @@ def _step(config: Config, timings: Timings, lengths: Lengths, split: tuple[int, 
     )
 
 
-def _crowded(config: Config, timings: Timings, step: _Step, lengths: Lengths) -> float:
+def _makespan(lengths: Lengths, samples: float, engines: int, places: int) -> float:
+    """Decoding steps until the last of ``samples`` is done: those that wait begin when one ends, the last run out alone."""
+    longest, each = lengths.longest(samples), samples / engines
+    if each <= places:
+        return longest
+    begun = (each / places - 1) * lengths.mean
+    return max(longest, each / places * lengths.mean, begun + lengths.longest_left(places * engines))
+
+
+def _crowded(timings: Timings, step: _Step, lengths: Lengths) -> float:
     """Seconds that an engine needs for a step's sequences with its every place taken."""
-    decoding = timings.decode_s(config.max_num_seqs) * step.per_engine * lengths.mean / config.max_num_seqs
+    decoding = timings.decode_s(step.places) * step.per_engine * lengths.mean / step.places
     return step.fixed + step.pause + decoding
 
 
@@ -240,7 +245,7 @@ def _busy(timings: Timings, step: _Step, lengths: Lengths, seconds: float) -> fl
         np.prod([lengths.done(point + j * gained) ** step.per_engine for j in range(step.ahead + 1)])
         for point in points
     ]
-    decoding = gained * (1 - float(np.mean(idle)))
+    decoding = max(gained * (1 - float(np.mean(idle))), step.decoding)
     alive = step.per_engine * lengths.capped((step.ahead + 1) * gained)
     return min(step.fixed + timings.decode_step_s * decoding + timings.decode_sequence_s * alive, seconds)
 
@@ -262,14 +267,16 @@ def _first(holds: Callable[[float], bool], limit: float, least: float | None = N
     return high
 
 
+def shares(config: Config, devices: int) -> list[tuple[int, int]]:
+    """Every way to share all ``devices``: engines, and a number of ranks that divides the step's completions."""
+    width, completions = config.rollout.workers_per_engine, config.completions_per_step
+    ranks = [r for r in range(min(devices - width, completions), 0, -1) if completions % r == 0]
+    return [((devices - r) // width, r) for r in ranks if (devices - r) % width == 0]
+
+
 def splits(config: Config, timings: Timings, devices: int) -> list[Prediction]:
-    """Every way to share ``devices`` between engines and learner ranks, the fastest first."""
-    width = config.rollout.workers_per_engine
-    found = []
-    for engines in range(1, (devices - 1) // width + 1):
-        ranks = devices - engines * width
-        if config.completions_per_step % ranks == 0:
-            found.append(predict(config, timings, engines, ranks))
+    """What every share of ``devices`` gives, the fastest first."""
+    found = [predict(config, timings, engines, ranks) for engines, ranks in shares(config, devices)]
     return sorted(found, key=lambda p: -p.samples_per_s)
 
 

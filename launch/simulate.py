@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from launch.options import Options, guarded
+from launch.options import Options, check_number, guarded
+from launch.plan_model import check_devices
 from launch.timings import Timings
 from shared.config import Config
-from shared.config_loader import load_config
+from shared.config_loader import config_file, load_config
 from shared.errors import InputError
 
 WARM_UP = 0.2
 """Share of the steps that is left out of the rates."""
+LEAST_STEPS = 2
+"""One that is left out, and one to measure."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,9 +60,8 @@ def parser() -> Options:
 
 def _simulate(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
-    if options.engines is not None and options.engines < 1:
-        found, fix = str(options.engines), "--engines 8"
-        raise InputError("E102", "bad value", "command line:--engines", found, ">= 1", fix)
+    for name, least in (("engines", 1), ("ranks", 1), ("steps", LEAST_STEPS), ("groups_per_engine", 1)):
+        check_number(f"--{name.replace('_', '-')}", getattr(options, name), least)
     timings = Timings.load(options.timings) if options.timings else Timings()
     result = simulate(_config(options, timings), timings)
     for name, value in result.items():
@@ -69,35 +71,48 @@ def _simulate(arguments: list[str]) -> None:
 
 
 def _config(options: argparse.Namespace, timings: Timings) -> Config:
-    if options.config:
-        config = load_config([options.config])
-        engines = options.engines or config.rollout.num_engines
-        ranks = options.ranks or config.learner.num_ranks
-    else:
-        engines, ranks = options.engines or 8, options.ranks
-        prompts, group = engines * options.groups_per_engine, 8
-        if ranks is None:  # A learner that keeps up with engines that are never without work.
-            rate = engines * group * options.groups_per_engine * 2
-            busy = rate / timings.decode_s(2 * group * options.groups_per_engine)
-            ranks = max(1, min(round(busy * timings.train_token_s), prompts * group // 2))
-        while prompts * group % ranks:
-            ranks += 1
-        table: dict[str, Any] = {
-            "model": {"path": "simulated"},
-            "data": {"train": "simulated"},
-            "rollout": {"group_size": group, "max_staleness": 1},
-            "reward": {"functions": [{"function": "length"}], "workers": max(1, engines // 20), "groups_per_call": 8},
-            "learner": {"prompts_per_step": prompts},
-        }
-        config = Config.model_validate(table)
+    """The run to simulate. Raises what ``load_config`` does, and ``InputError`` E104 or E108."""
+    config = _given(options) if options.config else _made_up(options, timings)
     run = {"steps": options.steps * config.updates_per_batch, "samples_every": 0, "checkpoint_every": 0}
     changes = {
         "run": config.run.model_copy(update=run),
-        "rollout": config.rollout.model_copy(update={"num_engines": engines, "max_engines": 0}),
-        "learner": config.learner.model_copy(update={"num_ranks": ranks}),
+        "rollout": config.rollout.model_copy(update={"max_engines": 0}),
         "eval": config.eval.model_copy(update={"every_steps": 0}),
     }
     return config.model_copy(update=changes)
+
+
+def _given(options: argparse.Namespace) -> Config:
+    """A file's, with the same checks as for a run."""
+    asked = {"rollout.num_engines": options.engines, "learner.num_ranks": options.ranks}
+    config = load_config([options.config], {key: str(number) for key, number in asked.items() if number is not None})
+    check_devices(config, config_file(options.config).name)
+    return config
+
+
+def _made_up(options: argparse.Namespace, timings: Timings) -> Config:
+    """Groups of 8, a few per engine, and as many ranks as keep up. Raises ``InputError`` E104."""
+    engines, ranks, group = options.engines or 8, options.ranks, 8
+    prompts = engines * options.groups_per_engine
+    completions = prompts * group
+    if ranks is None:  # A learner that keeps up with engines that are never without work.
+        running = 2 * group * options.groups_per_engine
+        busy = engines * running / timings.decode_s(running)
+        ranks = max(1, min(round(busy * timings.train_token_s), completions // 2))
+        while completions % ranks:
+            ranks += 1
+    elif completions % ranks:
+        near = next(number for number in range(min(ranks, completions), 0, -1) if completions % number == 0)
+        place, expected = "command line:--ranks", f"a divisor of the step's {completions} completions"
+        raise InputError("E104", "batch does not divide", place, str(ranks), expected, f"--ranks {near}")
+    table: dict[str, Any] = {
+        "model": {"path": "simulated"},
+        "data": {"train": "simulated"},
+        "rollout": {"group_size": group, "max_staleness": 1, "num_engines": engines},
+        "reward": {"functions": [{"function": "length"}], "workers": max(1, engines // 20), "groups_per_call": 8},
+        "learner": {"prompts_per_step": prompts, "num_ranks": ranks},
+    }
+    return Config.model_validate(table)
 
 
 def simulate(config: Config, timings: Timings) -> dict[str, Any]:

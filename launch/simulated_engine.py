@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.timings import Timings
+from launch.timings import MOST_TOKENS, Timings
 from rollout.engine import Received, Sampling
 from shared.actors import Call
 from shared.config import Config
@@ -19,10 +19,10 @@ from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, VersionSpan
 from shared.weights import Canary, Publication
 
-TOKENS = np.zeros(1 << 16, np.int32)
+TOKENS = np.zeros(MOST_TOKENS, np.int32)
 ROUNDING_S = 1e-7
 """A timer that was set for the end of a sequence may come so much early."""
-LOGPROBS = np.zeros(1 << 16, np.float32)
+LOGPROBS = np.zeros(MOST_TOKENS, np.float32)
 
 
 class SimulatedActor:
@@ -62,7 +62,7 @@ class SimulatedEngine(SimulatedActor):
     """``k`` running sequences gain a token each ``timings.decode_s(k)`` seconds; what does not fit waits its turn."""
 
     def __init__(self, timings: Timings, config: Config, index: int) -> None:
-        self._timings, self._room = timings, config.max_num_seqs
+        self._timings, self._room = timings, timings.places(config.max_num_seqs)
         self._rng = np.random.default_rng((config.run.seed, index))
         self._ledger = TimeLedger(f"engine-{index}", "wait_for_prompts")
         self._version = -1

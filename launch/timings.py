@@ -7,14 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import InputError, nearest
+from shared.errors import InputError, nearest, one_line
+
+MOST_TOKENS, MOST = 1 << 20, 1e6
+"""Of a completion or a prompt; and of whatever else a file may say."""
+LIMITS = {
+    "together": (1.0, MOST),
+    "mean_length": (1.0, MOST_TOKENS),
+    "longest": (1.0, MOST_TOKENS),
+    "prompt_tokens": (1.0, MOST_TOKENS),
+}
+"""Smallest and largest value; of all others 0 and ``MOST``."""
+WHOLE = ("cores", "room", "longest")
+BISECTIONS = 60
+GEOMETRIC_POINTS, RESIDUAL_POINTS = 4096, 256
 
 
 @dataclass(frozen=True)
@@ -51,10 +66,12 @@ class Timings:
     """Cores that engines and learner share; 0: everyone has a device of its own."""
     control_s: float = 0.0
     """CPU time of driver and reward workers in a step, from the same cores."""
+    room: int = 0
+    """Sequences whose keys and values fit in an engine's memory at the same time; 0: all."""
     lengths: tuple[int, ...] = ()
     """Completion lengths seen, in tokens; empty: geometric."""
     mean_length: float = 128.0
-    """Without ``lengths``: mean of the geometric distribution,"""
+    """Without ``lengths``: mean of the geometric distribution once it is"""
     longest: int = 512
     """cut here."""
     prompt_tokens: float = 32.0
@@ -64,7 +81,21 @@ class Timings:
         """Lengths ``[count]`` of completions."""
         if self.lengths:
             return rng.choice(np.asarray(self.lengths, dtype=np.int64), count)
-        return np.minimum(rng.geometric(1 / self.mean_length, count), self.longest).astype(np.int64)
+        return np.minimum(rng.geometric(self.stop_chance, count), self.longest).astype(np.int64)
+
+    @cached_property
+    def stop_chance(self) -> float:
+        """Of a token to be the last: ``p`` with ``E[min(L, longest)] = (1 - (1 - p)^longest) / p = mean_length``."""
+        low, high = 1e-12, 1 - 1e-12
+        for _ in range(BISECTIONS):
+            middle = math.sqrt(low * high)
+            mean = -math.expm1(self.longest * math.log1p(-middle)) / middle
+            low, high = (middle, high) if mean > self.mean_length else (low, middle)
+        return high
+
+    def places(self, admitted: int) -> int:
+        """Sequences that run in an engine that admits so many."""
+        return min(admitted, self.room or admitted)
 
     def decode_s(self, running: float) -> float:
         """Seconds of a decoding step with so many sequences."""
@@ -77,11 +108,14 @@ class Timings:
     @classmethod
     def load(cls, path: Path) -> Timings:
         """Read them; what is left out has its default. Raises ``InputError`` E105, E101 or E102."""
+        expected, fix = "a JSON object of timings", "millrace plan CONFIG.toml --devices N --save timings.json"
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            expected, fix = "a JSON object of timings", "millrace plan CONFIG.toml --devices N --save timings.json"
-            raise InputError("E105", "cannot read timings", str(path), str(error), expected, fix) from None
+        except (OSError, ValueError, RecursionError) as error:
+            found = one_line(error)
+            raise InputError("E105", "cannot read timings", str(path), found, expected, fix) from None
+        if not isinstance(table, dict):
+            raise InputError("E105", "cannot read timings", str(path), one_line(repr(table), 60), expected, fix)
         return cls.of(table, str(path))
 
     @classmethod
@@ -92,8 +126,70 @@ class Timings:
             if name not in fields:
                 guess = nearest(name, fields) or "see launch/timings.py"
                 raise InputError("E101", "unknown timing", f"{where}:{name}", name, ", ".join(fields), guess)
-            good = isinstance(value, list) if name == "lengths" else isinstance(value, int | float) and value >= 0
-            if not good:
-                raise InputError("E102", "bad value", f"{where}:{name}", repr(value), "a number >= 0", "seconds")
+            if expected := _expected(name, value):
+                default = fields[name].default
+                fix = f"{name} = {list(default) if isinstance(default, tuple) else default}"
+                raise InputError("E102", "bad value", f"{where}:{name}", one_line(repr(value), 60), expected, fix)
         values: dict[str, Any] = {name: tuple(v) if name == "lengths" else v for name, v in table.items()}
-        return cls(**values)
+        timings = cls(**values)
+        if not timings.decode_s(1) > 0:
+            place, expected = f"{where}:decode_step_s", "a decoding step that takes time"
+            raise InputError("E102", "bad value", place, "0", expected, f"decode_step_s = {cls.decode_step_s}")
+        if not timings.lengths and timings.mean_length > timings.longest:
+            place, expected = f"{where}:mean_length", f"<= longest = {timings.longest}, where completions are cut"
+            raise InputError("E102", "bad value", place, f"{timings.mean_length:g}", expected, "raise longest")
+        return timings
+
+
+def _expected(name: str, value: Any) -> str:
+    """What a timing must be, if ``value`` is not that; True and NaN are no numbers."""
+    if name == "lengths":
+        good = isinstance(value, list) and all(type(n) is int and 0 < n <= MOST_TOKENS for n in value)
+        return "" if good else f"a list of whole numbers from 1 to {MOST_TOKENS}"
+    kinds = (int,) if name in WHOLE else (int, float)
+    least, most = LIMITS.get(name, (0.0, MOST))
+    good = type(value) in kinds and least <= value <= most
+    return "" if good else f"a {'whole ' if name in WHOLE else ''}number from {least:g} to {most:,.0f}"
+
+
+class Lengths:
+    """Completion lengths as a distribution."""
+
+    def __init__(self, timings: Timings) -> None:
+        if timings.lengths:
+            self._values = np.sort(np.asarray(timings.lengths, dtype=float))
+        else:
+            quantiles = (np.arange(GEOMETRIC_POINTS) + 0.5) / GEOMETRIC_POINTS
+            drawn = np.ceil(np.log1p(-quantiles) / np.log1p(-timings.stop_chance))
+            self._values = np.minimum(np.maximum(drawn, 1.0), timings.longest)
+
+    @property
+    def mean(self) -> float:
+        """``E[L]``."""
+        return float(self._values.mean())
+
+    @property
+    def live(self) -> float:
+        """Tokens that a running sequence has on average: ``E[L^2] / (2 E[L])``, for the long ones run the longest."""
+        return float((self._values**2).mean() / 2 / self._values.mean())
+
+    def done(self, tokens: float) -> float:
+        """``P(L <= tokens)``."""
+        return float(np.searchsorted(self._values, tokens, side="right")) / len(self._values)
+
+    def capped(self, limit: float) -> float:
+        """``E[min(L, limit)]``."""
+        return float(np.minimum(self._values, limit).mean())
+
+    def longest(self, count: float) -> float:
+        """``E[max of count]``."""
+        ranks = np.arange(1, len(self._values) + 1) / len(self._values)
+        weights = ranks**count - (ranks - 1 / len(self._values)) ** count
+        return float(weights @ self._values)
+
+    def longest_left(self, count: float) -> float:
+        """``E[max of count]`` of what running sequences still lack: ``P(rest <= x) = E[min(L, x)] / E[L]``."""
+        most = float(self._values[-1])
+        points = most * (np.arange(RESIDUAL_POINTS) + 0.5) / RESIDUAL_POINTS
+        below = np.array([self.capped(point) for point in points]) / self.mean
+        return most * float((1 - below**count).mean())

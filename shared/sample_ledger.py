@@ -54,8 +54,8 @@ class SampleLedger:
         self.open[group_id] = (before[0] + samples, before[1] + tokens)
         self.counts.update({"samples/sampled": samples, "tokens/sampled": tokens})
 
-    def close(self, group_id: int, fate: str, reason: str = "", **facts: Any) -> None:
-        """The group's one and only fate, with ``facts`` such as the step that trained it."""
+    def close(self, group_id: int, fate: str, reason: str = "", **facts: Any) -> tuple[int, int]:
+        """The group's one and only fate, with ``facts`` such as the step that trained it; its samples and tokens."""
         assert fate in FATES, fate
         samples, tokens = self.open.pop(group_id)
         self.counts.update({f"groups/{fate}": 1, f"samples/{fate}": samples, f"tokens/{fate}": tokens})
@@ -63,6 +63,7 @@ class SampleLedger:
             self.reasons[reason] += 1
             facts = {"reason": reason} | facts
         self._write({"group": group_id, "fate": fate, **facts, "samples": samples, "tokens": tokens})
+        return samples, tokens
 
     def lose(self, group_id: int) -> None:
         """What was generated for an open group is gone with a process; it will be generated again."""

@@ -55,22 +55,24 @@ def test_a_step_and_the_summary(monkeypatch):
     engine.slices.append(piece("engine-0", 50, generate=3, wait_for_prompts=1))
     learner.slices.append(piece("learner-0", 50, forward=2, wait_for_groups=2))
     now[0] = 54.0
-    row = accounts.step([group([5, 7], [1.0, 0.0]), group([4, 4], [1.0, -1.0])], [group([10, 10], None)], 99.0, 1)
+    accounts.wasted(Prompt(1, np.zeros(6, np.int32), ""), 2, 20)  # Two completions of a group that was replaced.
+    row = accounts.step([group([5, 7], [1.0, 0.0]), group([4, 4], [1.0, -1.0])], 99.0, 1)
     assert row["time/step"] == 4
     assert row["throughput/rollout_tokens_per_second"] == pytest.approx(20 / 4)
     assert row["throughput/train_tokens_per_second"] == pytest.approx(99 / 4)
     assert row["throughput/samples_per_second"] == pytest.approx(4 / 4)
-    assert row["num_tokens"] == 20 + 3 * 4
+    assert row["num_tokens"] == 20 + 3 * 4 + 20 + 6 * 2
     assert row["goodput"] == pytest.approx(13 / 4 / 2)  # One engine, one rank.
     assert row["goodput/work"] == pytest.approx(13 / 40)
     assert row["goodput/time"] == pytest.approx((3 + 2) / 8)
     assert (row["time/engine-0/generate"], row["time/learner-0/wait_for_groups"]) == (3, 2)
     assert "time/engine-0/start" not in row
     now[0] = 55.0
+    accounts.wasted(Prompt(2, np.zeros(6, np.int32), ""), 1, 12)  # After the last step.
     summary = asyncio.run(accounts.finish())
     assert summary["training_seconds"] == 5
     assert summary["goodput"]["tokens_per_device_second"] == pytest.approx(13 / 5 / 2)
-    assert summary["goodput"]["work"] == pytest.approx(13 / 40)
+    assert summary["goodput"]["work"] == pytest.approx(13 / 52)
     assert summary["goodput"]["time"] == pytest.approx((4 + 2) / 10)
     assert summary["processes"]["engine-0"]["wall"] == pytest.approx(55)
     assert summary["processes"]["engine-0"]["states"]["start"] == 50
@@ -86,7 +88,7 @@ def test_goodput_counts_the_engines_that_there_are(monkeypatch):
     goodput = []
     for engines, seconds in ((1, 2.0), (3, 4.0)):  # One rank beside 4, then 12 workers.
         now[0] += seconds
-        goodput.append(accounts.step([group([130], [1.0])], [], 1.0, engines)["goodput"])
+        goodput.append(accounts.step([group([130], [1.0])], 1.0, engines)["goodput"])
     assert goodput == pytest.approx([130 / 2 / 5, 130 / 4 / 13])
     summary = asyncio.run(accounts.finish())
     assert summary["goodput"]["tokens_per_device_second"] == pytest.approx(260 / (2 * 5 + 4 * 13))

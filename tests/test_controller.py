@@ -288,6 +288,29 @@ async def test_steps_with_nothing_to_train_are_not_counted_as_refused():
     assert learners.version == 5
 
 
+def spent(loop):
+    """The run's share of useful tokens, its tokens, and samples by fate."""
+    counts = {fate: loop.recorder.samples.counts[f"samples/{fate}"] for fate in ("trained", "filtered", "failed")}
+    return loop.recorder.summaries[-1]["goodput"]["work"], loop.recorder.steps[-1][1]["num_tokens"], counts
+
+
+async def test_tokens_of_refused_steps_and_dropped_groups_were_sampled():
+    """4 tokens of an answer and 3 of a prompt in each sample; 2 samples in each of 2 groups a step."""
+    whole = await Loop(**{"run.steps": 6, "rollout.max_staleness": 0}).run()
+    assert spent(whole) == (1.0, 6 * 4 * 7, {"trained": 24, "filtered": 0, "failed": 0})
+    refusing = FakeLearners(refuse=lambda call: call % 2 == 0)
+    half = await Loop(learners=refusing, **{"run.steps": 6, "rollout.max_staleness": 0}).run()
+    assert spent(half) == (0.5, 12 * 4 * 7, {"trained": 24, "filtered": 24, "failed": 0})
+    assert [metrics["goodput/work"] for _, metrics, _ in half.recorder.steps] == [0.5] * 6
+    rewards = FakeRewards(fail=lambda group: GroupFailed(group, "timeout", "") if group % 3 == 0 else None)
+    failing = await Loop(rewards=rewards, **{"run.steps": 6, "rollout.max_staleness": 0}).run()
+    work, tokens, counts = spent(failing)
+    assert counts["trained"] == 24
+    assert counts["failed"] > 8
+    assert work == pytest.approx(24 / (24 + counts["failed"]))
+    assert tokens == 7 * (24 + counts["failed"])
+
+
 # --- stalls ---
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, run
+from launch import cli, plan, run, simulate
 from launch.cluster import connect  # The real one, before any test forbids it.
 from tests.fakes import fake_ray, write_config, write_model, write_rows, write_safetensors
 
@@ -298,6 +299,157 @@ def test_a_dry_run_prints_warnings_and_the_configuration_and_starts_nothing(answ
     assert "group_size = 2" in out
     assert (ray.calls["actors"], ray.calls["shutdown"]) == (0, 1)
     assert not (place / "out").exists()
+
+
+# --- the planner and the simulator ---
+
+QUIET = '{"decode_step_s": 0, "decode_sequence_s": 0, "train_step_s": 0, "train_token_s": 0, "publish_s": 0}'
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "content"),
+    [
+        ("E105", "t.json", "[1]"),
+        ("E105", "t.json", "null"),
+        ("E105", "t.json", "3"),
+        ("E105", "t.json", "\xff"),
+        ("E105", "t.json", "[" * 100_000),
+        ("E101", "t.json:decode_s", '{"decode_s": 1}'),
+        ("E102", "t.json:lengths", '{"lengths": [-5]}'),
+        ("E102", "t.json:lengths", '{"lengths": [0]}'),
+        ("E102", "t.json:lengths", '{"lengths": ["a"]}'),
+        ("E102", "t.json:lengths", '{"lengths": [1.5, 2]}'),
+        ("E102", "t.json:lengths", '{"lengths": [true]}'),
+        ("E102", "t.json:lengths", '{"lengths": [[1, 2], [3]]}'),
+        ("E102", "t.json:lengths", '{"lengths": [1e400]}'),
+        ("E102", "t.json:lengths", '{"lengths": 3}'),
+        ("E102", "t.json:mean_length", '{"mean_length": 0}'),
+        ("E102", "t.json:mean_length", '{"mean_length": 0.5}'),
+        ("E102", "t.json:mean_length", '{"mean_length": true}'),
+        ("E102", "t.json:mean_length", '{"mean_length": "12"}'),
+        ("E102", "t.json:mean_length", '{"mean_length": null}'),
+        ("E102", "t.json:mean_length", '{"mean_length": 600, "longest": 512}'),
+        ("E102", "t.json:longest", '{"longest": 0}'),
+        ("E102", "t.json:longest", '{"longest": 1.5}'),
+        ("E102", "t.json:prompt_tokens", '{"prompt_tokens": 1e30}'),
+        ("E102", "t.json:prompt_tokens", '{"prompt_tokens": NaN}'),
+        ("E102", "t.json:decode_step_s", '{"decode_step_s": NaN}'),
+        ("E102", "t.json:decode_step_s", '{"decode_step_s": Infinity}'),
+        ("E102", "t.json:decode_step_s", '{"decode_step_s": -1}'),
+        ("E102", "t.json:decode_step_s", '{"decode_step_s": false}'),
+        ("E102", "t.json:decode_step_s", QUIET),
+        ("E102", "t.json:together", '{"together": 0, "cores": 2}'),
+        ("E102", "t.json:cores", '{"cores": 1.5}'),
+        ("E102", "t.json:room", '{"room": -1}'),
+    ],
+)
+def test_wrong_timings(place, capsys, code, where, content):
+    (place / "t.json").write_bytes(content.encode("latin-1"))
+    file = str(write_config(place / "run.toml"))
+    for verb, arguments in ((plan, [file, "--devices", "4"]), (simulate, ["--engines", "2", "--steps", "3"])):
+        refused((verb.main([*arguments, "--timings", "t.json"]), *capsys.readouterr()), code, where)
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "arguments"),
+    [
+        ("E102", "command line:--steps", ["--steps", "0"]),
+        ("E102", "command line:--steps", ["--steps", "1"]),
+        ("E102", "command line:--steps", ["--steps", "-1"]),
+        ("E102", "command line:--ranks", ["--ranks", "0"]),
+        ("E102", "command line:--ranks", ["--ranks", "-1"]),
+        ("E104", "command line:--ranks", ["--ranks", "33", "--engines", "1"]),
+        ("E104", "command line:--ranks", ["--ranks", "5", "--engines", "1"]),
+        ("E102", "command line:--engines", ["--engines", "0"]),
+        ("E102", "command line:--groups-per-engine", ["--groups-per-engine", "0"]),
+        ("E102", "command line:--ranks", ["run.toml", "--ranks", "0"]),
+        ("E104", "run.toml:learner.prompts_per_step", ["run.toml", "--ranks", "3"]),
+        ("E104", "run.toml:learner.prompts_per_step", ["run.toml", "--ranks", "100000"]),
+        ("E108", "run.toml:rollout.cpu_cores", ["cores.toml", "--engines", "3"]),
+        ("E105", "nope.toml", ["nope.toml"]),
+        ("E106", "command line", ["--engines", "x"]),
+    ],
+)
+def test_a_wrong_simulation(place, capsys, code, where, arguments):
+    write_config(place / "run.toml")
+    write_config(place / "cores.toml", **{"rollout.num_engines": 2, "rollout.cpu_cores": "0|1"})
+    result = (simulate.main(arguments), *capsys.readouterr())
+    refused(result, code, where.replace("run.toml", arguments[0]) if arguments[0].endswith("toml") else where)
+
+
+@pytest.mark.parametrize(
+    ("code", "where", "arguments"),
+    [
+        ("E102", "command line:--mean-tokens", ["--mean-tokens=nan"]),
+        ("E102", "command line:--mean-tokens", ["--mean-tokens=inf"]),
+        ("E102", "command line:--mean-tokens", ["--mean-tokens=-5"]),
+        ("E102", "command line:--mean-tokens", ["--mean-tokens=0"]),
+        ("E102", "command line:--mean-tokens", ["--mean-tokens=17"]),
+        ("E102", "command line:--prompt-tokens", ["--prompt-tokens=nan"]),
+        ("E102", "command line:--prompt-tokens", ["--prompt-tokens=inf"]),
+        ("E102", "command line:--prompt-tokens", ["--prompt-tokens=-500"]),
+        ("E102", "command line:--prompt-tokens", ["--prompt-tokens=0"]),
+        ("E102", "command line:--prompt-tokens", ["--prompt-tokens=49"]),
+        ("E501", "command line:--devices", ["--devices", "0"]),
+        ("E501", "command line:--devices", ["--devices", "-3"]),
+        ("E601", "command line:--save", ["--save", "nowhere/t.json"]),
+        ("E601", "command line:--save", ["--save", "."]),
+        ("E601", "command line:--picture", ["--picture", "nowhere/plan.png"]),
+        ("E601", "command line:--picture", ["--picture", "plan.nonsense"]),
+        ("E601", "command line:--picture", ["--picture", "plan"]),
+        ("E601", "command line:--picture", ["--picture", "."]),
+    ],
+)
+def test_a_wrong_plan_is_refused_before_the_work(place, capsys, monkeypatch, code, where, arguments):
+    monkeypatch.setattr("launch.plan._timings", lambda *_: pytest.fail("the work has begun"))
+    changes = {"rollout.max_new_tokens": 16, "rollout.max_prompt_tokens": 48}
+    file = str(write_config(place / "run.toml", **changes))
+    refused((plan.main([file, "--devices", "2", "--device", "h200", *arguments]), *capsys.readouterr()), code, where)
+
+
+def test_lengths_are_for_a_data_sheet(place, capsys):
+    file = str(write_config(place / "run.toml"))
+    result = (plan.main([file, "--devices", "2", "--mean-tokens", "5"]), *capsys.readouterr())
+    refused(result, "E108", "command line")
+
+
+def test_a_picture_that_may_not_be_written(place, capsys, monkeypatch):
+    monkeypatch.setattr("launch.options.os.access", lambda *_: False)
+    file = str(write_config(place / "run.toml"))
+    result = (plan.main([file, "--devices", "2", "--device", "h200"]), *capsys.readouterr())
+    refused(result, "E601", "command line:--picture plan.png")
+
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "content"),
+    [
+        ("a list", []),
+        ("a NoneType", None),
+        ("hidden_size = None", {}),
+        ("hidden_size = 'big'", SIZES | {"hidden_size": "big"}),
+        ("num_attention_heads = 0", SIZES | {"num_attention_heads": 0}),
+        ("num_key_value_heads = -1", SIZES | {"num_key_value_heads": -1}),
+        ("head_dim = 'x'", SIZES | {"head_dim": "x"}),
+        ("vocab_size = 1.5", SIZES | {"vocab_size": 1.5}),
+        ("num_hidden_layers = True", SIZES | {"num_hidden_layers": True}),
+        ("hidden_size = 10000", SIZES | {"hidden_size": 10**400}),
+    ],
+)
+def test_a_model_whose_sizes_cannot_be_read(place, capsys, found, content):
+    (place / "model" / "config.json").write_text(json.dumps(content))
+    file = str(write_config(place / "run.toml", **{"model.path": "model"}))
+    result = (plan.main([file, "--devices", "2", "--device", "h200"]), *capsys.readouterr())
+    refused(result, "E401", "model/config.json")
+    assert found in result[2]
 
 
 # --- exit codes ---

@@ -12,9 +12,9 @@ import pytest
 
 from launch import plan, simulate
 from launch.hardware import DEVICES, Shape, memory_report, timings_of
-from launch.plan_model import Lengths, predict, splits, staleness_needed
+from launch.plan_model import predict, splits, staleness_needed
 from launch.profile import _fit
-from launch.timings import Timings
+from launch.timings import Lengths, Timings
 from shared.errors import InputError
 from tests.fakes import make_config, write_config
 
@@ -80,12 +80,35 @@ def test_with_enough_staleness_engines_reach_their_limit():
     assert rates[-1] == pytest.approx(2.0 + 1.0 / 32, rel=0.02)
 
 
-def test_an_engine_has_only_so_many_places():
-    """4 places: 14 ms for 4 tokens."""
-    found = predict(
-        config(**{"rollout.vllm": {"max_num_seqs": 4}}), replace(EVEN, train_step_s=0, train_token_s=0), 1, 1
-    )
-    assert found.step_s == pytest.approx(2000 / 4 * 0.014)
+@pytest.mark.parametrize(("admitted", "room"), [(4, 0), (256, 4), (4, 10)])
+def test_an_engine_has_only_so_many_places(admitted, room):
+    """4 places: 14 ms for 4 tokens; then the weights' 0.1 s, which staleness hides."""
+    timings = replace(EVEN, train_step_s=0, train_token_s=0, room=room)
+    changes = {"rollout.vllm": {"max_num_seqs": admitted}}
+    found = predict(config(**changes), timings, 1, 1)
+    assert found.step_s == pytest.approx(2000 / 4 * 0.014 + 0.1)
+    assert found.engine_idle == pytest.approx(0.1 / found.step_s, abs=0.01)
+    later = predict(config(staleness=4, **changes), timings, 1, 1)
+    assert (later.bound, later.step_s) == ("engines", pytest.approx(2000 / 4 * 0.014))
+    assert (later.engine_idle, later.running) == (pytest.approx(0, abs=0.01), pytest.approx(4))
+
+
+def test_a_split_does_not_depend_on_the_engines_that_are_configured():
+    timings = replace(EVEN, train_step_s=0.0, train_token_s=1e-6, publish_s=0.0)
+    found = {predict(config(512, 8, 4, **{"rollout.num_engines": n}), timings, 4, 1) for n in (1, 4, 64)}
+    assert len(found) == 1
+    # 20,480 sequences are in flight: no engine admits more than 1,024 of them.
+    assert found.pop().step_s == pytest.approx(1024 * 100 / 1024 * (0.01 + 1.024), rel=0.01)
+
+
+def test_engines_and_ranks_on_the_same_devices_are_not_planned(tmp_path, capsys):
+    changes = {"rollout.colocate": True, "rollout.num_engines": 2, "learner.num_ranks": 2}
+    file = str(write_config(tmp_path / "run.toml", **changes))
+    for verb, arguments in ((plan, ["--devices", "4", "--device", "h200"]), (simulate, [])):
+        assert verb.main([file, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error[E108] cannot be planned — run.toml:rollout.colocate. Found true")
+        assert "Fix: rollout.colocate = false" in error
 
 
 def test_shared_cores_bound_the_whole():
@@ -114,7 +137,20 @@ def test_lengths():
     drawn = Lengths(Timings(mean_length=50, longest=100_000))
     assert drawn.mean == pytest.approx(50, rel=0.01)
     assert drawn.longest(64) == pytest.approx(50 * (np.log(64) + 0.577), rel=0.03)
+    assert drawn.live == pytest.approx(50, rel=0.03)  # Whoever sees a running one, sees a long one.
+    assert given.live == pytest.approx((1 + 4 + 9 + 100) / (2 * 16))
+    assert Lengths(Timings(lengths=(8,))).longest_left(1) == pytest.approx(4.0)
+    assert Lengths(Timings(lengths=(8,))).longest_left(3) == pytest.approx(6.0, rel=1e-3)
     assert Lengths(Timings(mean_length=1.0, longest=5)).mean == 1.0
+
+
+@pytest.mark.parametrize(("mean", "longest"), [(1, 1), (3000, 4096), (2048, 4096), (3000, 16384), (128, 512), (64, 64)])
+def test_lengths_have_the_mean_that_was_asked_for_once_they_are_cut(mean, longest):
+    timings = Timings(mean_length=float(mean), longest=longest)
+    assert Lengths(timings).mean == pytest.approx(mean, rel=0.002)
+    drawn = timings.sample(np.random.default_rng(0), 200_000)
+    assert drawn.mean() == pytest.approx(mean, rel=0.01)
+    assert (drawn.min() >= 1, drawn.max() <= longest) == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +168,18 @@ def test_the_simulator_agrees(engines, ranks, staleness, mean):
     assert 1 - found.learner_idle == pytest.approx(simulated["simulated_learner_busy"], abs=0.1)
 
 
+@pytest.mark.parametrize(("staleness", "room"), [(0, 3), (0, 8), (0, 20), (1, 3), (1, 8), (4, 3), (4, 8)])
+def test_the_simulator_agrees_where_memory_is_short(staleness, room):
+    timings = replace(Timings(), mean_length=128.0, longest=2048, room=room)
+    changes = {"rollout.num_engines": 4, "learner.num_ranks": 2, "run.steps": 30, "run.checkpoint_every": 0}
+    whole = config(16, 8, staleness, **changes | {"run.samples_every": 0})
+    with contextlib.redirect_stdout(io.StringIO()):
+        simulated = simulate.simulate(whole, timings)
+    found = predict(whole, timings, 4, 2)
+    assert found.step_s == pytest.approx(simulated["simulated_step_s"], rel=0.12)
+    assert 1 - found.engine_idle == pytest.approx(simulated["simulated_engine_busy"], abs=0.12)
+
+
 def test_all_splits_the_fastest_first():
     found = splits(config(prompts=8, staleness=2), EVEN, 6)
     assert sorted((p.engines, p.ranks) for p in found) == [
@@ -144,6 +192,8 @@ def test_all_splits_the_fastest_first():
     wide = splits(config(prompts=8, **{"rollout.tensor_parallel_size": 2}), EVEN, 6)
     assert sorted((p.engines, p.ranks) for p in wide) == [(1, 4), (2, 2)]
     assert splits(config(), EVEN, 1) == []
+    many = splits(config(), EVEN, 10**9)  # At once: of the ranks, not of the devices.
+    assert sorted(p.ranks for p in many) == [1, 2, 4, 5, 10, 20]
 
 
 def test_the_staleness_that_is_needed():
@@ -180,23 +230,101 @@ def model(tmp_path):
     return str(tmp_path / "model")
 
 
-def test_a_model_by_its_shape(model):
-    shape = Shape.of(make_config(**{"model.path": model}))
+@pytest.mark.parametrize(("dtype", "number"), [("bfloat16", 2), ("float32", 4)])
+def test_a_model_by_its_shape(model, dtype, number):
+    shape = Shape.of(make_config(**{"model.path": model, "model.dtype": dtype}))
     assert shape.parameters == pytest.approx(7.62e9, rel=0.01)
-    assert shape.kv_bytes == 2 * 28 * 4 * 128 * 2
+    assert shape.weights == number * shape.parameters
+    assert shape.kv_bytes == 2 * 28 * 4 * 128 * number
+
+
+def test_float32_takes_four_bytes_and_other_multipliers(model):
+    changes, device = {"model.path": model, "learner.prompts_per_step": 12}, DEVICES["h200"]
+    found, lines = {}, {}
+    for dtype in ("bfloat16", "float32"):
+        run = make_config(**changes | {"model.dtype": dtype})
+        found[dtype] = timings_of(run, device, 1000, 4096, 256)
+        lines[dtype] = memory_report(run, device, 1, 100, found[dtype])
+    half, whole = found["bfloat16"], found["float32"]
+    assert whole.decode_step_s - 2e-3 == pytest.approx(2 * (half.decode_step_s - 2e-3))
+    for name in ("ranks_s", "publish_s", "prepare_s", "pause_s"):
+        assert getattr(whole, name) == pytest.approx(2 * getattr(half, name)), name
+    assert whole.train_token_s == pytest.approx(half.train_token_s * 989 / 67)
+    assert whole.room < half.room / 2
+    assert lines["bfloat16"][0].startswith("engine: weights 15.2 GB")
+    assert lines["float32"][0].startswith("engine: weights 30.5 GB")
 
 
 def test_a_device_by_its_data_sheet(model):
     changes = {"model.path": model, "model.dtype": "bfloat16"}
-    timings = timings_of(make_config(**changes), DEVICES["h100-80"], 1000, 4096, 500)
+    timings = timings_of(make_config(**changes), DEVICES["h100-80"], 1000, 1000, 500)
     assert timings.decode_step_s == pytest.approx(15.2e9 / (0.75 * 3.35e12) + 2e-3, rel=0.01)
     full = 57e9 / (57344 * 1000)  # Sequences at a mean context of 1000 in what the weights leave of 72 GB.
+    assert timings.room == pytest.approx(full, rel=0.01)
     # The rate at full memory that the paper arithmetic gives: some 31,000 tokens/s.
     assert 24_000 < full / timings.decode_s(full) < 33_000
     assert 1 / timings.train_token_s == pytest.approx(989e12 * 0.4 / (6 * 7.62e9), rel=0.1)
     lines = memory_report(make_config(**changes), DEVICES["l40s"], 1, 100, timings)
     assert lines[0].endswith("fits")
     assert lines[1].endswith("DOES NOT FIT")
+
+
+QWEN_32B = QWEN_7B | {
+    "hidden_size": 5120,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "intermediate_size": 27648,
+}
+
+
+def test_no_faster_than_the_memory_allows(tmp_path):
+    """At most (M - W) / (kappa c) sequences run: a device gives no more than 1 / (1 / r + 1 / lambda)."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_32B))
+    changes = {"model.path": str(tmp_path), "model.dtype": "bfloat16", "rollout.max_new_tokens": 32768}
+    run, device = config(512, 16, 4, **changes), DEVICES["h100-80"]
+    timings, shape = timings_of(run, device, 3000, 32768, 500), Shape.of(run)
+    most = (0.9 * device.memory - shape.weights) / (shape.kv_bytes * (500 + Lengths(timings).live))
+    assert timings.room == int(most)
+    rate, learner = most / timings.decode_s(most), 1 / timings.train_token_s
+    best = splits(run, timings, 64)[0]
+    assert best.tokens_per_s <= 64 / (1 / rate + 1 / learner)
+    assert best.running <= most
+
+
+def test_an_engine_fits_where_the_weights_and_one_sequence_do(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_32B))
+    device, said = DEVICES["h100-80"], {}
+    for longest in (8192, 65536):  # At 262 kB a token: 2.1 and 17 GB beside weights of 65.5 GB, in 72 GB.
+        changes = {"model.path": str(tmp_path), "model.dtype": "bfloat16", "rollout.max_new_tokens": longest}
+        run = make_config(**changes)
+        timings = timings_of(run, device, 1000, longest, 48)
+        said[longest] = memory_report(run, device, 1, 5000, timings)[0]
+    assert said[8192].endswith("fits")
+    assert said[65536].endswith("DOES NOT FIT")
+    run = make_config(**changes | {"model.dtype": "float32"})
+    timings = timings_of(run, device, 1000, 8192, 48)
+    assert timings.room == 1  # 0 would be: no limit.
+    assert "room for 0 sequences" in (line := memory_report(run, device, 1, 1, timings)[0])
+    assert line.endswith("DOES NOT FIT")
+
+
+@pytest.mark.parametrize("kind", ["7B", "8B heads"])
+def test_a_decoding_step_of_running_sequences(tmp_path, kind):
+    """Naive lock step: 256 places always taken, geometric lengths, the data sheet's bytes: long ones run the longest."""
+    shape = QWEN_7B if kind == "7B" else QWEN_7B | {"num_key_value_heads": 8, "num_attention_heads": 28}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    run = make_config(**{"model.path": str(tmp_path), "model.dtype": "bfloat16"})
+    device, sizes, places, rng = DEVICES["h200"], Shape.of(run), 256, np.random.default_rng(0)
+    timings = timings_of(run, device, 3000, 16384, 256)
+    lengths, gained, total, steps = timings.sample(rng, places), np.zeros(places, int), 0.0, 30_000
+    for step in range(10_000 + steps):
+        read = sizes.weights + sizes.kv_bytes * (256 * places + gained.sum())
+        total += (read / (0.75 * device.bandwidth) + 2e-3) * (step >= 10_000)
+        gained += 1
+        over = gained >= lengths
+        lengths[over], gained[over] = timings.sample(rng, int(over.sum())), 0
+    assert timings.decode_s(places) == pytest.approx(total / steps, rel=0.05)
 
 
 def test_the_verb(tmp_path, model, capsys):
