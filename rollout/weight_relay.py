@@ -61,12 +61,10 @@ class WeightRelay:
         """
         with self._lock:
             assert not self._closed
-            if self._room(number) is None:
-                if len(self._rooms) < 2:
-                    self._rooms.append(_Room(Segment(segment_name(self._name, str(len(self._rooms))), size)))
-                min(self._rooms, key=lambda room: room.number).clear(number)
             room = self._room(number)
-            assert room is not None
+            if room is None:
+                room = self._next_room(size)
+                room.clear(number)
             return room.segment.name
 
     def take(self, number: int, start: int, piece: NDArray[np.uint8]) -> None:
@@ -90,3 +88,10 @@ class WeightRelay:
 
     def _room(self, number: int) -> _Room | None:
         return next((room for room in self._rooms if room.number == number), None)
+
+    def _next_room(self, size: int) -> _Room:
+        """A new one; or of two that with the older publication, whatever comes in which order."""
+        if len(self._rooms) < 2:
+            self._rooms.append(_Room(Segment(segment_name(self._name, str(len(self._rooms))), size)))
+            return self._rooms[-1]
+        return min(self._rooms, key=lambda room: room.number)
