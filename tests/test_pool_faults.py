@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from shared.errors import EngineFailed, FleetExhausted
-from tests import test_engine_pool, test_weight_relay
-from tests.test_engine_pool import ask, deliver, publication, recovered, texts, until
+from tests import test_weight_relay
+from tests.engine_worlds import ask, deliver, publication, recovered, texts, until
 from tests.test_weight_relay import full, published
 
-make_pool, hosts = test_engine_pool.make, test_weight_relay.world  # Fixtures.
+hosts = test_weight_relay.world  # A fixture.
 
 
 async def busy(pool, world, *groups):
@@ -127,6 +127,15 @@ async def test_an_engine_that_is_lost_on_its_way_out_does_not_come_back(make_poo
     assert len(world.actors) == 2
 
 
+async def test_an_engine_that_was_taken_out_has_no_further_life(make_pool):
+    pool, world = await make_pool(2)
+    pool._fleet._take_out()
+    world.last(1).die()
+    await until(lambda: pool.metrics()["engines/healthy"] == 1)
+    await asyncio.sleep(0.02)
+    assert len(world.actors) == 2
+
+
 @pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 1)])
 async def test_who_scales_down_twice_at_once_gets_what_was_asked(make_pool, before, after):
     pool, world = await make_pool(before)
@@ -184,6 +193,17 @@ async def test_no_completion_of_weights_that_failed_their_proof_leaves(make_pool
     assert world.last(0).holds.version == 2
 
 
+async def test_the_last_engine_may_fail_the_proof_of_weights_that_were_overtaken(make_pool):
+    pool, world = await make_pool(1)
+    world.prove_gate.clear()
+    world.damaging.add((0, 0, 1))
+    await pool.receive(publication(1))
+    receiving = await begun(pool.receive(publication(2)))
+    world.prove_gate.set()
+    await asyncio.wait_for(receiving, 2)
+    await until(lambda: recovered(pool, healthy=1))
+
+
 def spread(pool, world, places, *nodes):
     """From now on the engines live on ``nodes``."""
     pool._relays._places = places
@@ -224,3 +244,17 @@ async def test_a_host_without_space_costs_the_run_its_engines_alone(make_pool, h
     figures = await asyncio.wait_for(deliver(pool, new), 3)
     assert figures["sync/canary_gap"] == 0.0
     assert texts(await asyncio.gather(*ask(pool, 0))) == ["0.0"]
+
+
+async def test_a_run_whose_only_host_has_no_space_for_a_while_goes_on(make_pool, hosts, monkeypatch):
+    pool, world = await make_pool(1, published=False)
+    spread(pool, world, hosts, "x")
+    failures, allocate = [1], os.posix_fallocate
+
+    def full_at_first(*arguments):
+        return full() if failures and failures.pop() else allocate(*arguments)
+
+    new = shipped(hosts, 0)
+    monkeypatch.setattr(os, "posix_fallocate", full_at_first)
+    await asyncio.wait_for(deliver(pool, new), 3)
+    await until(lambda: recovered(pool, healthy=1))
