@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from launch.bench_workloads import print_table
-from rollout.weight_relay import Relays, WeightRelay
+from rollout.relays import Relays
+from rollout.weight_relay import WeightRelay
 from shared.config import Config
 from shared.errors import InputError, MillraceError
 from shared.weights import SHM_BACKEND, Canary, Publication, TensorMeta
@@ -113,10 +114,10 @@ class _Source(WeightRelay):
 
     def make(self, size: int, node: str) -> Publication:
         """A publication of random bytes."""
-        segment = self.begin(size)
+        segment = self.begin(0, size)
         rng = np.random.default_rng(0)
         for start in range(0, size, 1 << 24):
-            self.take(segment, start, rng.integers(0, 256, min(1 << 24, size - start)).astype(np.uint8))
+            self.take(0, start, rng.integers(0, 256, min(1 << 24, size - start)).astype(np.uint8))
         canary = Canary(np.zeros(2, np.int32), np.zeros(1, np.float32))
         bare = Publication(0, SHM_BACKEND, segment, (TensorMeta("w", "uint8", (size,), 0, size),), "", canary)
         return Publication(**(vars(bare) | {"digest": bare.hash_segment(), "node": node}))

@@ -41,6 +41,7 @@ class Parts:
         """
         wanted, waited = self.engines.size, 0.0
         self.learners.end()
+        await self.engines.reset()  # Its weights are gone: an engine that comes back meanwhile must not ask for them.
         while not await self.learners.has_place(ROOM_TOLD_EVERY_S):
             waited += ROOM_TOLD_EVERY_S
             print(f"the learner waits for resources, {waited:.0f} s so far", flush=True)
@@ -48,7 +49,7 @@ class Parts:
                 raise LearnerLost(f"no place for the learner's ranks within {ROOM_LIMIT_S:g} s")
             if self.engines.scalable and self.engines.size > 1:
                 print(f"{await self.engines.scale(self.engines.size - 1)}: it makes room for the learner", flush=True)
-        await asyncio.gather(self.learners.start(), self.engines.reset())
+        await self.learners.start()
         if self.engines.size < wanted:
             print(f"{await self.engines.scale(wanted)} as soon as there is room", flush=True)
         await self.link()

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shared.actors import LOGS, NAME, ActorDied, ActorUnreachable, Call
+from shared.actors import LOGS, NAME, ActorDied, ActorUnreachable, ArgumentLost, Call
 from shared.errors import one_line
 
 
@@ -73,8 +73,8 @@ class RayActor:
         except ActorUnavailableError as error:
             raise ActorUnreachable(one_line(error, 400)) from None
         except RayTaskError as error:
-            if isinstance(error.cause, RayError):  # What it was to work on is lost.
-                raise ActorUnreachable(one_line(error.cause, 400)) from None
+            if isinstance(error.cause, RayError):
+                raise ArgumentLost(one_line(error.cause, 400)) from None
             raise error.cause from error
         except RayError as error:  # It died, or its place is gone before it came up.
             self._gone = True

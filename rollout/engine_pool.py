@@ -13,8 +13,8 @@ import time
 
 from rollout.engine import Sampling
 from rollout.fleet import Fleet
+from rollout.relays import NotBrought, Relays
 from rollout.replica import Replica, Unanswered, Unreachable, stage_limit
-from rollout.weight_relay import Relays
 from shared.actors import Places
 from shared.config import Config
 from shared.errors import EngineFailed, GroupFailed, InputError, WeightProofFailed
@@ -248,7 +248,7 @@ class EnginePool:
         try:
             self.slices.append(await replica.take(publication, here))
         except WeightProofFailed:
-            self._relays.forget(node)
+            self._relays.forget(publication, node)
             raise
         self._traffic.notify(replica)
 
@@ -280,13 +280,14 @@ class EnginePool:
             try:
                 await self._take(replica, newest)
                 await self._prove(replica, newest, newest.digest)
-                if newest is self._newest:
-                    return
-            except WeightProofFailed as error:
-                # The memory of a publication that has been overtaken may hold another by now.
-                if newest is self._newest:
+            except (NotBrought, WeightProofFailed) as error:
+                if newest is not self._newest and replica.publication is not newest:
+                    continue  # Not taken: the memory of one that has been overtaken may hold another by now, or be gone.
+                if newest is self._newest and isinstance(error, WeightProofFailed):
                     self._refuse(replica, error)
-                    raise
+                raise
+            if newest is self._newest:
+                return
         raise EngineFailed(f"{replica.name} was overtaken by {CATCH_UP_TRIES} publications")
 
     def _refuse(self, replica: Replica, error: WeightProofFailed) -> None:

@@ -1,7 +1,8 @@
 """The engines of a pool over all their lives: watched, and started again whenever one dies, hangs or is quarantined.
 
-``EnginePool`` routes work over those that are healthy and brings each new life to the newest weights. Invariant: a lost
-engine is reported, killed and replaced exactly once, whoever finds out; who waits hears when nothing can go on.
+``EnginePool`` routes work over those that are healthy and brings each new life to the newest weights. Invariants: a lost
+engine is reported, killed and replaced exactly once, whoever finds out; who waits hears when nothing can go on; ``close``
+ends all that ever began, and nothing begins after it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Fleet:
         """``follow`` brings a new life to the newest weights, or loses it."""
         self._config, self._environment, self._follow = config, environment, follow
         self._members: dict[int, _Member] = {}
+        self._leaving: set[_Member] = set()
+        """No members any more, but they may still have requests."""
         self._indices = 0
         """Names are not used twice."""
         self.traffic = Traffic()
@@ -69,9 +72,10 @@ class Fleet:
             member.keeper = asyncio.create_task(self._guarded(self._keep(member)))
 
     def close(self) -> None:
-        """Kill the engines."""
-        for member in self._members.values():
+        """Kill the engines; whoever waits for one hears of it."""
+        for member in (*self._members.values(), *self._leaving):
             self._end(member, "is closed")
+        self.traffic.fail(EngineFailed("the engines are closed"))
 
     # --- its size ---
 
@@ -82,9 +86,11 @@ class Fleet:
 
     async def scale(self, engines: int, places: Places, limit_s: float) -> str:
         """To so many ``engines``; those that go have ``limit_s`` for what they still sample. Returns what was begun."""
+        self.traffic.check()
         before = self.size
         names = [self._add(places.another_engine()) for _ in range(engines - before)]
-        names += await asyncio.gather(*(self._remove(limit_s) for _ in range(before - engines)))
+        leaving = [self._take_out() for _ in range(before - engines)]  # At once: the next who asks counts anew.
+        names += await asyncio.gather(*(self._remove(member, limit_s) for member in leaving))
         verb = "starting" if engines > before else "gone"
         return f"{before} -> {engines} engines" + (f"; {verb}: {', '.join(names)}" if names else "")
 
@@ -94,19 +100,23 @@ class Fleet:
         member.keeper = asyncio.create_task(self._guarded(self._join(member)))
         return f"engine-{member.index}"
 
-    async def _remove(self, limit_s: float) -> str:
-        """One engine less: one that does not serve, or the youngest once its requests are done. Returns its name.
-
-        After ``limit_s`` what it still samples goes to others.
-        """
+    def _take_out(self) -> _Member:
+        """One member less: one that does not serve, or the youngest."""
         found = self._in_service()
         assert len(found) > 1, "the last engine stays"
         member = next((m for m in reversed(found) if m.replica is None or not m.replica.serves), found[-1])
-        del self._members[member.index]
-        if (replica := member.replica) is not None and replica.serves:
-            await self.traffic.drained(replica, limit_s)
-        self._end(member, "was taken out of service")
-        member.slot.free()
+        self._leaving.add(self._members.pop(member.index))
+        return member
+
+    async def _remove(self, member: _Member, limit_s: float) -> str:
+        """End one that was taken out, once its requests are done; after ``limit_s`` they go to others. Returns its name."""
+        try:
+            if (replica := member.replica) is not None and replica.serves:
+                await self.traffic.drained(replica, limit_s)
+        finally:
+            self._leaving.discard(member)
+            self._end(member, "was taken out of service")
+            member.slot.free()
         return f"engine-{member.index}"
 
     def running(self) -> list[Replica]:
@@ -192,13 +202,21 @@ class Fleet:
         await self._keep(member)
 
     async def _keep(self, member: _Member) -> None:
-        """An engine, watched, and given another life whenever it is lost, until it has none left."""
+        """An engine, watched, and given another life whenever it is lost, until it has none left or is taken out."""
         assert member.replica is not None
         await self._watch(member.replica)
-        while member.health.on("restarted") == "restarting":
+        while member.index in self._members:
+            if member.health.on("restarted") != "restarting":
+                self._retire(member)
+                return
             self.restarts += 1
             await asyncio.sleep(member.health.backoff_s)
             await self._live(member)
+
+    def _retire(self, member: _Member) -> None:
+        """Another may have its place. If it was the last engine, nothing can go on."""
+        if not self._config.rollout.colocate:  # There it is the place of a learner rank too.
+            member.slot.free()
         if not self._in_service():
             why = "; ".join(one_line(m.lost[1]) for m in self._members.values() if m.lost)
             restarts = self._config.run.max_restarts
@@ -254,5 +272,6 @@ class Fleet:
             replica.kill()
         elif replica is not None:
             replica.end(EngineFailed(f"{replica.name} {why}"))
+            self.traffic.shut(replica)
             self.traffic.notify(replica)
             replica.release()

@@ -30,6 +30,7 @@ class Traffic:
         self._somebody_serves = asyncio.Event()
         self._rounds: list[_Round] = []
         self._leaving: dict[Replica, asyncio.Event] = {}
+        """Those that finish what they have, and whether they have."""
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -73,10 +74,13 @@ class Traffic:
     async def drained(self, replica: Replica, limit_s: float) -> None:
         """Give it nothing more, and wait until it has nothing left, or so long."""
         self.shut(replica)
-        if replica.outstanding:
-            done = self._leaving[replica] = asyncio.Event()
-            waiting = asyncio.ensure_future(done.wait())
+        if not replica.outstanding:
+            return
+        done = self._leaving[replica] = asyncio.Event()
+        waiting = asyncio.ensure_future(done.wait())
+        try:
             await asyncio.wait((waiting, replica.end_of_life), timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
             waiting.cancel()
             del self._leaving[replica]
 
@@ -102,13 +106,17 @@ class Traffic:
             self._failure.set_exception(error)
             self._failure.exception()  # Nobody may be waiting.
 
+    def check(self) -> None:
+        """Raises what ended everything, if something has."""
+        if self._failure.done():
+            self._failure.result()
+
     async def unless_failed(self, awaitable: Awaitable[T]) -> T:
         """What ``awaitable`` gives. Raises what ends everything, should that be known first."""
         work = asyncio.ensure_future(awaitable)
         try:
             await asyncio.wait((work, self._failure), return_when=asyncio.FIRST_COMPLETED)
-            if self._failure.done():
-                self._failure.result()
+            self.check()
             return work.result()
         finally:
             work.cancel()

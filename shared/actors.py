@@ -27,11 +27,18 @@ class ActorUnreachable(Exception):
     """The actor could not be reached; it may be again."""
 
 
+class ArgumentLost(ActorUnreachable):
+    """What another actor had offered for the call is lost, most often with that actor; the one that was called is well."""
+
+
 class Call(NamedTuple):
     """A call under way."""
 
     answer: asyncio.Future[Any]
-    """What the method returned or raised; or ``ActorDied``, ``ActorUnreachable``. Cancelling it leaves the call as it is."""
+    """What the method returned or raised; or ``ActorDied``, ``ActorUnreachable``, ``ArgumentLost``.
+
+    Cancelling it leaves the call as it is.
+    """
     abort: Callable[[], None]
     """Nobody waits any more: the actor need not go on with it."""
 

@@ -140,18 +140,21 @@ class Segment:
     """A shared-memory file, mapped; the learner owns it, engines map it read-only."""
 
     def __init__(self, name: str, size: int | None = None) -> None:
-        """Create ``name`` with ``size`` bytes, or map an existing one when ``size`` is None."""
+        """Create ``name`` with ``size`` bytes, or map an existing one when ``size`` is None. Raises ``OSError``."""
         self.name, self._path = name, SHM_DIR / name
         flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._file = os.fdopen(os.open(self._path, flags, 0o600), "rb" if size is None else "r+b", buffering=0)
-        if size is not None:
+        if size is None:
+            with self._file:  # A private copy-on-write mapping reads the same pages; torch warns of read-only memory.
+                self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX)  # Held while the owner lives: see ``orphans``.
             os.posix_fallocate(self._file.fileno(), 0, max(size, 1))
-        # A private copy-on-write mapping reads the same pages; torch refuses to warn-free wrap read-only memory.
-        access = mmap.ACCESS_COPY if size is None else mmap.ACCESS_WRITE
-        self._map = mmap.mmap(self._file.fileno(), 0, access=access)
-        if size is None:
-            self._file.close()
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_WRITE)
+        except BaseException:  # No space, most often; there may be some later.
+            self.unlink()
+            raise
 
     @property
     def bytes(self) -> NDArray[np.uint8]:

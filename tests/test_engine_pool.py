@@ -175,11 +175,11 @@ async def test_a_refused_round_is_repeated(make_pool):
 async def test_weights_that_an_engine_refuses_are_brought_to_its_host_again(make_pool):
     pool, world = await make_pool()
     forgotten = []
-    pool._relays.forget = forgotten.append
+    pool._relays.forget = lambda *what: forgotten.append(what)
     world.last(0).fail["receive"] = [REFUSAL]
-    await deliver(pool, publication(1))
+    await deliver(pool, new := publication(1))
     await until(lambda: recovered(pool))
-    assert forgotten == [""]  # The host of this engine.
+    assert forgotten == [(new, "")]  # The host of this engine.
 
 
 @pytest.mark.parametrize("failure", ["refuses", "dies", "proof dies", "other bytes", "other weights", "bug in proof"])

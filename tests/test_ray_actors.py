@@ -20,7 +20,7 @@ from ray.exceptions import (
 
 from launch import ray_actors
 from launch.ray_actors import RayActor, kill_process
-from shared.actors import ActorDied, ActorUnreachable
+from shared.actors import ActorDied, ActorUnreachable, ArgumentLost
 
 
 class Handle:
@@ -56,7 +56,7 @@ def killed(monkeypatch):
         (ActorUnavailableError("partition", b"x" * 16), ActorUnreachable),
         (RayActorError(error_msg="killed"), ActorDied),
         (ActorUnschedulableError("no such node"), ActorDied),
-        (RayTaskError("save", "traceback", ObjectLostError("0", None, "")), ActorUnreachable),
+        (RayTaskError("save", "traceback", ObjectLostError("0", None, "")), ArgumentLost),
         (RayTaskError("save", "traceback", OSError(28, "full")), OSError),
         (RayTaskError("save", "traceback", ValueError("ours")), ValueError),
     ],

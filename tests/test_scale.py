@@ -106,6 +106,7 @@ class Learners:
         self.events.append("end")
 
     async def has_place(self, limit_s):
+        assert self.engines.resets == 1, "engines that come back meanwhile would ask for weights that are gone"
         await asyncio.sleep(0)
         return self.engines.size <= self.fits_beside
 
