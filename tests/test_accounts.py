@@ -153,7 +153,7 @@ def test_colocated_engines_take_no_devices_of_their_own(monkeypatch):
     config = make_config(**{"rollout.colocate": True, "rollout.num_engines": 2, "learner.num_ranks": 2})
     accounts = Accounts(config, TimeBook(), TimeLedger("controller"), ())
     now[0] = 4.0
-    assert accounts.step([group([80], [1.0])], [], 1.0, 2)["goodput"] == pytest.approx(80 / 4 / 2)
+    assert accounts.step([group([80], [1.0])], 1.0, 2)["goodput"] == pytest.approx(80 / 4 / 2)
 
 
 def test_busy_reward_workers_bound_nothing_while_the_learner_is_busier():

@@ -397,7 +397,7 @@ def test_weights_through_host_memory_take_the_slower_way(model):
 def test_each_stage_of_zero_spreads_more(model):
     needed = []
     for stage in range(4):
-        given = make_config(**{"model.path": model, "learner.zero_stage": stage})
+        given = make_config(**{"model.path": model, "model.dtype": "bfloat16", "learner.zero_stage": stage})
         line = memory_report(given, DEVICES["b200"], 8, 100, Timings())[1]
         needed.append(float(line.rsplit(": ", 1)[1].split()[0]))
     parameters = Shape.of(given).parameters / 1e9
