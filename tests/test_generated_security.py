@@ -46,7 +46,7 @@ for current in sorted(set(DATASETS) - {"composite"}):
                 dataset.score_answer(answer, entry)
             except Exception:
                 pass
-print(json.dumps([sorted(found), sorted(DATASETS)]))
+print("\\n" + json.dumps([sorted(found), sorted(DATASETS)]))
 """
 
 
@@ -83,15 +83,11 @@ HARMLESS = {
 def test_every_module_of_the_package_that_evaluates_anything_has_been_read():
     spec = importlib.util.find_spec("reasoning_gym")
     root = Path(spec.origin).parent
-    words = ("eval(", "exec(", "parse_expr(", "sympify(", "literal_eval(", "pickle", " compile(", ".compile(code")
+    words = ("eval(", "exec(", "parse_expr(", "sympify(", "literal_eval(", "pickle", " compile(", ".compile(")
     found = set()
     for file in root.rglob("*.py"):
         lines = file.read_text(encoding="utf-8").splitlines()
-        called = [
-            line
-            for line in lines
-            if any(f"{' ' + line}".find(word) >= 0 for word in words) and "re.compile" not in line
-        ]
+        called = [line for line in lines if any(word in line for word in words) and "re.compile" not in line]
         if called:
             found.add(str(file.relative_to(root)))
     denied = {name for name in found if Path(name).stem in DENIED}

@@ -280,7 +280,10 @@ def test_the_tasks_of_a_call():
 def config(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
-    paths = {"model.path": str(write_model(tmp_path / "model", "gsm8k")), "rollout.max_prompt_tokens": 900}
+    paths = {
+        "model.path": str(write_model(tmp_path / "model", "gsm8k", max_position_embeddings=1024)),
+        "rollout.max_prompt_tokens": 900,
+    }
     functions = [{"function": "reasoning_gym"}]
     return lambda **changes: make_config(**paths | {"reward.functions": functions} | changes)
 
