@@ -14,6 +14,7 @@ from typing import Any
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
 from launch.sinks import check_sinks
+from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
 from rollout.sandbox import require_sandbox
@@ -63,6 +64,7 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     raise_all(problems)
     assert train is not None
     _collect(problems, lambda: check_columns(config, origin, list(train.prompts[0].columns) if train.prompts else []))
+    _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
     warnings = combination_warnings(config, origin) + _check_rows(config, train, held_out, problems)
     warnings += filter(None, [open_token_file()])
     raise_all(problems)
@@ -205,6 +207,12 @@ def check_columns(config: Config, origin: str, columns: list[str]) -> None:
             place = f"{key}.args.column"
             problems.append(InputError("E301", "reward needs a column", place, str(column), expected, "name a column"))
     raise_all(problems)
+
+
+def _check_tasks(config: Config, origin: str, prompts: list[Prompt]) -> None:
+    """No row, of whatever source, has its completions scored by a task that evaluates text. Raises ``InputError`` E309."""
+    if any(spec.function == "reasoning_gym" for spec in config.reward.functions):
+        refuse_denied_rows((prompt.columns for prompt in prompts), f"{origin}:data")
 
 
 def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:

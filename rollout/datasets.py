@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.generated_tasks import SCHEME, task_rows
 from shared.config_data import Filter, Source
 from shared.errors import InputError, nearest, one_line
 
@@ -38,23 +39,34 @@ class Rows:
 def read(source: Source, split: str, key: str) -> Rows:
     """The rows of ``source``; ``split`` where it names none, ``key`` is the setting that messages name.
 
-    Raises ``InputError`` E201-E206 or E210.
+    Raises ``InputError`` E201-E206 or E210; of a generated task E101, E102, E201, E309 or E702.
     """
-    files = find_files(source, source.split or split, key)
-    name = source.name or (Path(source.path).stem if Path(source.path).is_file() else source.path)
-    rows = [(f"{file.name}:{number}", row) for file in files for number, row in number_rows(file)]
+    name, rows = _all_rows(source, source.split or split, key)
     for column, original in source.columns.items():
         if rows and all(original not in row for _, row in rows):
             there = ", ".join(rows[0][1])
             guess = nearest(original, rows[0][1])
             fix = f'{key}.columns.{column} = "{guess or next(iter(rows[0][1]))}"'
-            raise InputError("E202", "no such column", f"{files[0].name}:{original}", there, original, fix)
+            place = f"{rows[0][0].rpartition(':')[0]}:{original}"
+            raise InputError("E202", "no such column", place, there, original, fix)
     rows = [(place, _renamed(row, source.columns)) for place, row in rows]
     kept = [(place, row) for place, row in rows if all(_passes(row, f, place) for f in source.filters)]
     if not kept:
         found, fix = f"0 of {len(rows)} rows pass its filters", "loosen the filters"
         raise InputError("E203", "no rows", key, found, "at least 1", fix)
-    return Rows(name, kept[: source.max_rows], len(rows) - len(kept))
+    return Rows(source.name or name, kept[: source.max_rows], len(rows) - len(kept))
+
+
+def _all_rows(source: Source, split: str, key: str) -> tuple[str, list[tuple[str, Row]]]:
+    """What messages call ``source``, and its rows with their places, as they are before its columns and filters."""
+    if source.path.startswith(SCHEME):
+        return source.path.removeprefix(SCHEME), task_rows(source, split, key)
+    if source.args:
+        found, expected = f"args of {source.path}", f"args of {SCHEME}TASK alone"
+        raise InputError("E108", "options disagree", f"{key}.args", found, expected, "remove args")
+    files = find_files(source, split, key)
+    name = Path(source.path).stem if Path(source.path).is_file() else source.path
+    return name, [(f"{file.name}:{number}", row) for file in files for number, row in number_rows(file)]
 
 
 def find_files(source: Source, split: str, key: str) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
-from rollout.rewards import BUILTINS, ISOLATED
+from rollout.rewards import BUILTINS, ISOLATED, SANDBOXED
 from shared.errors import InputError, nearest
 
 SUPPLIED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -119,8 +119,8 @@ def reward_name(spec: Spec) -> str:
 
 def isolation_of(spec: Spec) -> str:
     """Where a function runs: as configured, else ``actor`` for code of ours and ``subprocess`` for a user's."""
-    if spec.function == "code_tests":
-        return "sandbox"  # Each program in a sandbox of its own; the harness around it is ours.
+    if spec.function in SANDBOXED:
+        return "sandbox"  # Of code_tests each program in one of its own; the harness around it is ours.
     if spec.isolation:
         return str(spec.isolation)
     ours = spec.function is None or (spec.function in BUILTINS and spec.function not in ISOLATED)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rollout.generated_scoring import MOST_PREPARED, tasks_of
 from rollout.reward_calls import CallFailed, Payload, check_values, invoke, invoke_now
 from rollout.reward_loading import isolation_of, load_reward, reward_name
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
@@ -76,6 +77,8 @@ class _Scorer:
             require_sandbox(f"{key}.isolation")
         usual = SANDBOX_LIMITS if self.isolation == "sandbox" else replace(CHILD_LIMITS, cpu_s=int(self.timeout_s) + 1)
         self._limits = replace(usual, cpu_s=spec.cpu_s or usual.cpu_s, memory_mb=spec.memory_mb or usual.memory_mb)
+        self._tasks: list[list[str]] = []
+        """Generated tasks of the last calls: the next child imports them before it meets any text."""
         self._child: Child | None = None
         self._spare: Future[Child] | None = None
         """The next child, started while others work: replacing one costs no time."""
@@ -121,6 +124,9 @@ class _Scorer:
             await self._function.aclose()
 
     def _call_child(self, payload: Payload) -> dict[str, Any]:
+        if self._spec.function == "reasoning_gym":
+            now = tasks_of(payload["columns"])
+            self._tasks = [*(t for t in self._tasks if t not in now), *now][-MOST_PREPARED:]
         if self._child is None or not self._child.alive:
             self._child = self._spare.result() if self._spare is not None else self._start()
             self._spare = self._starter.submit(self._start)
@@ -142,6 +148,7 @@ class _Scorer:
 
     def _start(self) -> Child:
         spec = self._spec.model_dump()
+        spec["args"] |= {"tasks": self._tasks} if self._tasks else {}
         return Child(spec, self._key, self._limits, self.isolation == "sandbox", self._spec.nan_is_none)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+from rollout.generated_scoring import ReasoningGym
+
 Rewards = list[float | None]
 
 
@@ -248,6 +250,9 @@ BUILTINS: dict[str, Callable[..., Any]] = {
     "soft_overlong": soft_overlong,
     "repetition": repetition,
     "code_tests": code_tests,
+    "reasoning_gym": ReasoningGym,
 }
 ISOLATED = {"regex", "math_accuracy", "reasoning_math_accuracy", "cosine_length"}
 """Built-ins whose time depends on the text so much that they run in a subprocess; the others run in the pool's actor."""
+SANDBOXED = {"code_tests", "reasoning_gym"}
+"""Built-ins that run in a sandbox, whatever is configured."""

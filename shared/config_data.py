@@ -28,7 +28,10 @@ class Source(Section):
     """Rows of one kind."""
 
     path: str
-    """A .jsonl, .json, .csv or .parquet file, a folder of them, a hub dataset (org/name or org/name@COMMIT), or builtin:NAME."""
+    """A .jsonl, .json, .csv or .parquet file, a folder of them, a hub dataset (org/name or org/name@COMMIT), builtin:NAME, or
+    reasoning-gym:TASK."""
+    args: dict[str, Any] = {}
+    """Of a reasoning-gym task: size (default 1000), seed, and what it takes else."""
     subset: str | None = None
     """Configuration of a hub dataset: the folder of its files."""
     split: str | None = None

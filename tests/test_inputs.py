@@ -91,6 +91,8 @@ CONFIG = [
     ("E201", "run.toml:data.train", {"data.train": "trian.jsonl"}),
     ("E201", "run.toml:data.eval", {"data.eval": "eval.jsonl"}),
     ("E201", "data.train", {"data.train": "builtin:additon"}),
+    ("E309", "run.toml:data.train.path", {"data.train": "reasoning-gym:spiral_matrix"}),
+    ("E108", "run.toml:data.train.args", {"data.train": {"path": "train.jsonl", "args": {"size": 3}}}),
     ("E202", "train.jsonl:question", {"data.prompt_column": "question"}),
     ("E203", "train.jsonl", {"learner.prompts_per_step": 5}),
     ("E208", "train.jsonl:1", {"rollout.max_prompt_tokens": 3}),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollout.reward_loading import load_reward
-from rollout.rewards import BUILTINS, extract_number, last_boxed, text_of
+from rollout.rewards import BUILTINS, SANDBOXED, extract_number, last_boxed, text_of
 from shared.config_reward import RewardFunction
 
 DATA = Path(__file__).resolve().parent.parent / "launch" / "data" / "gsm8k" / "sample.jsonl"
@@ -280,7 +280,7 @@ EVERY = {
 
 
 @needs_math_verify
-@pytest.mark.parametrize("name", sorted(set(BUILTINS) - {"code_tests"}))
+@pytest.mark.parametrize("name", sorted(set(BUILTINS) - SANDBOXED))
 def test_every_builtin_takes_odd_completions_plain_or_conversational(name):
     texts = ["", " ", "4", "\\boxed{", "\\boxed{4}", "<think>", "日本 😀", "#### ", "-", "}" * 50, "$$", "\x00"]
     columns = {"answer": ["4"] * len(texts), "solution": ["4"] * len(texts)}

@@ -39,6 +39,10 @@ PROVED_ELSEWHERE = {
         "test_without_bubblewrap_a_sandboxed_function_is_refused_and_never_run_weaker",
     ),
     "no bubblewrap: E308": ("test_sandbox.py", "test_without_bubblewrap_a_sandbox_is_e308"),
+    "generated tasks: no scorer evaluates an answer, but those that are refused": (
+        "test_generated_security.py",
+        "test_the_denied_tasks_evaluate_answers_and_no_other_does",
+    ),
     "a reward that executes the text of completions is found before the run": (
         "test_doctor.py",
         "test_a_finding_is_made_and_shown",
