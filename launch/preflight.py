@@ -65,6 +65,10 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     _collect(problems, lambda: check_columns(config, origin, list(train.prompts[0].columns) if train.prompts else []))
     warnings = combination_warnings(config, origin) + _check_rows(config, train, held_out, problems)
     warnings += filter(None, [open_token_file()])
+    if tokenizer.pad_token is None:
+        warnings.append(
+            f"info: no pad token — {origin}:model.tokenizer. None is needed: sequences are packed, not padded"
+        )
     raise_all(problems)
     if probing:
         from launch.doctor import probe
@@ -220,12 +224,6 @@ def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], proble
         if n
     ]
     seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
-    cores, engines = config.rollout.cpu_cores.split("|"), config.rollout.num_engines
-    if engines > 1 and cores != ["nobind"] and len(set(cores)) < engines:
-        warnings.append(
-            f"warning[W505] engines share cores — rollout.cpu_cores. Found {engines} engines on {'|'.join(cores)}, "
-            'expected separate lists. Fix: one list per engine separated by "|", or nobind.'
-        )
     duplicates = len(train.prompts) - len(seen)
     if duplicates:
         warnings.append(f"warning[W209] duplicate prompts — {name}. Found {duplicates}, expected none.")

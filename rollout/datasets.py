@@ -232,7 +232,7 @@ def _parse_json(text: str, name: str, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        number, found = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+        number, found = line + error.lineno - 1, f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except RecursionError:
         number, found = line, "brackets nested too deep"
     fix = f"repair or remove line {number}"

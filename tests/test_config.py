@@ -153,7 +153,7 @@ def test_all_problems_of_a_pass_are_reported_together(load):
     ("content", "place", "found"),
     [
         (None, "run.toml", "no such file"),
-        (b"[learner]\nlr = \n", "run.toml", "line 2"),
+        (b"[learner]\nlr = \n", "run.toml:2:6", '"lr =" (Invalid value)'),
         (b'name = "caf\xe9"\n', "run.toml", "0xe9"),
     ],
 )
