@@ -110,7 +110,7 @@ def check_room(config: Config, output: Path, origin: str) -> None:
     place = next(folder for folder in (output, *output.parents) if folder.exists())
     problems, where = [], f"run.output_dir = {output}"
     if not (place.is_dir() and os.access(place, os.W_OK)):
-        found = f"{place} {'not writable' if place.is_dir() else 'is no directory'}"
+        found = f"{place}, which is {'not writable' if place.is_dir() else 'no directory'}"
         what, expected = "cannot write the run folder", "a writable directory"
         problems.append(InputError("E601", what, where, found, expected, "another place"))
     free, needed = shutil.disk_usage(place).free, checkpoint_bytes(config)

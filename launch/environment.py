@@ -56,8 +56,8 @@ def check_environment() -> None:
             found, expected = f"no {' and no '.join(missing)}", f"{' and '.join(TOOLS)} (learner on CPUs)"
             problems.append(InputError("E703", "cannot build ops", "environment", found, expected, "install them"))
     for name, safe in SAFE.items():
-        if os.environ.get(name, safe) != safe:
-            problems.append(InputError("E704", "unsafe setting", f"environment:{name}", "set", "unset", "unset it"))
+        if (value := os.environ.get(name, safe)) != safe:
+            problems.append(InputError("E704", "unsafe setting", f"environment:{name}", value, "unset", "unset it"))
     raise_all(problems)
 
 

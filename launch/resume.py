@@ -78,7 +78,8 @@ def find(config: Config, folder: Path, stream: PromptStream, origin: str) -> Poi
         return None
     if choice == "never":
         rows = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
-        found, fix = f"{rows} recorded rows", "run.resume = auto or overwrite, or another name"
+        there = [f"{rows} recorded rows"] * bool(rows) + [place.name for place in all_of(parent)[:1]]
+        found, fix = " and ".join(there) or "an empty metrics.jsonl", "run.resume = auto or overwrite, or another name"
         raise InputError("E602", "run exists", f"run.output_dir = {folder}", found, "an empty directory", fix)
     found_place = newest(parent) if choice == "auto" else of_step(parent, int(choice))
     if found_place is None:

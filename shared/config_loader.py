@@ -169,9 +169,9 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, A
 
 
 _EXPECTED = {
-    "greater_than": "a number > {gt}",
-    "greater_than_equal": "a number >= {ge}",
-    "less_than_equal": "a number <= {le}",
+    "greater_than": "a number > {gt:g}",
+    "greater_than_equal": "a number >= {ge:g}",
+    "less_than_equal": "a number <= {le:g}",
     "literal_error": "{expected}",
     "float_type": "a number",
     "int_type": "an integer",
@@ -212,7 +212,8 @@ def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
         expected += _bounds(field)
     found = "nothing" if detail["type"] == "missing" else _toml(detail["input"])
     default = getattr(field, "default", None)
-    example = f"{key} = {_toml(default)}" if isinstance(default, str | int | float) else f"set {key}"
+    form = "--{} {}" if overridden else "{} = {}"
+    example = form.format(key, _toml(default)) if isinstance(default, str | int | float) else f"set {key}"
     code = "E106" if overridden else "E102"
     return InputError(code, "bad override" if overridden else "bad value", place, found, expected, example)
 

@@ -126,8 +126,8 @@ def test_a_wrong_value_is_one_error_at_its_key(load, changes, code, place):
     [
         ("rollout.num_engine", "2", "--rollout.num_engines"),
         ("rolout.num_engines", "2", "--rollout"),
-        ("run.steps", "many", "steps = 100"),
-        ("run.steps", "0", "steps = 100"),
+        ("run.steps", "many", "--run.steps 100"),
+        ("run.steps", "0", "--run.steps 100"),
         ("run.steps.more", "1", ""),
         ("reward.functions.0.weight", "2", ""),
     ],
