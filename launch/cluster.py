@@ -95,16 +95,11 @@ def connect(config: Config) -> None:
         return
     try:
         context = ray.init(address=address, namespace=uuid.uuid4().hex, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        found = one_line(error)
-        raise InputError(
-            "E502",
-            "cannot reach Ray",
-            f"RAY_ADDRESS={address}",
-            found,
-            "a live cluster",
-            "start it, or unset RAY_ADDRESS",
-        ) from None
+    except Exception as error:  # Ray has no one kind for it: ConnectionError, RuntimeError, its own for a token, ...
+        found, fix = one_line(error), "start it, or unset RAY_ADDRESS"
+        if any(word in found.lower() for word in ("token", "authenticat")):
+            fix = "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster has them"
+        raise InputError("E502", "cannot reach Ray", f"RAY_ADDRESS={address}", found, "a live cluster", fix) from None
     try:
         refuse_open_dashboard(getattr(context, "dashboard_url", None) or "")
     except InputError:

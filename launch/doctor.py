@@ -17,12 +17,12 @@ from launch.doctor_rules import ERROR, Finding, Verdict, judge, unequal_scales
 from launch.doctor_samples import Sample, canary_samples, samples_for
 from launch.options import ConfigOptions, guarded
 from launch.score import read_rows
-from rollout.reward_loading import isolation_of, reward_name
+from rollout.reward_loading import isolation_of, reward_name, reward_place
 from rollout.reward_worker import RewardWorker
 from shared.config import Config
 from shared.config_loader import config_file, load_config
 from shared.config_reward import Reward, RewardFunction
-from shared.errors import InputError, InputErrors, RewardFailed
+from shared.errors import InputError, RewardFailed, raise_all
 from shared.types import Prompt
 
 ALONE = 12
@@ -75,7 +75,7 @@ def _doctor(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "doctor.json").write_text(json.dumps([v.as_dict() for v in verdicts], indent=1), encoding="utf-8")
     print(f"full results: {folder / 'doctor.json'}")
-    _raise_errors(verdicts, source.name)
+    _raise_errors(verdicts, prepared.config, source.name)
 
 
 async def sample(config: Config, prompts: list[Prompt]) -> list[list[str]]:
@@ -97,7 +97,7 @@ def probe(config: Config, origin: str, prompts: list[Prompt]) -> list[str]:
     Raises ``InputErrors`` with what every call of the run would run into.
     """
     verdicts = examine(config, prompts[:2], small=True)
-    _raise_errors(verdicts, origin)
+    _raise_errors(verdicts, config, origin)
     return [
         f"warning[W320] {origin}: reward {verdict.name}: {finding.text}"
         for verdict in verdicts
@@ -105,20 +105,17 @@ def probe(config: Config, origin: str, prompts: list[Prompt]) -> list[str]:
     ]
 
 
-def _raise_errors(verdicts: list[Verdict], origin: str) -> None:
+def _raise_errors(verdicts: list[Verdict], config: Config, origin: str) -> None:
     problems = []
     for verdict in verdicts:
-        for finding in verdict.findings:
-            if finding.level == ERROR:
-                code = finding.code or "E320"
-                place = f"{origin}:reward.functions[{verdict.index}]"
-                problems.append(
-                    InputError(
-                        code, f"reward {verdict.name} refused", place, finding.text, finding.expected, finding.fix
-                    )
-                )
-    if problems:
-        raise InputErrors(problems)
+        for finding in (finding for finding in verdict.findings if finding.level == ERROR):
+            key = f"{origin}:reward.functions[{verdict.index}]"
+            code, what, place = "E320", f"reward {verdict.name} refused", key
+            if finding.code:  # What a call in the run would end with, in the same words.
+                code, what = finding.code, finding.rule
+                place = f"{reward_place(config.reward.functions[verdict.index])}, {key}"
+            problems.append(InputError(code, what, place, finding.text, finding.expected, finding.fix))
+    raise_all(problems)
 
 
 def examine(

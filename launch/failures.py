@@ -6,6 +6,7 @@ A failed group is dropped, never scored 0; a refused step changes no weight. The
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,7 @@ def stalled(config: Config, version: int, buffer: RolloutBuffer, delivery: async
 
 
 class TooManyFailures(InputError):
-    """E310, with the last failure and the first traceback of a user's function below the line."""
+    """E310, with the last failure and where a user's function raised first below the line; tracebacks are in ``failed/``."""
 
     def __init__(self, found: str, expected: str, last: str, trace: str) -> None:
         fix = "correct the function or raise timeout_s"
@@ -96,8 +97,14 @@ class TooManyFailures(InputError):
         self.last, self.trace = last, trace
 
     def __str__(self) -> str:
-        first = f"\nfirst failure: {self.trace.strip()}" if self.trace else ""
+        first = f"\nfirst failure: {_innermost(self.trace)}" if self.trace else ""
         return f"{super().__str__()}\nlast: {self.last}{first}"
+
+
+def _innermost(trace: str) -> str:
+    """Of a traceback, where it ends and with what: ``rewards.py:7 in score: ValueError: bad fraction``."""
+    error, places = trace.strip().splitlines()[-1], re.findall(r'File "(.+)", line (\d+), in (.+)', trace)
+    return f"{places[-1][0]}:{places[-1][1]} in {places[-1][2]}: {error}" if places else error
 
 
 def sample_file(failure: GroupFailed) -> str:

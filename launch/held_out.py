@@ -53,7 +53,8 @@ async def evaluate(config: Config, held_out: list[Prompt], judges: Judges, failu
     answers = await asyncio.gather(*wanted)
     greedy, sampled = ([answer for answer in part if answer] for part in (answers[:rows], answers[rows:]))
     if not greedy:
-        raise NothingToLearn(f"not one of {rows} held-out prompts could be generated and scored")
+        found, fix = f"not one of {rows} held-out prompts generated and scored", "see failed/ in the run folder for why"
+        raise NothingToLearn("E307", "nothing to evaluate", "data.eval", found, "at least one", fix)
     metrics = _means(config, greedy, "eval")
     if sampled:
         metrics |= _means(config, sampled, "eval/sampled") | _passes(config, [scores for _, scores in sampled])

@@ -17,6 +17,7 @@ from shared.errors import InputError, raise_all
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
 """A hub model at one commit: ``org/name@<commit>``."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@.*)?")
 OURS = {
     "trust_remote_code": "model.trust_remote_code",
     "load_format": "safetensors alone",
@@ -69,7 +70,8 @@ def check_model(config: Config, origin: str) -> None:
     check_code(config, origin)
     path, place = Path(config.model.path), f"{origin}:model.path"
     if not (path / "config.json").is_file():
-        found = f'"{path}" (no {"config.json" if path.is_dir() else "such directory"})'
+        named = ", and no cached hub model of that name" if HUB_NAME.fullmatch(config.model.path) else ""
+        found = f'"{path}" (no {"config.json" if path.is_dir() else f"such directory{named}"})'
         raise InputError("E401", "model not found", place, found, "a Hugging Face model directory", "check the path")
     problems = []
     try:

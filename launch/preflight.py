@@ -6,6 +6,7 @@ Errors of one pass are collected and raised together; nothing here needs a clust
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,9 @@ from shared.config_checks import warnings as combination_warnings
 from shared.config_data import Source
 from shared.errors import InputError, InputErrors, one_line, raise_all
 from shared.types import Prompt
+
+ADDED_TOKENS = 16
+"""More than the class of a tokenizer adds to what its files name."""
 
 
 @dataclass
@@ -67,6 +71,10 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
     warnings = combination_warnings(config, origin) + _check_rows(config, train, held_out, problems)
     warnings += filter(None, [open_token_file()])
+    if not _names_pad_token(config):
+        warnings.append(
+            f"info: no pad token — {origin}:model.tokenizer. None is needed: sequences are packed, not padded"
+        )
     raise_all(problems)
     if probing:
         from launch.doctor import probe
@@ -149,15 +157,17 @@ def _check_choices(config: Config, origin: str) -> None:
 
 
 def _load_tokenizer(config: Config, origin: str, light: bool) -> Any:
-    """``light``: by the class that reads any tokenizer.json. To import the automatic one takes longer than all checks
-    together, and what it may do otherwise is a token at an end."""
+    """``light``: by the class that reads any tokenizer.json, if that tells enough. To import the automatic one takes longer
+    than all checks together, and what it may do otherwise is a token at an end."""
     source, trusted = config.model.tokenizer or config.model.path, config.model.trust_remote_code
+    rows = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    tokenizer = None
     try:
         if light and (Path(source) / "tokenizer.json").is_file() and not trusted:
             from transformers import PreTrainedTokenizerFast
 
             tokenizer = PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
-        else:
+        if tokenizer is None or (rows and len(tokenizer) > rows - ADDED_TOKENS):
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
@@ -169,13 +179,19 @@ def _load_tokenizer(config: Config, origin: str, light: bool) -> Any:
     if len(tokenizer) < 2:  # transformers makes an empty one where the files are missing.
         place, found = f"{origin}:model.tokenizer", f"no tokenizer files in {source}"
         raise InputError("E401", "tokenizer not found", place, found, "a tokenizer directory", "check the path")
-    rows = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
     if rows and len(tokenizer) > rows:
         place, fix = f"{origin}:model.tokenizer", "use the model's own tokenizer"
         raise InputError(
             "E402", "tokenizer does not fit", place, f"{len(tokenizer)} tokens", f"<= {rows} embedding rows", fix
         )
     return tokenizer
+
+
+def _names_pad_token(config: Config) -> bool:
+    """Whether the tokenizer's own files name one; transformers may add one of its class."""
+    folder = Path(config.model.tokenizer or config.model.path)
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    return any(re.search(r'"pad_token":\s*["{]', file.read_text(encoding="utf-8")) for file in files if file.is_file())
 
 
 def check_columns(config: Config, origin: str, columns: list[str]) -> None:
@@ -223,17 +239,11 @@ def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], proble
             InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step")
         )
     warnings = [
-        f"{n} {reason} {'rows' if reason == 'filtered' else 'prompts'} of {name} dropped"
+        f"info: {n} {reason} {'rows' if reason == 'filtered' else 'prompts'} of {name} dropped"
         for reason, n in train.dropped.items()
         if n
     ]
     seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
-    cores, engines = config.rollout.cpu_cores.split("|"), config.rollout.num_engines
-    if engines > 1 and cores != ["nobind"] and len(set(cores)) < engines:
-        warnings.append(
-            f"warning[W505] engines share cores — rollout.cpu_cores. Found {engines} engines on {'|'.join(cores)}, "
-            'expected separate lists. Fix: one list per engine separated by "|", or nobind.'
-        )
     duplicates = len(train.prompts) - len(seen)
     if duplicates:
         warnings.append(f"warning[W209] duplicate prompts — {name}. Found {duplicates}, expected none.")

@@ -66,8 +66,8 @@ class Point:
         return read_groups(self.place / QUEUED, stream.at) if (self.place / QUEUED).exists() else []
 
 
-def find(config: Config, folder: Path, stream: PromptStream) -> Point | None:
-    """The checkpoint that a run in ``folder`` goes on from; None: it begins anew.
+def find(config: Config, folder: Path, stream: PromptStream, origin: str) -> Point | None:
+    """The checkpoint that a run in ``folder`` goes on from; None: it begins anew. ``origin``: the configuration's file.
 
     Raises ``InputError`` E602 to E605 if the folder holds a run that must not, or cannot, be continued like this.
     """
@@ -78,31 +78,45 @@ def find(config: Config, folder: Path, stream: PromptStream) -> Point | None:
         return None
     if choice == "never":
         rows = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
-        found, fix = f"{rows} recorded rows", "run.resume = auto or overwrite, or another name"
+        there = [f"{rows} recorded rows"] * bool(rows) + [place.name for place in all_of(parent)[:1]]
+        found, fix = " and ".join(there) or "an empty metrics.jsonl", "run.resume = auto or overwrite, or another name"
         raise InputError("E602", "run exists", f"run.output_dir = {folder}", found, "an empty directory", fix)
     found_place = newest(parent) if choice == "auto" else of_step(parent, int(choice))
     if found_place is None:
         print(f"warning[W603] no checkpoint in {folder} yet: the run begins anew at step 0", flush=True)
         return None
     point = Point.at(*found_place)
-    raise_all(_mismatches(config, point, stream))
+    raise_all(_mismatches(config, point, stream, origin))
     return point
 
 
-def _mismatches(config: Config, point: Point, stream: PromptStream) -> list[InputError]:
-    then = point.manifest["config"]
-    differences = []
+def _mismatches(config: Config, point: Point, stream: PromptStream, origin: str) -> list[InputError]:
+    now, then = config.model_dump(), point.manifest["config"]
+    differences: list[tuple[str, str, str]] = []
     for key in SETTLED:
         section, name = key.split(".")
-        differences.append((key, then[section][name], config.model_dump()[section][name]))
-    differences.append(("data.train", point.state["data"][:12], stream.digest[:12]))
-    differences.append(("model.path", point.manifest["model"][:12], model_digest(config)[:12]))
+        differences.append((key, str(then[section][name]), str(now[section][name])))
+    if (before := point.state["data"]) != (digest := stream.digest):
+        differences.append(("data.train", _marked(_sources(then), before), _marked(_sources(now), digest)))
+    if (before := point.manifest["model"]) != (digest := model_digest(config)):
+        differences.append(("model.path", _marked(then["model"]["path"], before), _marked(config.model.path, digest)))
     fix = "restore it, or start a new run (run.output_dir, or run.resume = overwrite)"
+    what, there = "config does not match checkpoint", f"as in {point.place}"
     return [
-        InputError("E605", "config does not match checkpoint", key, str(now), f"{before} as in {point.place}", fix)
-        for key, before, now in differences
-        if before != now
+        InputError("E605", what, f"{origin}:{key}", is_now, f"{was} {there}", fix)
+        for key, was, is_now in differences
+        if was != is_now
     ]
+
+
+def _sources(table: dict[str, Any]) -> str:
+    sources = table["data"]["train"]
+    return sources if isinstance(sources, str) else " + ".join(Path(source["path"]).name for source in sources)
+
+
+def _marked(name: str, digest: str) -> str:
+    """A file of one name may hold two things."""
+    return f"{name} (digest {digest[:8]})"
 
 
 def model_digest(config: Config) -> str:

@@ -115,7 +115,7 @@ def prepare_session(
 
     ``screen`` is told of the progress in place of the terminal; a ``rehearsal`` makes no model.
     """
-    from launch.dry_run import check_disk
+    from launch.dry_run import check_room
     from launch.preflight import prepare
     from launch.resume import find
     from launch.run_folder import resolve_output
@@ -124,8 +124,8 @@ def prepare_session(
     prepared = prepare(config, source.name, source.parent, rehearsal=rehearsal)
     stream = prepared.train.stream(config)
     output = resolve_output(config.run.output_dir)
-    point = find(prepared.config, output, stream)
-    check_disk(prepared.config, output)
+    point = find(prepared.config, output, stream, source.name)
+    check_room(prepared.config, output, source.name)
     for warning in prepared.warnings:
         print(warning, flush=True)
     evaluated = point is not None and (not prepared.held_out or point.state["evaluated"] == point.version)

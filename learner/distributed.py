@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def learner_environment(config: Config) -> dict[str, str]:
 
 def join_group(config: Config, rank: int, world_size: int, master: tuple[str, int]) -> None:
     """Initialise DeepSpeed's process group; a single in-process learner picks its own port."""
+    if not torch.cuda.is_available():
+        find_tools()
     import deepspeed
 
     if not torch.cuda.is_available():
@@ -67,6 +70,12 @@ def join_group(config: Config, rank: int, world_size: int, master: tuple[str, in
         # Else gloo listens where this host's name points, which other hosts may not reach, or not know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     deepspeed.init_distributed(verbose=False)
+
+
+def find_tools() -> None:
+    """Let DeepSpeed find the ninja beside the interpreter, also where nobody has activated its environment."""
+    places = os.environ.get("PATH", "").split(os.pathsep)
+    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([*places, os.path.dirname(sys.executable)]))
 
 
 _STORES: list[Any] = []

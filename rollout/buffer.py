@@ -15,6 +15,9 @@ from typing import Any
 from shared.errors import NothingToLearn
 from shared.types import RolloutGroup
 
+WARN_STEPS = 20
+"""Steps without any signal after which the user is warned, if they come before half the limit."""
+
 
 class _Hole:
     """The place of a group that will not come."""
@@ -28,6 +31,7 @@ class RolloutBuffer:
         self._groups_per_batch, self._batches_ahead = groups_per_batch, batches_ahead + 1
         self._capacity = groups_per_batch * self._batches_ahead
         self._barren_limit, self._max_resampled = barren_limit, max_resampled
+        self._warn_at = min(WARN_STEPS * groups_per_batch, barren_limit // 2)
         self._resampled = 0
         self._slots = 0
         self._waiting: OrderedDict[int, RolloutGroup | _Hole | None] = OrderedDict()
@@ -159,8 +163,12 @@ class RolloutBuffer:
 
     def _count_signal(self, signal: bool) -> None:
         self._barren = 0 if signal else self._barren + 1
+        what, place = "nothing to learn", "reward.functions"
+        found, expected = f"{self._barren} groups in a row with equal rewards", "some spread"
+        fix = "check the reward function and the difficulty of the prompts"
         if self._barren >= self._barren_limit:
-            raise NothingToLearn(
-                f"{self._barren} groups in a row had equal rewards (algorithm.barren_limit): "
-                "check the reward function and the difficulty of the prompts"
-            )
+            expected += f" within algorithm.barren_limit = {self._barren_limit}"
+            raise NothingToLearn("E307", what, place, found, expected, fix)
+        if self._barren == self._warn_at:
+            fix += f"; at {self._barren_limit} (algorithm.barren_limit) the run ends"
+            print(f"warning[W307] {what} — {place}. Found {found}, expected {expected}. Fix: {fix}", flush=True)

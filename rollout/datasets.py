@@ -21,6 +21,14 @@ from shared.errors import InputError, nearest, one_line
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PINNED = re.compile(r"([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}))?")
 """A hub dataset: ``org/name``, or at one commit ``org/name@<commit>``."""
+HUB_SAYS = {
+    "GatedRepoError": "asks for a login",
+    "RepositoryNotFoundError": "knows no such dataset",
+    "RevisionNotFoundError": "knows no such commit",
+    "LocalEntryNotFoundError": "cannot be reached",
+    "ConnectionError": "cannot be reached",
+}
+"""What an exception means that its client raises."""
 Row = dict[str, Any]
 
 
@@ -102,8 +110,9 @@ def _from_hub(name: str, revision: str | None, key: str) -> Path:
             )
             return Path(folder)
         except Exception as error:  # Whatever keeps it from being there, the message says so.
-            problem = one_line(f"{type(error).__name__}: {error}", 120)
-    found, expected = f'"{name}" (no local copy, and the hub says {problem})', "a file or a cached dataset"
+            answers = (HUB_SAYS.get(kind.__name__) for kind in type(error).__mro__)
+            problem = next(filter(None, answers), one_line(f"says {type(error).__name__}: {error}", 120))
+    found, expected = f'"{name}" (no local copy, and the hub {problem})', "a file or a cached dataset"
     raise InputError("E201", "dataset not found", key, found, expected, "download it once, or give a local path")
 
 
@@ -244,7 +253,7 @@ def _parse_json(text: str, name: str, line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        number, found = line + error.lineno - 1, f"{error.msg} at column {error.colno}"
+        number, found = line + error.lineno - 1, f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except RecursionError:
         number, found = line, "brackets nested too deep"
     fix = f"repair or remove line {number}"

@@ -46,10 +46,18 @@ def main(answers_fd: int) -> None:
         try:
             _answer(answers, payload, invoke_now(function, payload, hello["nan_is_none"]))
         except CallFailed as failure:
-            _answer(answers, payload, {"failed": list(failure.args)})
+            _answer(answers, payload, {"failed": _words(failure, hello["limits"])})
         except TypeError as error:  # log_extra was given something that JSON has no form for.
             words = ["E304", "reward raised", str(error), "plain values in log_extra", "log text or numbers"]
             _answer(answers, payload, {"failed": [*words, -1, ""]})
+
+
+def _words(failure: CallFailed, limits: dict[str, int]) -> list[Any]:
+    """The failure's fields; one for want of memory names the limit, which is known here alone."""
+    words = list(failure.args)
+    if failure.code == "E306":
+        words[2:4] = [f"> {limits['memory_mb']} MB", f"<= memory_mb = {limits['memory_mb']}"]
+    return words
 
 
 def _answer(stream: BinaryIO, request: Any, answer: dict[str, Any]) -> None:

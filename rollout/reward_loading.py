@@ -117,6 +117,14 @@ def reward_name(spec: Spec) -> str:
     return urlsplit(url).hostname or url
 
 
+def reward_place(spec: Spec) -> str:
+    """What messages call it: ``file.py:function`` of a user's file, else its metric name."""
+    source, _, attribute = (spec.function or "").rpartition(":")
+    if not source.endswith(".py"):
+        return reward_name(spec)
+    return f"{Path(source).name}:{attribute}" + (f" ({spec.name})" if spec.name else "")
+
+
 def isolation_of(spec: Spec) -> str:
     """Where a function runs: as configured, else ``actor`` for code of ours and ``subprocess`` for a user's."""
     if spec.function in SANDBOXED:

@@ -20,7 +20,7 @@ import numpy as np
 
 from rollout.generated_scoring import MOST_PREPARED, tasks_of
 from rollout.reward_calls import CallFailed, Payload, check_values, invoke, invoke_now
-from rollout.reward_loading import isolation_of, load_reward, reward_name
+from rollout.reward_loading import isolation_of, load_reward, reward_name, reward_place
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from rollout.sandbox import CHILD_LIMITS, SANDBOX_LIMITS, Child, require_sandbox
 from shared import faults
@@ -68,7 +68,7 @@ class _Scorer:
 
     def __init__(self, spec: RewardFunction, settings: Reward, key: str, isolate: bool) -> None:
         """Import it, here or in a child of its own. Raises ``InputError`` E301 or E308."""
-        self.name, self._spec, self._key = reward_name(spec), spec, key
+        self.name, self.place, self._spec, self._key = reward_name(spec), reward_place(spec), spec, key
         self.timeout_s = spec.timeout_s or settings.timeout_s
         self.isolation = isolation_of(spec)
         if isolate and self.isolation == "actor" and spec.function is not None:
@@ -254,7 +254,7 @@ class RewardWorker:
         try:
             return await scorer.call(payload), time.monotonic() - started
         except CallFailed as failure:
-            raise _failed(failure, scorer.name, groups) from None
+            raise _failed(failure, scorer.place, groups) from None
 
 
 def _payload(groups: list[Group], state: dict[str, Any]) -> Payload:

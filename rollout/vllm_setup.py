@@ -23,28 +23,12 @@ def engine_environment(config: Config, index: int) -> dict[str, str]:
     return {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": _binding(config, index),  # Of worker processes, where there are any.
+        "VLLM_CPU_OMP_THREADS_BIND": config.rollout.core_list(index),  # Of worker processes, where there are any.
         "OMP_NUM_THREADS": str(config.rollout.cpu_threads),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # Pages of 2 MB.
         # Without a compiled model vLLM would still compile its log-prob ranking: ten seconds in the first request.
         **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),
     }
-
-
-def _binding(config: Config, index: int) -> str:
-    lists = config.rollout.cpu_cores.split("|")
-    return lists[index] if len(lists) > 1 else lists[0]
-
-
-def engine_cores(config: Config, index: int) -> set[int] | None:
-    """Cores of engine number ``index``, for example of ``0-3,6``; None: wherever the system puts it."""
-    found: set[int] = set()
-    for part in _binding(config, index).split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit():
-            return None
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
 
 
 def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, Any]:
@@ -92,6 +76,6 @@ def start_vllm(config: Config, index: int, load_format: str) -> Any:
 
     arguments = engine_arguments(config, index, load_format)
     if current_platform.is_cpu():
-        return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, engine_cores(config, index))
+        return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, config.rollout.cores(index))
     # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)

@@ -117,15 +117,22 @@ def of_step(parent: Path, step: int) -> tuple[Path, dict[str, Any]]:
     place = parent / f"{PREFIX}{step:06d}"
     there = [int(path.name.removeprefix(PREFIX)) for path in all_of(parent)]
     if not place.is_dir():
-        fix = f"run.resume = {there[0]}" if there else "run.resume = overwrite"
+        fix = f"run.resume = {there[0]}" if there else "drop run.resume, or check run.output_dir"
         found = f"checkpoints of steps {', '.join(map(str, there))}" if there else "no checkpoint"
         raise InputError("E603", "nothing to resume", str(parent), found, f"{PREFIX}{step:06d}", fix)
     try:
         return place, verify(place)
     except Damaged as damage:
-        others = [other for other in there if other != step]
-        fix = f"run.resume = {others[0]}" if others else "restore it from a copy"
+        others = (other for other in there if other != step and _whole(parent / f"{PREFIX}{other:06d}"))
+        fix = f"run.resume = {other}" if (other := next(others, None)) is not None else "restore it from a copy"
         raise InputError("E604", "checkpoint damaged", str(damage.file), damage.found, damage.expected, fix) from None
+
+
+def _whole(place: Path) -> bool:
+    try:
+        return bool(verify(place))
+    except Damaged:
+        return False
 
 
 def set_aside(parent: Path, version: int) -> list[str]:

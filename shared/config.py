@@ -115,6 +115,21 @@ class Rollout(Section):
     vllm: dict[str, Any] = {}
     """Further arguments of vLLM's AsyncEngineArgs."""
 
+    def cores(self, engine: int) -> set[int] | None:
+        """Cores of an engine, for example of ``0-3,6``; None: wherever the system puts it."""
+        found: set[int] = set()
+        for part in self.core_list(engine).split(","):
+            first, _, last = part.partition("-")
+            if not (first.isdigit() and (last or first).isdigit()):
+                return None
+            found |= set(range(int(first), int(last or first) + 1))
+        return found
+
+    def core_list(self, engine: int) -> str:
+        """The part of ``cpu_cores`` that is an engine's."""
+        lists = self.cpu_cores.split("|")
+        return lists[engine] if len(lists) > 1 else lists[0]
+
     @property
     def workers_per_engine(self) -> int:
         """GPUs (or CPU workers) of one replica."""

@@ -6,6 +6,7 @@ value that works.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from shared.config import Config
@@ -54,7 +55,24 @@ def warnings(config: Config, origin: str) -> list[str]:
             f"warning[W113] {origin}:rollout.vllm.max_num_seqs: up to {flight} completions are in flight for an engine that "
             f"admits {admitted}, the rest wait in its queue; raise it, or lower rollout.max_staleness or learner.prompts_per_step"
         )
-    return lines
+    return lines + _shared_cores(config, origin)
+
+
+def _shared_cores(config: Config, origin: str) -> list[str]:
+    """W505 if two engines are bound to one core."""
+    owners: dict[int, list[int]] = {}
+    for engine in range(config.rollout.num_engines):
+        for core in config.rollout.cores(engine) or ():
+            owners.setdefault(core, []).append(engine)
+    shared = [core for core, engines in sorted(owners.items()) if len(engines) > 1]
+    if not shared:
+        return []
+    engines = len({engine for core in shared for engine in owners[core]})
+    found = f"{engines} engines on core{'s' if len(shared) > 1 else ''} {', '.join(map(str, shared))}"
+    return [
+        f"warning[W505] engines share cores — {origin}:rollout.cpu_cores. Found {found}, expected separate lists. "
+        'Fix: one list per engine separated by "|", or "nobind"'
+    ]
 
 
 def _sizes(c: Config, refuse: Refuse, disagree: Refuse) -> None:
@@ -63,9 +81,10 @@ def _sizes(c: Config, refuse: Refuse, disagree: Refuse) -> None:
         refuse("E103", "group too small", "rollout.group_size", c.rollout.group_size, ">= 2", fix)
     sequences, ranks = c.completions_per_step, c.learner.num_ranks
     if sequences % ranks:
-        near = max(1, round(sequences / ranks)) * ranks
-        expected, fix = f"a multiple of learner.num_ranks = {ranks}", f"use {near} completions (nearest)"
-        found = f"{sequences} completions"
+        least = ranks // math.gcd(ranks, c.rollout.group_size)
+        near = max(1, round(c.learner.prompts_per_step / least)) * least
+        expected, fix = f"a multiple of learner.num_ranks = {ranks}", f"learner.prompts_per_step = {near} (nearest)"
+        found = f"{c.learner.prompts_per_step} x rollout.group_size = {sequences} completions"
         refuse("E104", "batch does not divide", "learner.prompts_per_step", found, expected, fix)
     updates = c.updates_per_batch
     if c.run.steps % updates:

@@ -6,6 +6,8 @@ together, each with the key as the user wrote it and the nearest known one.
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -92,11 +94,20 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
-        message = str(error)
-        raise InputError("E105", "cannot parse config", str(path), message, "valid TOML", "correct that line") from None
+        place, found = _toml_place(path, str(error))
+        raise InputError("E105", "cannot parse config", place, found, "valid TOML", "correct that line") from None
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#x} at offset {error.start}"
         raise InputError("E105", "cannot parse config", str(path), found, "UTF-8", "save it as UTF-8") from None
+
+
+def _toml_place(path: Path, message: str) -> tuple[str, str]:
+    """Where tomllib stopped, as file:line:column, and that line with what it says of it."""
+    reason, _, where = message.removesuffix(")").partition(" (at ")
+    lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    numbers = [int(word) for word in re.findall(r"\d+", where)]
+    line, column = numbers if len(numbers) == 2 else (len(lines), len(lines[-1]) + 1)
+    return f"{path}:{line}:{column}", f'"{lines[line - 1].strip()}" ({reason})'
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
@@ -158,9 +169,9 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, A
 
 
 _EXPECTED = {
-    "greater_than": "a number > {gt}",
-    "greater_than_equal": "a number >= {ge}",
-    "less_than_equal": "a number <= {le}",
+    "greater_than": "a number > {gt:g}",
+    "greater_than_equal": "a number >= {ge:g}",
+    "less_than_equal": "a number <= {le:g}",
     "literal_error": "{expected}",
     "float_type": "a number",
     "int_type": "an integer",
@@ -194,11 +205,28 @@ def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
             return InputError("E106", "bad override", place, last, "a known key", fix)
         fix = f"did you mean {'.'.join([*parent, guess])}?" if guess else "remove it"
         return InputError("E101", "unknown key", place, last, f"one of {', '.join(siblings)}", fix)
+    field = known_keys().get(key)
     template = _EXPECTED.get(detail["type"])
     expected = template.format(**detail.get("ctx", {})) if template else detail["msg"]
-    found = "nothing" if detail["type"] == "missing" else repr(detail["input"])
-    field = known_keys().get(key)
+    if detail["type"] in ("float_type", "int_type"):
+        expected += _bounds(field)
+    found = "nothing" if detail["type"] == "missing" else _toml(detail["input"])
     default = getattr(field, "default", None)
-    example = f"{parts[-1]} = {default!r}" if isinstance(default, str | int | float) else f"set {key}"
+    form = "--{} {}" if overridden else "{} = {}"
+    example = form.format(key, _toml(default)) if isinstance(default, str | int | float) else f"set {key}"
     code = "E106" if overridden else "E102"
     return InputError(code, "bad override" if overridden else "bad value", place, found, expected, example)
+
+
+def _bounds(field: Any) -> str:
+    """The limits of a number, as they follow "a number": ``" > 0"``."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    limits = [
+        (sign, getattr(limit, name, None)) for limit in getattr(field, "metadata", []) for name, sign in signs.items()
+    ]
+    return " and".join(f" {sign} {bound:g}" for sign, bound in limits if bound is not None)
+
+
+def _toml(value: Any) -> str:
+    """``value`` as a file would have it."""
+    return json.dumps(value, ensure_ascii=False, default=repr)

@@ -82,8 +82,8 @@ class Stalled(MillraceError):
     """No step finished within ``run.stall_timeout_s``."""
 
 
-class NothingToLearn(MillraceError):
-    """Too many groups or steps in a row carried no training signal."""
+class NothingToLearn(InputError):
+    """E307: too many groups in a row carried no training signal, or no held-out row could be scored."""
 
 
 class GroupFailed(MillraceError):

@@ -126,8 +126,8 @@ def test_a_wrong_value_is_one_error_at_its_key(load, changes, code, place):
     [
         ("rollout.num_engine", "2", "--rollout.num_engines"),
         ("rolout.num_engines", "2", "--rollout"),
-        ("run.steps", "many", "steps = 100"),
-        ("run.steps", "0", "steps = 100"),
+        ("run.steps", "many", "--run.steps 100"),
+        ("run.steps", "0", "--run.steps 100"),
         ("run.steps.more", "1", ""),
         ("reward.functions.0.weight", "2", ""),
     ],
@@ -153,7 +153,7 @@ def test_all_problems_of_a_pass_are_reported_together(load):
     ("content", "place", "found"),
     [
         (None, "run.toml", "no such file"),
-        (b"[learner]\nlr = \n", "run.toml", "line 2"),
+        (b"[learner]\nlr = \n", "run.toml:2:6", '"lr =" (Invalid value)'),
         (b'name = "caf\xe9"\n', "run.toml", "0xe9"),
     ],
 )

@@ -134,7 +134,7 @@ def test_what_agrees_is_accepted(changes):
     ("changes", "code", "key", "fix"),
     [
         ({"rollout.group_size": 1}, "E103", "rollout.group_size", "set 8; one completion has no group to compare with"),
-        ({"learner.num_ranks": 3}, "E104", "learner.prompts_per_step", "use 3 completions (nearest)"),
+        ({"learner.num_ranks": 3}, "E104", "learner.prompts_per_step", "learner.prompts_per_step = 3 (nearest)"),
         ({"model.dtype": "float16"}, "E405", "model.dtype", 'model.dtype = "bfloat16"'),
         ({"rollout.kv_cache_gib": 0.5}, "E504", "rollout.kv_cache_gib", "rollout.kv_cache_gib = 1"),
     ],

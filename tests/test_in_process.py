@@ -226,11 +226,10 @@ def test_a_vllm_that_does_not_start_says_why(monkeypatch):
     ],
 )
 def test_cores_of_an_engine(lists, index, cores):
-    from rollout.vllm_setup import engine_cores
     from tests.fakes import make_config
 
     engines = lists.count("|") + 1
-    assert engine_cores(make_config(**{"rollout.cpu_cores": lists, "rollout.num_engines": engines}), index) == cores
+    assert make_config(**{"rollout.cpu_cores": lists, "rollout.num_engines": engines}).rollout.cores(index) == cores
 
 
 def test_the_thread_runs_on_its_cores(monkeypatch):

@@ -7,52 +7,32 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from launch import cli, plan, run, simulate
-from launch.cluster import connect  # The real one, before any test forbids it.
-from tests.fakes import fake_ray, write_config, write_model, write_rows, write_safetensors
+from tests.bad_input import ROWS, answering, fake_cluster, forbid_cluster, write_run
+from tests.fakes import write_config, write_model, write_rows, write_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 FORM = re.compile(r"error\[E\d{3}\] [^.]+? — (?P<place>.+?)\. Found .+, expected .+\. Fix: .+")
-ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
 
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
-    """Whoever imports Ray or connects fails the test."""
-
-    def refuse(_):
-        pytest.fail("the cluster was touched before the input was checked")
-
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr("launch.cluster.connect", refuse)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    forbid_cluster(monkeypatch)
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
-    """A working directory with a model, training rows and a reward file."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
-    write_model(tmp_path / "model")
-    write_rows(tmp_path / "train.jsonl", ROWS)
-    (tmp_path / "rewards.py").write_text("def plain(completions): return [0.0] * len(completions)\n")
-    return tmp_path
+    return write_run(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def answer(place, capsys):
-    """``answer(*flags, **changes) -> (exit code, stdout, stderr)`` of a run with a changed configuration."""
-
-    def call(*flags: str, **changes) -> tuple[int, str, str]:
-        config = write_config(place / "run.toml", **{"run.output_dir": str(place / "out")} | changes)
-        code = run.main([str(config), *flags])
-        return code, *capsys.readouterr()
-
-    return call
+    return answering(place, capsys)
 
 
 def refused(result: tuple[int, str, str], code: str, where: str) -> None:
@@ -254,18 +234,7 @@ def test_an_output_directory_in_use(answer, place, flags):
 
 @pytest.fixture
 def cluster(monkeypatch, no_cluster):
-    """``cluster(error, cpus=..., gpus=...)`` puts a fake Ray in place of the forbidden one, without actors."""
-
-    def start(error: Exception | None = None, **size):
-        ray = fake_ray(monkeypatch, **size)
-        if error:
-            ray.init = lambda **_: (_ for _ in ()).throw(error)
-        monkeypatch.setattr("launch.cluster.connect", connect)
-        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-        monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
-        return ray
-
-    return start
+    return partial(fake_cluster, monkeypatch)
 
 
 @pytest.mark.parametrize(

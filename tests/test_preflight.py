@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
+import tomllib
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
-from launch import builtin, cluster
+from launch import builtin, cluster, dry_run
+from launch.environment import VERSIONS
 from launch.preflight import check_model, prepare
+from learner.distributed import find_tools
 from rollout.reward_loading import load_reward
 from shared.errors import InputError, InputErrors
 from tests.fakes import fake_ray, make_config, write_model, write_rows
@@ -56,7 +61,7 @@ def test_model_and_choices_are_judged_in_one_pass_and_data_in_the_next(config, t
 def test_dropped_and_duplicate_rows_are_warned_about(config, tmp_path):
     rows = write_rows(tmp_path / "odd.jsonl", [*ROWS, {"prompt": " ", "answer": ""}, *ROWS[:2]])
     prepared = prepare(config(**{"data.train": str(rows), "data.on_bad_row": "drop"}), "run.toml", tmp_path)
-    assert prepared.warnings[0] == "1 blank prompts of odd.jsonl dropped"
+    assert prepared.warnings[0] == "info: 1 blank prompts of odd.jsonl dropped"
     assert prepared.warnings[1].startswith("warning[W209] duplicate prompts — odd.jsonl. Found 2")
 
 
@@ -226,3 +231,31 @@ async def test_no_task_outlives_the_connection_to_ray(monkeypatch):
         await asyncio.sleep(0)
     assert events == ["connected", "asked Ray", "disconnected"]
     assert task.cancelled()
+
+
+def test_the_versions_that_are_accepted_hold_those_that_are_installed_by_the_lock():
+    pins = tomllib.loads((cluster.ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*pins["dependencies"], *pins["optional-dependencies"]["gpu"]]
+    lines += (cluster.ROOT / "requirements" / "cpu.lock").read_text().splitlines()
+    found = [re.fullmatch(r"([\w-]+)(?:\[\w+\])?==([\w.+]+)", line) for line in lines]
+    pinned = [(match[1].removesuffix("-cpu"), match[2]) for match in found if match]
+    pinned = [(name, version) for name, version in pinned if name in VERSIONS]
+    assert {name for name, _ in pinned} == VERSIONS.keys()
+    assert all(SpecifierSet(VERSIONS[name]).contains(version) for name, version in pinned)
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", None), ("1000000", 1_000_000 - 400_000 + 100_000)])
+def test_free_memory_is_within_the_containers_limit(monkeypatch, tmp_path, limit, free):
+    monkeypatch.setattr(dry_run, "CGROUP", tmp_path / "none")
+    everything = dry_run.free_memory()
+    for name, text in {"memory.max": limit, "memory.current": "400000", "memory.stat": "anon 1\nfile 100000\n"}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(dry_run, "CGROUP", tmp_path)
+    assert dry_run.free_memory() == pytest.approx(free or everything, rel=0.2)
+
+
+def test_a_learner_finds_the_tools_beside_the_interpreter(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    find_tools()
+    find_tools()
+    assert os.environ["PATH"].split(os.pathsep) == [str(tmp_path), os.path.dirname(sys.executable)]

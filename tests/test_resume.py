@@ -82,7 +82,7 @@ def lived(config, folder, version=3, queued=()):
 
 def refusal(config, folder, stream=None):
     with pytest.raises((InputError, InputErrors)) as excinfo:
-        find(config, folder, stream or stream_of())
+        find(config, folder, stream or stream_of(), "run.toml")
     problems = getattr(excinfo.value, "problems", [excinfo.value])
     return [(p.code, p.place) for p in problems], str(excinfo.value)
 
@@ -92,16 +92,16 @@ def refusal(config, folder, stream=None):
 
 def test_a_new_folder_begins_anew(place):
     config, folder = place()
-    assert find(config, folder, stream_of()) is None
+    assert find(config, folder, stream_of(), "run.toml") is None
     folder.mkdir()
-    assert find(config, folder, stream_of()) is None
+    assert find(config, folder, stream_of(), "run.toml") is None
 
 
 def test_going_on_from_the_newest_checkpoint_is_the_default(place, capsys):
     config, folder = place()
     group = make_group(7, version=2)
     lived(config, folder, queued=[group])
-    point = find(config, folder, stream_of())
+    point = find(config, folder, stream_of(), "run.toml")
     assert (point.version, point.place) == (3, folder / "checkpoints" / "step-000003")
     (again,) = point.queued(config, stream_of())
     assert again.group_id == 7
@@ -120,7 +120,7 @@ def test_going_on_from_the_newest_checkpoint_is_the_default(place, capsys):
 def test_overwriting_and_refusing_are_choices(place):
     config, folder = place()
     lived(config, folder)
-    assert find(place(**{"run.resume": "overwrite"})[0], folder, stream_of()) is None
+    assert find(place(**{"run.resume": "overwrite"})[0], folder, stream_of(), "run.toml") is None
     codes, text = refusal(place(**{"run.resume": "never"})[0], folder)
     assert codes == [("E602", f"run.output_dir = {folder}")]
     assert "Found 5 recorded rows" in text
@@ -133,7 +133,7 @@ def test_a_run_without_any_checkpoint_begins_anew_and_says_so(place, capsys):
     for path in sorted(run_checkpoint.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     run_checkpoint.rmdir()
-    assert find(config, folder, stream_of()) is None
+    assert find(config, folder, stream_of(), "run.toml") is None
     assert "warning[W603] no checkpoint in" in capsys.readouterr().out
     again = RunFolder(config, folder)
     again.rewind(None)
@@ -147,7 +147,7 @@ def test_a_run_without_any_checkpoint_begins_anew_and_says_so(place, capsys):
 def test_a_step_that_is_asked_for_is_taken_or_refused(place):
     config, folder = place()
     lived(config, folder)
-    assert find(place(**{"run.resume": "3"})[0], folder, stream_of()).version == 3
+    assert find(place(**{"run.resume": "3"})[0], folder, stream_of(), "run.toml").version == 3
     assert refusal(place(**{"run.resume": "2"})[0], folder)[0] == [("E603", str(folder / "checkpoints"))]
 
 
@@ -163,7 +163,7 @@ def test_a_configuration_that_cannot_go_on_is_e605(place, changes, key):
     config, folder = place()
     lived(config, folder)
     codes, text = refusal(place(**changes)[0], folder)
-    assert codes == [("E605", key)]
+    assert codes == [("E605", f"run.toml:{key}")]
     assert "restore it, or start a new run" in text
 
 
@@ -172,14 +172,14 @@ def test_other_data_and_another_model_are_e605_together(place, tmp_path):
     lived(config, folder)
     write_model(tmp_path / "other", hidden_size=128)
     codes, _ = refusal(place(**{"model.path": str(tmp_path / "other")})[0], folder, stream_of(8))
-    assert codes == [("E605", "data.train"), ("E605", "model.path")]
+    assert codes == [("E605", "run.toml:data.train"), ("E605", "run.toml:model.path")]
 
 
 def test_what_may_change_may_change(place):
     config, folder = place()
     lived(config, folder)
     changes = {"learner.lr": 1e-3, "run.steps": 999, "learner.num_ranks": 4, "rollout.num_engines": 3}
-    assert find(place(**changes)[0], folder, stream_of()).version == 3
+    assert find(place(**changes)[0], folder, stream_of(), "run.toml").version == 3
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_waiting_groups_that_another_configuration_would_make_otherwise_are_made
     config, folder = place()
     lived(config, folder, queued=[make_group(7, version=2)])
     now = place(**changes)[0]
-    assert (find(now, folder, stream_of()).queued(now, stream_of()) is not None) == same
+    assert (find(now, folder, stream_of(), "run.toml").queued(now, stream_of()) is not None) == same
 
 
 def test_going_back_sets_the_later_checkpoints_aside(place, capsys):
@@ -242,7 +242,7 @@ def test_rows_after_the_version_are_cut_with_their_samples(place):
         file.write('{"step": 6, "rew')  # The writer was killed in the middle of a line.
     assert rewind_rows(folder / "metrics.jsonl", 3) == 3
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3]
-    point = find(config, folder, stream_of())
+    point = find(config, folder, stream_of(), "run.toml")
     run = RunFolder(config, folder)
     run.rewind(point)
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [f"step-00000{i}.parquet" for i in (1, 2, 3)]
@@ -267,7 +267,7 @@ def test_nothing_to_cut_is_no_file(place):
 def test_a_live_run_locks_its_folder(place):
     config, folder = place()
     run = RunFolder(config, folder)
-    for attempt in (lambda: find(config, folder, stream_of()), lambda: RunFolder(config, folder)):
+    for attempt in (lambda: find(config, folder, stream_of(), "run.toml"), lambda: RunFolder(config, folder)):
         with pytest.raises(InputError) as excinfo:
             attempt()
         assert (excinfo.value.code, excinfo.value.what) == ("E602", "run is live")

@@ -198,23 +198,25 @@ def test_truncated_completions_are_penalised():
 @pytest.mark.parametrize("isolation", ["actor", "subprocess"])
 def test_a_bad_value_names_function_sample_and_group(make, isolation):
     failure = fails(make("plain", "by_text", isolation=isolation), "a", "nan", "ccc")
-    assert (failure.code, failure.place) == ("E303", "by_text, sample 1 of group 12")
+    assert (failure.code, failure.place) == ("E303", "worker_rewards.py:by_text, sample 1 of group 12")
     assert failure.found == "nan for 'nan'"
     assert (failure.sample, failure.text) == (1, "nan")
-    assert str(failure).startswith("error[E303] bad reward value — by_text, sample 1 of group 12. Found nan for 'nan'")
+    assert str(failure).startswith(
+        "error[E303] bad reward value — worker_rewards.py:by_text, sample 1 of group 12. Found nan for 'nan'"
+    )
 
 
 def test_in_a_call_of_several_groups_the_sample_counts_within_its_own(make):
     groups = [(4, prompt(), completions("a", "b")), (9, prompt(), completions("c", "d", "nan"))]
     with pytest.raises(RewardFailed) as excinfo:
         make("by_text").score(groups, {})
-    assert excinfo.value.place == "by_text, sample 2 of group 9"
+    assert excinfo.value.place == "worker_rewards.py:by_text, sample 2 of group 9"
 
 
 @pytest.mark.parametrize("isolation", ["actor", "subprocess"])
 def test_a_raising_function_is_e304_with_its_traceback_and_what_it_logged_is_lost(make, isolation):
     failure = fails(make("logging", "logs_then_raises", isolation=isolation))
-    assert (failure.code, failure.place) == ("E304", "logs_then_raises, group 12")
+    assert (failure.code, failure.place) == ("E304", "worker_rewards.py:logs_then_raises, group 12")
     assert failure.found == "ValueError: bad fraction"
     assert "in logs_then_raises" in failure.trace
     assert "Traceback" not in str(failure)
@@ -222,7 +224,7 @@ def test_a_raising_function_is_e304_with_its_traceback_and_what_it_logged_is_los
 
 def test_too_few_values_are_not_broadcast(make):
     failure = fails(make("plain", "short"))
-    assert (failure.code, failure.place, failure.found) == ("E302", "short, group 12", "1 values")
+    assert (failure.code, failure.place, failure.found) == ("E302", "worker_rewards.py:short, group 12", "1 values")
 
 
 def test_what_cannot_be_sent_back_is_e304(make):
@@ -238,7 +240,7 @@ def test_what_cannot_be_sent_back_is_e304(make):
         ("hang in c", "E305", "> 0.25 s"),
         ("crash", "E304", "worker ended by signal 11"),
         ("leave", "E304", "worker ended with exit code 3"),
-        ("memory", "E306", "more memory than allowed"),
+        ("memory", "E306", "> 512 MB"),
     ],
 )
 @pytest.mark.parametrize("isolation", ["subprocess", pytest.param("sandbox", marks=has_wall)])

@@ -157,7 +157,7 @@ def test_rows_that_fail_are_null_and_named_and_exit_2(verb):
     code, lines, errors = verb(rows, "--reward", "r.py:picky", "--json")
     assert code == 2
     assert json.loads(lines[-1]) == {"rewards": [1, None, 1], "failed": [1]}
-    assert "row 1: error[E304] reward raised — picky, group 1. Found ValueError: no good" in errors
+    assert "row 1: error[E304] reward raised — r.py:picky, group 1. Found ValueError: no good" in errors
     assert "1 of 3 rows failed" in errors
 
 

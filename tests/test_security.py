@@ -268,7 +268,7 @@ def test_a_switch_that_lets_libraries_unpickle_is_e704_at_every_start(place, cap
     for verb in VERBS.values():
         assert verb([str(write_config(place / "run.toml"))]) == 2
         assert (
-            f"error[E704] unsafe setting — environment:{name}. Found set, expected unset. Fix: unset it"
+            f"error[E704] unsafe setting — environment:{name}. Found 1, expected unset. Fix: unset it"
             in capsys.readouterr().err
         )
 
