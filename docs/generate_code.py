@@ -7,6 +7,7 @@ explains and the code no longer has, stops the build; a code that it does not ex
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import tomllib
 from collections import defaultdict
@@ -43,6 +44,7 @@ class Told(NamedTuple):
     file: str
 
 
+@functools.cache
 def sources() -> dict[str, ast.Module]:
     """Every module of the packages, parsed."""
     files = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
@@ -52,6 +54,7 @@ def sources() -> dict[str, ast.Module]:
 # --- codes ---
 
 
+@functools.cache
 def messages() -> list[Told]:
     """Every error that the code can raise, with its words; what is filled in at run time is an ellipsis."""
     found: dict[Told, None] = {}
@@ -194,6 +197,7 @@ def metrics() -> str:
     return "\n".join(lines)
 
 
+@functools.cache
 def metrics_in_code() -> set[str]:
     """Names of metrics that the modules which measure write down as they are."""
     found = set()
@@ -224,7 +228,7 @@ def states() -> str:
                 first = call.args[0]
                 if isinstance(first, ast.Constant) and isinstance(first.value, str):
                     found.add(first.value)
-    _the_same("states", found | {"start"}, set(MEANINGS["states"]))
+    _the_same("states", found | {"start", "generate"}, set(MEANINGS["states"]))
     rows = [f"| `{name}` | {cell(meaning)} |" for name, meaning in MEANINGS["states"].items()]
     return "\n".join(["| state | meaning |", "|---|---|", *rows])
 

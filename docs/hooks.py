@@ -32,7 +32,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "environment": generate_code.environment,
 }
 MARK = re.compile(r"<!-- generated: (\w+) -->")
-DRAWING = re.compile(r"!\[([^\]]*)\]\((?:\.\./)*images/([\w-]+)\.svg\)(?!\{)")
+DRAWING = re.compile(r"!\[([^\]]*)\]\(((?:\.\./)*images/([\w-]+)\.svg)\)")
 
 
 def on_config(config: Any) -> Any:
@@ -49,14 +49,14 @@ def _there(entry: Any) -> bool:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:  # noqa: ARG001
     """The page with its generated parts and its drawings."""
     markdown = MARK.sub(lambda found: GENERATED[found[1]](), markdown)
-    return DRAWING.sub(lambda found: drawing(found[2], found[1]), markdown)
+    return DRAWING.sub(drawing, markdown)
 
 
-def drawing(name: str, said: str) -> str:
+def drawing(found: re.Match[str]) -> str:
     """A picture of ``docs/images``: one drawn by hand inline, a capture as a picture of its own."""
+    said, place, name = found.groups()
     text = (DOCS / "images" / f"{name}.svg").read_text(encoding="utf-8")
     if "drawn by hand" not in text:
-        return f"![{said}](images/{name}.svg){{ .capture }}"
+        return f"![{said}]({place}){{ .capture }}"
     svg = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{said}"', 1)
-    flat = " ".join(svg.split())
-    return f'<figure class="drawing" markdown="0">{flat}</figure>'
+    return f'<figure class="drawing" markdown="0">{" ".join(svg.split())}</figure>'
