@@ -43,7 +43,7 @@ def main(run: Path) -> None:
 
 
 def _recorder() -> Console:
-    return Console(record=True, width=WIDTH, file=open(os.devnull, "w", encoding="utf-8"), force_terminal=True)  # noqa: SIM115
+    return Console(record=True, width=WIDTH, file=open(os.devnull, "w", encoding="utf-8"), force_terminal=True)
 
 
 def _panel(run: Path) -> Console:

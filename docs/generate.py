@@ -78,7 +78,9 @@ def _section_text(section: str) -> str | None:
 
 def _linked(text: str, keys: Mapping[str, Any], own: str) -> str:
     """``text`` with every other setting that it names as a link."""
-    pattern = re.compile(rf"(?<![\w.\[`])({'|'.join(re.escape(k) for k in sorted(keys, key=len, reverse=True))})(?![\w\[])")
+    pattern = re.compile(
+        rf"(?<![\w.\[`])({'|'.join(re.escape(k) for k in sorted(keys, key=len, reverse=True))})(?![\w\[])"
+    )
     return pattern.sub(lambda m: m[1] if m[1] == own else f"[`{m[1]}`](#{anchor(m[1])})", text)
 
 
@@ -262,7 +264,9 @@ def _described(thing: Any, name: str) -> list[str]:
         lines += [prose(thing.__doc__), ""]
         for field, kind, text in _fields(thing):
             lines += [f"- `{field}`: `{kind}`{'. ' + prose(text) if text else ''}"]
-        public = [m for m, f in vars(thing).items() if not m.startswith("_") and (callable(f) or isinstance(f, property))]
+        public = [
+            m for m, f in vars(thing).items() if not m.startswith("_") and (callable(f) or isinstance(f, property))
+        ]
         for method in METHODS.get(name, public):
             member = vars(thing)[method]
             if isinstance(member, property):

@@ -179,7 +179,13 @@ def _the_same(what: str, found: set[str], explained: set[str]) -> None:
 
 METRIC = re.compile(r"^[a-z_]+(?:/[a-z_@]+)+$")
 WRITERS = ("shared/metrics.py", "learner/losses.py", "learner/off_policy.py", "learner/passes.py", "learner/learner.py")
-WRITERS += ("rollout/engine_pool.py", "rollout/replica.py", "rollout/buffer.py", "launch/accounts.py", "launch/keeper.py")
+WRITERS += (
+    "rollout/engine_pool.py",
+    "rollout/replica.py",
+    "rollout/buffer.py",
+    "launch/accounts.py",
+    "launch/keeper.py",
+)
 WRITERS += ("launch/controller.py", "launch/held_out.py", "shared/sample_ledger.py", "rollout/reward_pool.py")
 
 
@@ -208,7 +214,11 @@ def metrics_in_code() -> set[str]:
     return {name for name in found if not name.endswith("/square")} - NO_METRICS
 
 
-NO_METRICS = {f"{unit}/sampled" for unit in ("groups", "samples", "tokens")} | {"tokens/lost", "eval/pass@", "eval/sampled"}
+NO_METRICS = {f"{unit}/sampled" for unit in ("groups", "samples", "tokens")} | {
+    "tokens/lost",
+    "eval/pass@",
+    "eval/sampled",
+}
 """Counts of a ledger that no row has, and beginnings of names."""
 
 
