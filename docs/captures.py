@@ -33,7 +33,7 @@ def main(run: Path) -> None:
         "show": _show(run),
         "help": _said("--help"),
         "dry-run": _said("train", "quickstart", "--dry-run", last=17),
-        "wrong": _said("train", "quickstart", "--learner.lrr", "1", "--rollout.group_size", "1"),
+        "wrong": _said("train", "quickstart", "--learner.lrr", "1e-5", "--rollout.group_sise", "4"),
     }.items():
         svg = console.export_svg(title="millrace")
         # The font comes from the network otherwise.

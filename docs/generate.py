@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 WIDTH = "96"
 
@@ -37,13 +36,15 @@ def cell(text: str) -> str:
 
 def settings() -> str:
     """Every setting by section, each under a heading of its own, so that search and links find it."""
+    from shared.config import Config
+
     keys = all_settings()
     lines, section = [], ""
     for key, field in keys.items():
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
-            lines += [f"## {section}", "", prose(_section_text(section)), ""]
-        facts = f"default **{_default(field)}** · {_kind(field)}"
+            lines += [f"## {section}", "", prose(Config.model_fields[section].annotation.__doc__), ""]
+        facts = f"default **{_default(field)}** · {kind_of(field.annotation, field.metadata)}"
         lines += [f"### `{key}` {{ #{anchor(key)} }}", "", facts, "", _linked(prose(field.description), keys, key), ""]
     return "\n".join(lines)
 
@@ -68,12 +69,6 @@ def all_settings() -> dict[str, Any]:
 def anchor(key: str) -> str:
     """The setting's place on the page."""
     return key.replace("[]", "")
-
-
-def _section_text(section: str) -> str | None:
-    from shared.config import Config
-
-    return Config.model_fields[section].annotation.__doc__
 
 
 def _linked(text: str, keys: Mapping[str, Any], own: str) -> str:
@@ -103,10 +98,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
     return repr(value)
-
-
-def _kind(field: Any) -> str:
-    return kind_of(field.annotation, field.metadata)
 
 
 def kind_of(annotation: Any, metadata: Any = ()) -> str:
@@ -188,7 +179,7 @@ def _arguments(entry: Callable[..., Any]) -> str:
 
 def _argument(value: Any) -> str:
     value = list(value) if isinstance(value, tuple) else value
-    return "none" if value is None or value is PydanticUndefined else _toml(value)
+    return "none" if value is None else _toml(value)
 
 
 def _first(entry: Callable[..., Any]) -> str:

@@ -105,19 +105,22 @@ class Reader:
     handled: list[Block] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """As a copy of the repository looks, with ``millrace`` on the path."""
-        (self.folder / "launch").symlink_to(ROOT / "launch")
+        """With ``millrace`` on the path."""
         (self.folder / ".bin").mkdir()
         program = "import sys; from launch.cli import main; sys.exit(main())"
         path = f'export PYTHONPATH="{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"'
-        shim = self.folder / ".bin" / "millrace"
-        shim.write_text(f"#!/bin/sh\n{path}\nexec {sys.executable} -P -c '{program}' \"$@\"\n", encoding="utf-8")
-        shim.chmod(0o755)
-        (self.folder / ".bin" / "python").symlink_to(sys.executable)
+        calls = {"millrace": f"{path}\nexec {sys.executable} -P -c '{program}'", "python": f"exec {sys.executable}"}
+        for name, call in calls.items():
+            (self.folder / ".bin" / name).write_text(f'#!/bin/sh\n{call} "$@"\n', encoding="utf-8")
+            (self.folder / ".bin" / name).chmod(0o755)
+
+    def repository(self) -> None:
+        """What a copy of the repository has at hand."""
+        (self.folder / "launch").symlink_to(ROOT / "launch")
 
     def model(self) -> None:
         """A configuration of a model directory, for pages that speak of one."""
-        write_model(self.folder / "model")
+        write_model(self.folder / "model", num_hidden_layers=2, num_key_value_heads=1, intermediate_size=96)
         (self.folder / "my.toml").write_text(
             '[model]\npath = "model"\n[data]\ntrain = "rows.jsonl"\n[[reward.functions]]\nfunction = "exact_match"\n'
         )
@@ -168,17 +171,13 @@ class Reader:
 
     def _rehearsal(self, words: list[str]) -> str:
         """A training that is only shown, as a dry run, if all that it needs is there."""
-        if words[:2] == ["millrace", "train"] or words[:2] == ["python", "launch/run.py"]:
-            verb, rest = words[:2], words[2:]
-        else:
+        verb, rest = words[:2], words[2:]
+        if verb not in (["millrace", "train"], ["python", "launch/run.py"]):
             return ""
         files = [word for word in rest if not word.startswith("--")][:1]
         offline = {"quickstart", "gsm8k_cpu"}
-        there = [f for f in files if f in offline or ((Path(f).stem in offline or "/" not in f) and self._has(f))]
+        there = [f for f in files if Path(f).stem in offline or ("/" not in f and (self.folder / f).is_file())]
         return shlex.join([*verb, *rest, "--dry-run"]) if there else ""
-
-    def _has(self, file: str) -> bool:
-        return (self.folder / file).is_file()
 
     def _run(self, command: str, block: Block) -> None:
         environment = os.environ | {
@@ -289,11 +288,7 @@ def check_python(block: Block) -> None:
             assert node.attr in members(KNOWN[node.value.id]), f"{block.page}:{block.line}: {ast.unparse(node)}"
 
 
-KNOWN = {
-    "learner": "learner.learner:Learner",
-    "report": "shared.types:StepReport",
-    "run": "launch.api:Run",
-}
+KNOWN = {"learner": "learner.learner:Learner", "report": "shared.types:StepReport", "run": "launch.api:Run"}
 """Names that the pages give to what they speak of."""
 
 

@@ -22,7 +22,7 @@ import generate
 import generate_code
 
 WRITTEN = [page for page in PAGES if page.startswith("docs/")]
-SETUPS = {"docs/recipes/planning.md": Reader.model}
+SETUPS = {"docs/recipes/planning.md": Reader.model} | dict.fromkeys(OTHERS_PAGES, Reader.repository)
 ON_STACK = [page for page in PAGES if any(block.how == "stack" for block in blocks_of(page))]
 SECTIONS = "run|model|data|rollout|reward|algorithm|learner|eval"
 FILES = (".py", ".png", ".html", ".toml", ".jsonl", ".json")
