@@ -74,4 +74,4 @@ lock:
 	  --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --output-file requirements/cpu.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
