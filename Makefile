@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox quickstart test test-fast test-gpu plan-check chaos soak lint format lock bench-check clean
+.PHONY: install sandbox quickstart test test-fast test-gpu plan-check chaos soak lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -65,9 +65,13 @@ format: install
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# The documentation site, into site/index.html; its reference is generated from the code.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 lock:
 	uv pip compile --quiet requirements/cpu.in --override requirements/excluded.txt --python-version 3.11 \
 	  --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --output-file requirements/cpu.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
