@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -162,11 +163,13 @@ class Lengths:
             quantiles = (np.arange(GEOMETRIC_POINTS) + 0.5) / GEOMETRIC_POINTS
             drawn = np.ceil(np.log1p(-quantiles) / np.log1p(-timings.stop_chance))
             self._values = np.minimum(np.maximum(drawn, 1.0), timings.longest)
+        self._ordered = self._values.tolist()
+        self._sums = [0.0, *np.cumsum(self._values).tolist()]
 
     @property
     def mean(self) -> float:
         """``E[L]``."""
-        return float(self._values.mean())
+        return self._sums[-1] / len(self._ordered)
 
     @property
     def live(self) -> float:
@@ -175,11 +178,12 @@ class Lengths:
 
     def done(self, tokens: float) -> float:
         """``P(L <= tokens)``."""
-        return float(np.searchsorted(self._values, tokens, side="right")) / len(self._values)
+        return bisect_right(self._ordered, tokens) / len(self._ordered)
 
     def capped(self, limit: float) -> float:
         """``E[min(L, limit)]``."""
-        return float(np.minimum(self._values, limit).mean())
+        below, count = bisect_right(self._ordered, limit), len(self._ordered)
+        return (self._sums[below] + limit * (count - below)) / count
 
     def longest(self, count: float) -> float:
         """``E[max of count]``."""
