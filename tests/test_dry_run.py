@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from launch import dry_run
-from launch.dry_run import check_disk, checkpoint_bytes, memory, this_machine
+from launch.dry_run import check_room, checkpoint_bytes, memory, this_machine
 from launch.model_files import count_parameters
-from shared.errors import InputError
+from shared.errors import InputErrors
 from tests.fakes import make_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -78,10 +78,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(model, tmp_path, monkey
     wanted = config(model)
     assert checkpoint_bytes(wanted) == 14e9
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 15e9))
-    check_disk(wanted, tmp_path / "a" / "b")
+    check_room(wanted, tmp_path / "a" / "b", "run.toml")
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 13e9))
-    with pytest.raises(InputError, match=r"E601.*Found 13 GB free, expected ~14 GB"):
-        check_disk(wanted, tmp_path / "a" / "b")
+    with pytest.raises(InputErrors, match=r"E601.*Found 13 GB free, expected ~14 GB"):
+        check_room(wanted, tmp_path / "a" / "b", "run.toml")
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 4), ("0,1", 2), ("", 0), ("-1", 0), ("0,1,2,3,4,5", 4)])

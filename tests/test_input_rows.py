@@ -872,7 +872,7 @@ TABLE: dict[int, list[Case]] = {
         Case(
             {"rollout.num_engines": 2, "rollout.tensor_parallel_size": 2},
             "error[E501] engines do not fit — run.toml:rollout.num_engines. "
-            "Found room for 1 beside the learner (the largest node has 3 GPUs), expected 2 engines of 2 GPUs, each on one node. "
+            "Found room for 1 beside the learner (the largest node has 3 GPUs), expected 2 engines of 2 GPUs and 1 CPU, each on one node. "
             "Fix: rollout.num_engines = 1\n"
             "  role           actors  each              together\n"
             "  engine         2       2 GPU 1 CPU       4 GPU 2 CPU\n"
