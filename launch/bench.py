@@ -1,4 +1,4 @@
-"""``millrace bench rewards | loop``: throughput, each beside its own limit, as a table and with ``--json`` as one line."""
+"""``millrace bench WORKLOAD``: throughput, each beside its own limit, as a table and with ``--json`` as one line."""
 
 from __future__ import annotations
 
@@ -23,11 +23,20 @@ WORKLOADS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run the verb and return the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    return guarded(given, _bench, parser(given[0] if given and given[0] in WORKLOADS else "rewards"))
+    return guarded(given, _bench, parser(given[0] if given and given[0] in WORKLOADS else ""))
 
 
-def parser(workload: str = "rewards") -> Options:
-    """The verb's options for one ``workload``."""
+def parser(workload: str = "") -> Options:
+    """The verb's options for one ``workload``; without one, what there is."""
+    if not workload:
+        firsts = {
+            name: (importlib.import_module(where).__doc__ or "").split("\n")[0] for name, where in WORKLOADS.items()
+        }
+        lines = [f"  {name:<9}{first.partition(': ')[2].strip()}" for name, first in firsts.items()]
+        text = "\n".join([f"{__doc__}\n\nworkloads (millrace bench WORKLOAD --help):", *lines])
+        options = Options("bench", text, "millrace bench loop --shape short --ceilings --json")
+        options.add_argument("workload", choices=list(WORKLOADS), help="what is measured")
+        return options
     module = importlib.import_module(WORKLOADS[workload])
     options = Options(f"bench {workload}", module.__doc__, f"millrace bench {workload} --json")
     options.add_argument("workload", choices=list(WORKLOADS), help="what is measured")

@@ -45,6 +45,9 @@ def _evaluate(arguments: list[str]) -> None:
         settings = {"model.path": str(_checkpoint(Path(files[0]), options.checkpoint))} | settings
         files = [str(Path(files[0]) / "config.toml")]
     source = config_file(files[-1])
+    if not source.is_file() and source.suffix != ".toml":
+        place, expected = f"command line:{files[-1]}", "a run folder, a TOML file, or the name of a shipped one"
+        raise InputError("E603", "nothing to evaluate", place, "no config.toml there", expected, "check the path")
     prepared = prepare(load_config(files, settings), source.name, source.parent)
     if not prepared.held_out:
         place = f"{source.name}:data.eval"

@@ -7,6 +7,7 @@ each at a usual share of the device's peak. What was measured is better: ``millr
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 from launch.timings import Lengths, Timings
 from shared.config import Config
 from shared.errors import InputError, one_line
+
+HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}))?")
+"""A model on the hub: ``org/name``, or at one commit."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Shape:
     @classmethod
     def of(cls, config: Config) -> Shape:
         """Read it. Raises ``InputError`` E401."""
-        path = Path(config.model.path) / "config.json"
+        path = _folder(config.model.path) / "config.json"
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(table, dict):
@@ -101,6 +105,19 @@ class Shape:
     def weights(self) -> float:
         """Bytes of all weights."""
         return self.number * self.parameters
+
+
+def _folder(path: str) -> Path:
+    """Where a model's ``config.json`` lies; of one on the hub nothing else is fetched."""
+    matched = HUB.fullmatch(path)
+    if matched is None or Path(path).exists():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(matched[1], "config.json", revision=matched[2])).parent
+    except Exception:  # Whatever keeps it from being there ends in E401, which names the path.
+        return Path(path)
 
 
 def timings_of(config: Config, device: Device, mean: float, longest: int, prompt: float) -> Timings:

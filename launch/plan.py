@@ -93,13 +93,14 @@ def _timings(options: Any, config: Config, source: Path) -> tuple[Config, Timing
     """The configuration with its files found, and what its parts take."""
     if options.timings:
         return config, Timings.load(options.timings)
+    from launch.builtin import resolve
     from launch.preflight import prepare
     from launch.profile import profile
 
     if options.device:
         mean = options.mean_tokens or config.rollout.max_new_tokens / 2
         prompt = options.prompt_tokens or config.rollout.max_prompt_tokens / 2
-        device = DEVICES[options.device]
+        device, config = DEVICES[options.device], resolve(config, source.name, make_model=False)
         return config, timings_of(config, device, mean, config.rollout.max_new_tokens, prompt)
     prepared = prepare(config, source.name, source.parent, probing=False)
     stream = prepared.train.stream(config)
