@@ -21,7 +21,8 @@ VERSION = "0.1.25"
 """The one whose scorers were read: ``DENIED`` holds for no other."""
 SIZE, SEED, HELD_OUT_SEED = 1000, 1, 1 << 31
 """Rows are numbered from the seed on, so those of two splits are far apart unless their seeds are set close together."""
-_EVAL, _SYMPY = "its scorer calls eval() on it", "its scorer gives it to sympy's parse_expr, which is eval()"
+_EVAL = "its scorer calls eval() on model text"
+_SYMPY = "its scorer gives model text to sympy's parse_expr, which is eval()"
 DENIED = {
     "binary_matrix": _EVAL,
     "n_queens": _EVAL,
@@ -32,7 +33,7 @@ DENIED = {
     "polynomial_multiplication": _SYMPY,
     "puzzle24": _SYMPY,
     "simple_integration": _SYMPY,
-    "composite": "it hands it to the scorers of other tasks, those above among them",
+    "composite": "it hands model text to the scorers of other tasks, those above among them",
 }
 """Tasks whose scorer evaluates model text, and how."""
 
@@ -69,7 +70,7 @@ def task_rows(source: Source, split: str, key: str) -> list[tuple[str, dict[str,
 def refuse_denied(task: str, key: str) -> None:
     """Raises ``InputError`` E309 for a task whose scorer evaluates model text."""
     if task in DENIED:
-        found = f"{task} (its scorer evaluates model text: {DENIED[task]})"
+        found = f"{task} ({DENIED[task]})"
         raise InputError("E309", "unsafe task", key, found, "a task off the denylist", "choose another")
 
 

@@ -716,6 +716,13 @@ TABLE: dict[int, list[Case]] = {
             spoil=patch("rollout.sandbox.sandbox_problem", lambda: "no bubblewrap"),
         )
     ],
+    27: [
+        Case(
+            {"data.train": "reasoning-gym:spiral_matrix"},
+            "error[E309] unsafe task — run.toml:data.train.path. Found spiral_matrix (its scorer calls eval() on model text), "
+            "expected a task off the denylist. Fix: choose another",
+        )
+    ],
     28: [
         Case(
             {"model.path": "models/nope"},
@@ -1130,11 +1137,10 @@ TABLE: dict[int, list[Case]] = {
         ),
     ],
 }
-ELSEWHERE = {27: "E309, tasks on the denylist: built with the tasks themselves"}
 
 
 def test_every_row_of_the_table_is_here():
-    assert sorted([*TABLE, *ELSEWHERE]) == list(range(1, 53))
+    assert sorted(TABLE) == list(range(1, 53))
     assert all(TABLE.values())
 
 
