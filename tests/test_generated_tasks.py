@@ -123,7 +123,7 @@ def test_a_task_whose_scorer_evaluates_text_is_e309_package_or_not(monkeypatch, 
         request.getfixturevalue("gym")
     error = refused(task)
     assert (error.code, error.place) == ("E309", "run.toml:data.train.path")
-    assert error.found.startswith(f"{task} (its scorer evaluates model text")
+    assert error.found == f"{task} ({DENIED[task]})"
 
 
 @pytest.mark.parametrize(
