@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -118,22 +120,12 @@ class Engine:
     async def generate(self, token_ids: IntArray, sampling: Sampling, version: int) -> tuple[Completion, ...]:
         """Sample ``sampling.n`` completions of one prompt ``[P]``; ``version`` is the newest proved policy version."""
         faults.point("engine.before_generate")
-        outputs = await self._request(token_ids, sampling_parameters(sampling), version)
-        texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
-        completions = tuple(
-            Completion(
-                token_ids=np.asarray(output.token_ids, dtype=np.int32),
-                logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),  # Of the sampled tokens alone.
-                text=text,
-                finish_reason=output.finish_reason,
-                version_spans=tuple(
-                    VersionSpan(_version(s.version), s.start, s.end) for s in output.weight_versions or ()
-                ),
-            )
-            for output, text in zip(outputs, texts, strict=True)
-        )
-        if sampling.temperature > 0:
-            await self._stale_kv.measure(completions, partial(self._rescore, token_ids, sampling))
+        with self._cancellable():
+            outputs = await self._request(token_ids, sampling_parameters(sampling), version)
+            texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
+            completions = tuple(_completion(output, text) for output, text in zip(outputs, texts, strict=True))
+            if sampling.temperature > 0:
+                await self._stale_kv.measure(completions, partial(self._rescore, token_ids, sampling))
         faults.point("engine.after_generate")
         return completions
 
@@ -251,17 +243,27 @@ class Engine:
         self._requests += 1
         # The salt (the policy version) keeps a new request from reusing cache blocks computed under older weights.
         prompt = {"prompt_token_ids": [int(t) for t in token_ids], "cache_salt": salt}
-        call = asyncio.current_task()
-        assert call is not None
         self._change(+1)
-        self._calls.add(call)
         try:
-            async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
-                final = result
+            with self._cancellable():
+                async for result in self._llm.generate(prompt, parameters, f"{self.index}-{self._requests}"):
+                    final = result
             return final
         finally:
             self._change(-1)
-            self._calls.discard(call)
+
+    @contextmanager
+    def _cancellable(self) -> Iterator[None]:
+        """Whoever is inside is cancelled by ``reset``, between two requests too."""
+        call = asyncio.current_task()
+        assert call is not None
+        first = call not in self._calls
+        self._calls.add(call)
+        try:
+            yield
+        finally:
+            if first:
+                self._calls.discard(call)
 
     def _change(self, running: int) -> None:
         """``running`` requests more or less; an update under way keeps its state."""
@@ -272,6 +274,18 @@ class Engine:
 
     def _working(self) -> str:
         return "generate" if self._running else "wait_for_prompts"
+
+
+def _completion(output: Any, text: str) -> Completion:
+    """vLLM's answer in ours."""
+    spans = (VersionSpan(_version(s.version), s.start, s.end) for s in output.weight_versions or ())
+    return Completion(
+        token_ids=np.asarray(output.token_ids, dtype=np.int32),
+        logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),  # Of the sampled tokens alone.
+        text=text,
+        finish_reason=output.finish_reason,
+        version_spans=tuple(spans),
+    )
 
 
 def _version(label: str) -> int:
