@@ -157,7 +157,7 @@ def test_the_checkpoint_scores_the_same_in_transformers_and_in_a_fresh_vllm(quic
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
     in_vllm = json.loads(process.stdout.splitlines()[-1])
-    assert in_vllm["accuracy"] == pytest.approx(expected, abs=0.005)
+    assert in_vllm["eval/rewards/accuracy/mean"] == pytest.approx(expected, abs=0.005)
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
