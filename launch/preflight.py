@@ -25,7 +25,7 @@ from shared.config_data import Source
 from shared.errors import InputError, InputErrors, one_line, raise_all
 from shared.types import Prompt
 
-ADDED_TOKENS = 16
+ADDED_TOKENS = 8
 """More than the class of a tokenizer adds to what its files name."""
 
 

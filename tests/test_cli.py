@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -184,11 +184,13 @@ def test_bash_takes_the_script_and_offers_what_fits(monkeypatch, capsys, tmp_pat
 
 
 def best_of(count: int, *command: str) -> float:
+    """CPU seconds of the best try: what it takes where nobody else works, whoever does here."""
     seconds = []
     for _ in range(count):
-        started = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60)
-        seconds.append(time.monotonic() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(seconds)
 
 
