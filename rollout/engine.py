@@ -22,7 +22,7 @@ from rollout.stale_kv import StaleKV
 from rollout.vllm_setup import engine_environment, start_vllm
 from shared import faults
 from shared.config import Config
-from shared.errors import WeightProofFailed
+from shared.errors import EngineFailed, WeightProofFailed
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, IntArray, VersionSpan
 from shared.weights import Canary, Link, Publication
@@ -112,6 +112,7 @@ class Engine:
         self._requests = self._running = 0
         self._calls: set[asyncio.Task[Any]] = set()
         """Whose requests vLLM is running."""
+        self._forgotten = False  # Reset, and no publication since.
         self._round = asyncio.Lock()
         """Held during a round and its proof: a caller that went away does not end them."""
         self._stale_kv = StaleKV(config.rollout.max_stale_kv_gap)
@@ -120,6 +121,10 @@ class Engine:
     async def generate(self, token_ids: IntArray, sampling: Sampling, version: int) -> tuple[Completion, ...]:
         """Sample ``sampling.n`` completions of one prompt ``[P]``; ``version`` is the newest proved policy version."""
         faults.point("engine.before_generate")
+        if (
+            self._forgotten
+        ):  # It was on its way here: its keys would outlive the reset under a version that means other weights.
+            raise EngineFailed("asked before the engine was reset")
         with self._cancellable():
             outputs = await self._request(token_ids, sampling_parameters(sampling), version)
             texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
@@ -155,6 +160,7 @@ class Engine:
         is touched if a snapshot's bytes are damaged. A round that fails later leaves the engine paused: vLLM recovers
         exactly from a repeated round, and dies if it resumes on half-loaded weights.
         """
+        self._forgotten = False
         async with self._round:
             return await self._receive(publication)
 
@@ -202,6 +208,7 @@ class Engine:
 
     async def reset(self) -> None:
         """Abort every request and forget all keys and values: version numbers may name other weights from now on."""
+        self._forgotten = True
         async with self._round:
             running = set(self._calls)
             for call in running:
