@@ -7,6 +7,7 @@ has an event loop of its own in a thread of its own, so that both work inside a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import queue
 import threading
@@ -119,9 +120,10 @@ class _Background:
         self.folder = resolve_output(given.run.output_dir)
         source = Path("config.toml") if isinstance(config, Config | Mapping) else config_file(str(config))
         self._session = prepare_session(_with(given, rewards, rows, self.folder), source, told)
-        self._told, self._failure = told, BaseException()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told = told
+        self._failure: BaseException | None = None
         self._task: asyncio.Task[None] | None = None
+        self._begun = threading.Event()
         self._thread = threading.Thread(target=self._run, name="millrace", daemon=True)
         self._thread.start()
 
@@ -132,13 +134,15 @@ class _Background:
                 self._thread.join(0.2)  # In pieces: a whole join would not let an interrupt through.
         finally:
             self.end()
-        if type(self._failure) is not BaseException:
+        if self._failure is not None:
             raise self._failure
 
     def end(self) -> None:
         """End it if it still goes on."""
-        if self._loop is not None and self._task is not None and self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._begun.wait()
+        if self._task is not None and self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # It has just ended by itself.
+                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
             self._thread.join()
 
     def _run(self) -> None:
@@ -147,22 +151,23 @@ class _Background:
         except BaseException as failure:  # The caller's thread raises it.
             self._failure = failure
         finally:
+            self._begun.set()
             if self._told is not None:
                 self._told.rows.put(None)
 
     async def _main(self) -> None:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._task = asyncio.current_task()
+        self._begun.set()
         if self._session is not None:
             await self._session.run()
 
 
 def _config(config: Config | Mapping[str, Any] | str | Path, settings: Mapping[str, Any]) -> Config:
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     if isinstance(config, Config):
         config = config.model_dump()
     if isinstance(config, Mapping):
-        return config_of(dict(config), texts)
-    return load_config([str(config)], texts)
+        return config_of(config, settings)
+    return load_config([str(config)], settings)
 
 
 def _with(config: Config, rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]], folder: Path) -> Config:
@@ -177,7 +182,7 @@ def _with(config: Config, rewards: Sequence[Reward], rows: Sequence[Mapping[str,
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), encoding="utf-8")
         table["data"]["train"] = [{"path": str(path)}]
-    return config_of(table, {})
+    return config_of(table)
 
 
 def _entry(reward: Reward, names: Mapping[Callable[..., Any], str]) -> dict[str, Any]:

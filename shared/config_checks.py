@@ -94,7 +94,8 @@ def _sizes(c: Config, refuse: Refuse, disagree: Refuse) -> None:
     budget = c.learner.max_tokens_per_microbatch
     if c.max_model_len > budget:
         key = "learner.max_tokens_per_microbatch"
-        disagree(key, budget, f">= {c.max_model_len} (one whole sequence)", f"{key} = {c.max_model_len}")
+        expected = f">= max_prompt_tokens + max_new_tokens = {c.max_model_len} (one whole sequence)"
+        disagree(key, budget, expected, f"{key} = {c.max_model_len}")
 
 
 def _engines(c: Config, refuse: Refuse, disagree: Refuse) -> None:

@@ -6,9 +6,11 @@ together, each with the key as the user wrote it and the nearest known one.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from shared.errors import InputError, nearest, raise_all
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "configs" / "recipes"
 
 
-def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Config:
-    """Read TOML ``files`` left to right, apply ``overrides`` (dotted key to text) and validate.
+def load_config(files: list[str], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read TOML ``files`` left to right, apply ``overrides`` (dotted key to text, or to a value) and validate.
 
     Raises ``InputError`` E105 for an unreadable file and ``InputErrors`` with every E101-E104, E106 and E108 found.
     """
@@ -34,21 +36,21 @@ def load_config(files: list[str], overrides: dict[str, str] | None = None) -> Co
     return config_of(table, overrides, config_file(files[-1]).name if files else "command line")
 
 
-def config_of(table: dict[str, Any], overrides: dict[str, str] | None = None, origin: str = "config") -> Config:
-    """``table``, as a TOML file would have it, with ``overrides``; ``origin`` is what messages call it. Raises as above."""
-    overrides = overrides or {}
+def config_of(given: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, origin: str = "config") -> Config:
+    """``given``, as a TOML file would have it, with ``overrides``; ``origin`` is what messages call it. Raises as above."""
+    table, overrides = copy.deepcopy(dict(given)), overrides or {}
     place = f"{origin}:algorithm.recipe"
     if overrides.get("algorithm.recipe", "none") != "none":  # On the command line it replaces what the files say.
         table["algorithm"] = {"recipe": overrides["algorithm.recipe"]}
         place = "command line:--algorithm.recipe"
     table = _over_recipe(table, place) if overrides.get("algorithm.recipe") != "none" else table
-    for key, text in overrides.items():
-        _assign(table, key, text)
+    for key, value in overrides.items():
+        _assign(table, key, value)
     try:
         config = Config.model_validate(table)
     except ValidationError as error:
         places = {key: f"command line:--{key}" for key in overrides}
-        raise_all([_explain(detail, origin, places) for detail in error.errors()])
+        raise_all([_explain(detail, origin, places) for detail in error.errors()] + _further(table, error, origin))
         raise
     raise_all(disagreements(config, origin))
     return config
@@ -120,7 +122,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
             into[key] = value
 
 
-def _assign(table: dict[str, Any], key: str, text: str) -> None:
+def _assign(table: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         table = table.setdefault(part, {})
@@ -128,22 +130,21 @@ def _assign(table: dict[str, Any], key: str, text: str) -> None:
             raise InputError(
                 "E106", "bad override", f"command line:--{key}", f"{part} is not a table", "a known key", "see --help"
             )
+    table[last] = _parsed(key, value) if isinstance(value, str) else value
+
+
+def _parsed(key: str, text: str) -> Any:
+    """``text``, as it stands on a command line, as a value of ``key``."""
     annotation = field_annotation(key)
-    if (
-        annotation is not None
-        and "str" in str(annotation)
-        and "list" not in str(annotation)
-        and "dict" not in str(annotation)
-    ):
-        table[last] = None if text == "none" else text
-        return
-    if text == "none" and "None" in str(annotation):
-        table[last] = None
-        return
+    declared = "" if annotation is None else str(annotation)
+    if text == "none" and "None" in declared:
+        return None
+    if "str" in declared and "list" not in declared and "dict" not in declared:
+        return text
     try:
-        table[last] = tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        table[last] = text
+        return text
 
 
 def field_annotation(key: str) -> Any | None:
@@ -187,7 +188,7 @@ _EXPECTED = {
 
 def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
     """One pydantic error as one of ours."""
-    parts = [str(p) for p in detail["loc"] if p not in ("int", "float", "str", "constrained-float", "constrained-int")]
+    parts = _path(detail)
     key = ".".join(parts)
     overridden = next((place for k, place in places.items() if k == key or k.startswith(key + ".")), None)
     place = overridden or f"{origin}:{key}"
@@ -216,6 +217,36 @@ def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
     example = form.format(key, _toml(default)) if isinstance(default, str | int | float) else f"set {key}"
     code = "E106" if overridden else "E102"
     return InputError(code, "bad override" if overridden else "bad value", place, found, expected, example)
+
+
+def _path(detail: Any) -> list[str]:
+    """The key that a pydantic error is about, without the member of a union that it was tried as."""
+    return [str(p) for p in detail["loc"] if p not in ("int", "float", "str", "constrained-float", "constrained-int")]
+
+
+def _further(table: dict[str, Any], error: ValidationError, origin: str) -> list[InputError]:
+    """What else is wrong, whatever the values that ``error`` refuses should have been: they are at their defaults here."""
+    doubtful = set()
+    for detail in error.errors():
+        *path, last = _path(detail)
+        holder = _entry(table, path)
+        if isinstance(holder, dict):
+            holder.pop(last, None)
+        siblings = [key.rpartition(".")[2] for key in known_keys() if key.rpartition(".")[0] == ".".join(path)]
+        doubtful |= {last, nearest(last, siblings)}
+    try:
+        mended = Config.model_validate(table)
+    except ValidationError:  # A value inside a list, or one without a default.
+        return []
+    return [
+        problem for problem in disagreements(mended, origin) if doubtful.isdisjoint(re.findall(r"\w+", str(problem)))
+    ]
+
+
+def _entry(table: Any, path: list[str]) -> Any:
+    for part in path:
+        table = table.get(part) if isinstance(table, dict) else None
+    return table
 
 
 def _bounds(field: Any) -> str:

@@ -120,6 +120,15 @@ def test_a_table_a_file_and_an_object_are_configurations(tmp_path):
         config = _config(given, {"run.steps": 7, "learner.lr": 3e-5, "run.output_dir": "x", "rollout.stop": ["a"]})
         assert (config.run.steps, config.learner.lr, config.run.output_dir) == (7, 3e-5, "x")
         assert config.rollout.stop == ["a"]
+    assert table == make_config().model_dump()  # The caller's own.
+
+
+def test_settings_are_values_or_as_on_the_command_line():
+    settings = {"model.tokenizer": None, "data.eval": "none", "learner.betas": [0.8, 0.9], "learner.lr": "3e-5"}
+    config = _config(make_config(), settings | {"algorithm.advantage": {"name": "rloo"}})
+    assert (config.model.tokenizer, config.data.eval, config.learner.lr) == (None, None, 3e-5)
+    assert list(config.learner.betas) == [0.8, 0.9]
+    assert config.algorithm.advantage.name == "rloo"
 
 
 def test_rewards_and_rows_replace_those_of_the_configuration(tmp_path):

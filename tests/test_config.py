@@ -150,6 +150,26 @@ def test_all_problems_of_a_pass_are_reported_together(load):
 
 
 @pytest.mark.parametrize(
+    ("changes", "codes"),
+    [
+        ({"learner.lrr": 0.1, "rollout.group_size": 1}, ["E101", "E103"]),
+        ({"learner.lr": "abc", "learner.num_ranks": 3}, ["E102", "E104"]),
+        ({"rolout.num_engines": 2, "rollout.top_p": 0.5}, ["E101", "E108"]),
+        ({"rollout": 3, "eval.early_stopping.name": "best", "learner.num_ranks": "two"}, ["E102", "E102"]),
+        # What hangs on the refused value, or on the one that a misspelled key means, cannot be judged.
+        ({"rollout.group_size": "four", "learner.num_ranks": 3}, ["E102"]),
+        ({"rollout.group_sise": 6, "learner.num_ranks": 3}, ["E101"]),
+        ({"rollout.max_new_tokens": "x", "learner.max_tokens_per_microbatch": 19}, ["E102"]),
+        ({"reward.functions": 3, "rollout.group_size": 1}, ["E102"]),
+    ],
+)
+def test_settings_that_disagree_are_told_beside_refused_ones_unless_they_hang_on_them(load, changes, codes):
+    with pytest.raises(InputErrors) as excinfo:
+        load(**changes)
+    assert [code for code, _ in problems(excinfo)] == codes
+
+
+@pytest.mark.parametrize(
     ("content", "place", "found"),
     [
         (None, "run.toml", "no such file"),
