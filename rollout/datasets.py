@@ -166,7 +166,7 @@ def _passes(row: Row, rule: Filter, place: str) -> bool:
     if rule.matches is not None:
         checks.append(re.search(rule.matches, str(value)) is not None)
     size = len(value) if isinstance(value, str | list) else value
-    if not isinstance(size, int | float):
+    if (rule.at_least, rule.at_most) != (None, None) and not isinstance(size, int | float):
         found, fix = type(value).__name__, "at_least and at_most take numbers, and lengths of strings and lists"
         raise InputError("E206", "no number", f"{place}:{rule.column}", found, "a number, string or list", fix)
     if rule.at_least is not None:

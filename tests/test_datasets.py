@@ -124,10 +124,13 @@ def test_a_mapped_column_that_is_not_there(tmp_path):
         ({"column": "prompt", "matches": r"^[02]\+"}, [0, 2]),
         ({"column": "word", "at_most": 2}, [0, 1, 2]),  # Of a string, the length.
         ({"column": "tags", "at_least": 9}, [9]),
+        ({"column": "about", "matches": "'n': [45]"}, [4, 5]),  # What has no size is only refused for its size.
     ],
 )
 def test_filters(tmp_path, rule, left):
-    rows = [row | {"word": "x" * row["level"], "tags": ["t"] * row["level"]} for row in ROWS]
+    rows = [
+        row | {"word": "x" * row["level"], "tags": ["t"] * row["level"], "about": {"n": row["level"]}} for row in ROWS
+    ]
     write_rows(tmp_path / "r.jsonl", rows)
     rows = read(Source(path=str(tmp_path / "r.jsonl"), filters=[Filter(**rule)]), "train", "data.train")
     assert [row["level"] for _, row in rows.rows] == left
