@@ -1,6 +1,6 @@
 """The recorded rows of a run as series: read, checked, rounded and thinned for a page.
 
-``report_data`` calls it for every run folder. A row that a running or killed run has written in part is left out; any
+``run_data`` calls it for every run folder. A row that a running or killed run has written in part is left out; any
 other line that is no row is refused. Invariant: the series of a run are as long as its steps, with None where a step
 recorded nothing.
 """

@@ -1,6 +1,6 @@
 """Stored completions for a page: groups chosen evenly, tokens as text with log-prob and policy version, within a budget.
 
-``report_data`` calls it. Which groups are kept depends on their mean reward alone: they are spread evenly from the worst
+``run_data`` calls it. Which groups are kept depends on their mean reward alone: they are spread evenly from the worst
 to the best of a step, so that a thinned page is no selection of the good ones. What was left out is told.
 """
 

@@ -1,6 +1,6 @@
 """A run's time for a page: seconds by process and state, and the timeline of the processes, thinned to a fixed size.
 
-``report_data`` calls it. The trace may be gigabytes and may lack its end: it is read line by line, and what a running or
+``run_data`` calls it. The trace may be gigabytes and may lack its end: it is read line by line, and what a running or
 killed run left half written is skipped. Invariant: the size of what is returned does not grow with the length of the run.
 """
 
