@@ -24,7 +24,6 @@ from shared.weights import Publication
 PIECE_BYTES = 16 << 20
 TRIES = 3
 SHARED_FROM = 2
-"""Hosts from which on they pass pieces on."""
 PATIENCE_S, PATIENCE = 0.5, 2.0
 """What others should have passed on is awaited so long, and as many times as long as one's own part took, ..."""
 ASK_LIMIT_S = 5.0
@@ -74,6 +73,8 @@ class Relays:
 
     def __init__(self, places: Places, environment: dict[str, str]) -> None:
         self._places, self._environment = places, environment
+        self.shared_from = SHARED_FROM
+        """Hosts from which on they pass pieces on."""
         self._run = uuid.uuid4().hex[:12]
         self._actors: dict[str, Actor] = {}
         self._spawned = 0
@@ -120,7 +121,7 @@ class Relays:
         newest = self._newest
         if newest is None or newest.publication is not publication:
             hosts = sorted(newest.brought) if newest else []
-            hosts = hosts if len(hosts) >= SHARED_FROM else []
+            hosts = hosts if len(hosts) >= self.shared_from else []
             newest = self._newest = _Shipment(publication, next(self._numbers), hosts)
             newest.offered = {host: asyncio.Event() for host in hosts}
         return newest
