@@ -21,6 +21,8 @@ TRUNCATED = {"rollout.top_p": "0.9", "rollout.top_k": "6", "rollout.min_p": "0.0
 class LocalEngine(FakePart):
     """The engine in this process, as the controller sees a pool."""
 
+    size = 1
+
     def __init__(self, engine):
         self.engine, self.version = engine, -1
 
