@@ -15,6 +15,7 @@ from typing import Any
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
 from launch.sinks import check_sinks
+from rollout.datasets import read
 from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
@@ -55,32 +56,40 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     _collect(problems, lambda: _check_choices(config, origin))
     _collect(problems, lambda: check_sinks(config, origin))
     _collect(problems, lambda: check_secrets(config, origin))
-    _collect(problems, lambda: check_model(config, origin))
-    raise_all(problems)
-    tokenizer = _load_tokenizer(config, origin, light=rehearsal)
-    load = partial(PromptSet.load, config, tokenizer=tokenizer)
+    tokenizer = _collect(problems, lambda: _checked_tokenizer(config, origin, light=rehearsal))
+    # Rows are read without a tokenizer too: what is wrong with them, and with rewards, is told in the same pass.
+    load = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else _read
     train = _collect(problems, lambda: load(config.data.train, "train", f"{origin}:data.train"))
     held_out: list[Prompt] = []
     if config.data.eval:
         sources = config.data.eval
         loaded = _collect(problems, lambda: load(sources, "test", f"{origin}:data.eval"))
         held_out = loaded.prompts[: config.eval.max_rows] if loaded else []
+    _collect(problems, lambda: check_rewards(config, origin, train.columns if train else None))
+    warnings = combination_warnings(config, origin)
+    if train is not None:
+        _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
+        warnings += _check_rows(config, train, held_out, problems)
     raise_all(problems)
     assert train is not None
-    _collect(problems, lambda: check_columns(config, origin, list(train.prompts[0].columns) if train.prompts else []))
-    _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
-    warnings = combination_warnings(config, origin) + _check_rows(config, train, held_out, problems)
     warnings += filter(None, [open_token_file()])
     if not _names_pad_token(config):
         warnings.append(
             f"info: no pad token — {origin}:model.tokenizer. None is needed: sequences are packed, not padded"
         )
-    raise_all(problems)
     if probing:
         from launch.doctor import probe
 
         warnings += probe(config, origin, train.prompts)
     return Prepared(config, train, held_out, warnings)
+
+
+def _read(sources: list[Source], split: str, key: str) -> None:
+    """The rows of ``sources``, for what is wrong with them."""
+    problems: list[InputError] = []
+    for i, source in enumerate(sources):
+        _collect(problems, partial(read, source, split, f"{key}[{i}]" if len(sources) > 1 else key))
+    raise_all(problems)
 
 
 def _collect(problems: list[InputError], check: Any) -> Any:
@@ -156,6 +165,11 @@ def _check_choices(config: Config, origin: str) -> None:
     bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", f"{origin}:eval.early_stopping")
 
 
+def _checked_tokenizer(config: Config, origin: str, light: bool) -> Any:
+    check_model(config, origin)
+    return _load_tokenizer(config, origin, light)
+
+
 def _load_tokenizer(config: Config, origin: str, light: bool) -> Any:
     """``light``: by the class that reads any tokenizer.json, if that tells enough. To import the automatic one takes longer
     than all checks together, and what it may do otherwise is a token at an end."""
@@ -194,8 +208,11 @@ def _names_pad_token(config: Config) -> bool:
     return any(re.search(r'"pad_token":\s*["{]', file.read_text(encoding="utf-8")) for file in files if file.is_file())
 
 
-def check_columns(config: Config, origin: str, columns: list[str]) -> None:
-    """Every reward function exists, can run where it should, and finds its columns. Raises ``InputErrors``."""
+def check_rewards(config: Config, origin: str, columns: list[str] | None) -> None:
+    """Every reward function exists, can run where it should, and finds its ``columns``, if those are known.
+
+    Raises ``InputErrors``.
+    """
     problems: list[InputError] = []
     names = [reward_name(spec) for spec in config.reward.functions]
     for i, spec in enumerate(config.reward.functions):
@@ -213,6 +230,8 @@ def check_columns(config: Config, origin: str, columns: list[str]) -> None:
         if spec.function is None:
             continue
         function = _collect(problems, lambda spec=spec, key=key: load_reward(spec, key))
+        if columns is None:
+            continue
         missing = missing_column(function, columns) if function else None
         expected = f"one of {', '.join(columns)}"
         if missing:

@@ -122,12 +122,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 async def score_rows(config: Config, rows: list[dict[str, Any]]) -> tuple[list[float | None], list[GroupFailed]]:
     """The combined reward of every row, None where no function applied, and the rows that failed."""
     from launch.cluster import connect, disconnect, worker_environment
-    from launch.preflight import check_columns
+    from launch.preflight import check_rewards
     from launch.ray_actors import RaySlot
     from rollout.reward_pool import RewardPool
 
     columns = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
-    check_columns(config, "command line", list(columns))
+    check_rewards(config, "command line", list(columns))
     connect(config)
     pool = RewardPool(config, [RaySlot({})] * config.reward.workers, worker_environment())
     try:

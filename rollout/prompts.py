@@ -35,6 +35,11 @@ class PromptSet:
     mixture: list[tuple[int, float]] = field(default_factory=list)
     """Of weighted sources: prompts, and share."""
 
+    @property
+    def columns(self) -> list[str]:
+        """What reward functions find beside the completions; empty without prompts."""
+        return list(self.prompts[0].columns) if self.prompts else []
+
     def stream(self, config: Config) -> PromptStream:
         """The prompts in the order in which ``config`` trains on them."""
         return PromptStream(self.prompts, config.run.seed, config.data.shuffle, self.mixture)

@@ -48,14 +48,27 @@ def test_a_good_configuration_is_prepared(config, tmp_path):
     assert prepared.warnings == []
 
 
-def test_model_and_choices_are_judged_in_one_pass_and_data_in_the_next(config, tmp_path):
+def test_everything_that_is_wrong_is_told_in_one_pass(config, tmp_path):
     wrong = {"rollout.tensor_parallel_size": 3, "algorithm.aggregation": {"name": "mean"}}
     assert codes(lambda: prepare(config(**wrong), "run.toml", tmp_path)) == ["E107", "E406"]
     rows = write_rows(tmp_path / "long.jsonl", [{"prompt": "1" * 17, "answer": ""}, {"prompt": "", "answer": ""}])
     changes = {"data.train": str(rows), "data.eval": str(tmp_path / "nope.jsonl")}
     assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E207", "E208", "E201"]
-    changes = {"reward.functions": [{"function": "a:b"}, {"function": "regex"}], "learner.prompts_per_step": 5}
-    assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E301", "E301", "E203"]
+    rewards = {"reward.functions": [{"function": "a:b"}, {"function": "regex"}]}
+    few = rewards | {"learner.prompts_per_step": 5}
+    assert codes(lambda: prepare(config(**few), "run.toml", tmp_path)) == ["E301", "E301", "E203"]
+    told = codes(lambda: prepare(config(**changes | rewards), "run.toml", tmp_path))
+    assert told == ["E207", "E208", "E201", "E301"]  # regex lacks an argument, or a column: that cannot be known now.
+
+
+def test_without_a_model_rows_and_rewards_are_judged_as_far_as_they_can_be(config, tmp_path):
+    mixed = write_rows(tmp_path / "mixed.jsonl", [{"prompt": "1", "answer": "1"}, {"prompt": "", "answer": 1}])
+    there = str(tmp_path / "train.jsonl")
+    changes = {"model.path": "nope", "data.train": [{"path": there}, {"path": str(mixed)}, {"path": "gone.jsonl"}]}
+    changes |= {"reward.functions": [{"function": "a:b"}, {"function": "regex"}, {"function": "exact_match"}]}
+    assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E401", "E206", "E201", "E301"]
+    tokenizer = {"model.tokenizer": str(tmp_path), "data.train": str(mixed)}
+    assert codes(lambda: prepare(config(**tokenizer), "run.toml", tmp_path)) == ["E401", "E206"]
 
 
 def test_dropped_and_duplicate_rows_are_warned_about(config, tmp_path):

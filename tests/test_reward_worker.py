@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from launch.preflight import check_columns
+from launch.preflight import check_rewards
 from rollout import reward_worker, sandbox
 from rollout.reward_worker import RewardWorker, Scores, penalise_truncated
 from shared.config_reward import Reward, RewardFunction
@@ -337,7 +337,7 @@ def test_without_bubblewrap_a_sandboxed_function_is_refused_and_never_run_weaker
     with pytest.raises(InputError, match=r"E308.*reward\.functions\[0\]\.isolation"):
         RewardWorker(Reward(functions=[spec]))
     with pytest.raises(InputErrors, match=r"E308.*run\.toml:reward\.functions\[0\]\.isolation"):
-        check_columns(make_config(**{"reward.functions": [spec.model_dump()]}), "run.toml", ["answer", "tests"])
+        check_rewards(make_config(**{"reward.functions": [spec.model_dump()]}), "run.toml", ["answer", "tests"])
     assert no_bubblewrap == []
 
 
