@@ -25,7 +25,9 @@ from shared.config import Config
 from shared.types import RolloutGroup
 from shared.weights import Publication
 
-ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 4, 4
+ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 8, 4
+WARMING = 2
+"""Rounds of training that are left out: the first steps take longer."""
 TURNS, TOGETHER_S, TOGETHER_STEPS = 3, 3.0, 6
 TINY_LR = 1e-12
 """The profile trains for real, but must not change what it measures."""
@@ -147,16 +149,16 @@ class _Profile:
         while len(self._groups) < config.groups_per_batch:
             await self._ready()
             self._groups += (await self._sample(config.groups_per_batch))[0]
-        few = max(1, config.groups_per_batch // 4)
         rows, seconds = [], []
-        for number in range(2 * LEARNER_ROUNDS + 2):
-            groups = self._batch(config.groups_per_batch if number % 2 else few)
-            took = await self._train(groups)
-            if number >= 2:
-                updates, tokens = config.updates_per_batch, config.learner.epochs_per_batch * _tokens(groups)
-                rows.append([updates, tokens / config.learner.num_ranks])
-                self.batch_tokens = max(self.batch_tokens, float(tokens))
-                seconds.append(took - timings.publish_s)
+        for size in (max(1, config.groups_per_batch // 4), config.groups_per_batch):
+            took, tokens = list[float](), list[int]()
+            for _ in range(WARMING + LEARNER_ROUNDS):
+                groups = self._batch(size)
+                took.append(await self._train(groups))
+                tokens.append(config.learner.epochs_per_batch * _tokens(groups))
+            self.batch_tokens = float(max(tokens))
+            rows.append([config.updates_per_batch, statistics.fmean(tokens[WARMING:]) / config.learner.num_ranks])
+            seconds.append(statistics.median(took[WARMING:]) - timings.publish_s)
         step, token = _fit(np.array(rows, dtype=float), np.array(seconds))
         return float(step), float(token)
 
