@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.display import Row
-from launch.function_files import write_functions
+from launch.function_files import write_functions, write_once
 from launch.run import prepare_session
 from launch.run_folder import resolve_output
 from shared.checkpoints import newest
 from shared.config import Config
 from shared.config_loader import config_file, config_of, load_config
+from shared.errors import InputError, one_line
 from shared.metrics import read_metrics
 
 Reward = Callable[..., Any] | str | Mapping[str, Any]
@@ -171,18 +172,30 @@ def _config(config: Config | Mapping[str, Any] | str | Path, settings: Mapping[s
 
 
 def _with(config: Config, rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]], folder: Path) -> Config:
-    """``config`` with rewards and rows of the caller's, as files that other processes, and a resumed run, can read."""
+    """``config`` with rewards and rows of the caller's, as files that other processes, and a resumed run, can read.
+
+    Raises ``InputError`` E204, E301 or E601.
+    """
     table = config.model_dump()
-    if rewards:
-        plain = [reward for reward in rewards if callable(reward)]
-        names = write_functions(plain, folder / "rewards.py") if plain else {}
-        table["reward"]["functions"] = [_entry(reward, names) for reward in rewards]
-    if rows:
-        path = folder / "rows.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), encoding="utf-8")
-        table["data"]["train"] = [{"path": str(path)}]
+    try:
+        if rewards:
+            names = write_functions([reward for reward in rewards if callable(reward)], folder)
+            table["reward"]["functions"] = [_entry(reward, names) for reward in rewards]
+        if rows:
+            text = "".join(_line(row, number) for number, row in enumerate(rows, 1))
+            table["data"]["train"] = [{"path": str(write_once(folder, "rows-{}.jsonl", text))}]
+    except OSError as error:
+        where, fix = f"run.output_dir = {folder}", "another place"
+        raise InputError("E601", "cannot write", where, one_line(error), "a writable directory", fix) from None
     return config_of(table)
+
+
+def _line(row: Mapping[str, Any], number: int) -> str:
+    try:
+        return json.dumps(dict(row)) + "\n"
+    except (TypeError, ValueError) as error:
+        expected, fix = "texts, numbers, lists and tables", "convert it"
+        raise InputError("E204", "row is no JSON", f"rows:{number}", one_line(error), expected, fix) from None
 
 
 def _entry(reward: Reward, names: Mapping[Callable[..., Any], str]) -> dict[str, Any]:

@@ -53,6 +53,13 @@ def load(path: Path):
     return module
 
 
+def written(function, folder: Path):
+    """``function`` as a reward worker would import it."""
+    write_functions([function], folder)
+    (file,) = folder.glob("rewards-*.py")
+    return load(file)
+
+
 def test_a_function_brings_all_that_it_uses(notebook, tmp_path):
     cell = notebook(
         """
@@ -70,9 +77,10 @@ def test_a_function_brings_all_that_it_uses(notebook, tmp_path):
             return [math.sqrt(size(c)) + len(Counter(c)) if NUMBER.search(c) else 0.0 for c in completions]
         """
     )
-    names = write_functions([cell["score"]], tmp_path / "rewards.py")
-    assert names == {cell["score"]: f"{tmp_path / 'rewards.py'}:score"}
-    assert load(tmp_path / "rewards.py").score(completions=["1122", "x"]) == [math.sqrt(3) + 2, 0.0]
+    names = write_functions([cell["score"]], tmp_path)
+    (file,) = tmp_path.glob("rewards-*.py")
+    assert names == {cell["score"]: f"{file}:score"}
+    assert load(file).score(completions=["1122", "x"]) == [math.sqrt(3) + 2, 0.0]
 
 
 def test_a_function_made_by_another_brings_what_it_remembers(notebook, tmp_path):
@@ -86,27 +94,74 @@ def test_a_function_made_by_another_brings_what_it_remembers(notebook, tmp_path)
         brief = at_most(2)
         """
     )
-    write_functions([cell["brief"]], tmp_path / "rewards.py")
-    assert load(tmp_path / "rewards.py").brief(completions=["ab", "abc"]) == [1.0, 0.0]
+    assert written(cell["brief"], tmp_path).brief(completions=["ab", "abc"]) == [1.0, 0.0]
+
+
+def test_functions_with_other_meanings_of_a_name_are_refused_and_not_mixed_up(notebook, tmp_path):
+    cell = notebook(
+        """
+        def chars(limit):
+            def short(completions, **_):
+                return [float(len(c) < limit) for c in completions]
+            return short
+
+        def words(limit):
+            def brief(completions, **_):
+                return [float(len(c.split()) < limit) for c in completions]
+            return brief
+
+        short, brief, same = chars(200), words(30), words(200)
+        """
+    )
+    with pytest.raises(InputError, match="limit, which means something else"):
+        write_functions([cell["short"], cell["brief"]], tmp_path)
+    names = write_functions([cell["short"], cell["same"]], tmp_path)
+    assert [name.rpartition(":")[2] for name in names.values()] == ["short", "brief"]
+
+
+def test_what_a_function_calls_its_own_is_not_the_notebooks(notebook, tmp_path):
+    cell = notebook(
+        """
+        answer, rows, text = object(), object(), object()
+
+        def tidy(text):
+            return text.strip()
+
+        clean = tidy
+
+        def odd(n):
+            return n > 0 and even(n - 1)
+
+        def even(n):
+            return n == 0 or odd(n - 1)
+
+        def score(completions, answer, **_):
+            rows = [clean(text) for text in completions]
+            return [float(row == right and even(len(row))) for row, right in zip(rows, answer)]
+        """
+    )
+    assert written(cell["score"], tmp_path).score(completions=[" ab", "abc"], answer=["ab", "abc"]) == [1.0, 0.0]
 
 
 def test_a_function_of_a_file_is_named_by_it(tmp_path):
     function = BUILTINS["exact_match"]
-    assert write_functions([function], tmp_path / "rewards.py") == {function: f"{ROOT}/rollout/rewards.py:exact_match"}
-    assert not (tmp_path / "rewards.py").exists()
+    assert write_functions([function], tmp_path) == {function: f"{ROOT}/rollout/rewards.py:exact_match"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("code", "found"),
     [
         ("score = lambda completions: []", "lambda"),
+        ("class Judge:\n    def __call__(self, completions): ...\nscore = Judge()", "a lambda or an object"),
+        ("import functools\nscore = functools.partial(print, end='')", "no source text"),
         ("model = object()\ndef score(completions):\n    return model", "model, a object"),
         ("class Judge: ...\njudge = Judge()\ndef score(completions):\n    return judge", "judge, a Judge"),
     ],
 )
 def test_what_cannot_be_written_down_is_one_line(notebook, tmp_path, code, found):
     with pytest.raises(InputError) as excinfo:
-        write_functions([notebook(code)["score"]], tmp_path / "rewards.py")
+        write_functions([notebook(code)["score"]], tmp_path)
     assert excinfo.value.code == "E301"
     assert found in excinfo.value.found
 
@@ -136,8 +191,20 @@ def test_rewards_and_rows_replace_those_of_the_configuration(tmp_path):
     config = _with(make_config(), rewards, ROWS, tmp_path)
     names = [(f.function.rpartition(":")[2], f.name, f.weight) for f in config.reward.functions]
     assert names == [("length", "length", 1.0), ("exact_match", None, 1.0), ("regex", None, 0.5)]
-    assert (tmp_path / "rows.jsonl").read_text() == '{"prompt": "1+1=", "answer": "2"}\n'
-    assert config.data.train[0].path == str(tmp_path / "rows.jsonl")
+    assert Path(config.data.train[0].path).read_text() == '{"prompt": "1+1=", "answer": "2"}\n'
+    # Another run in the folder keeps its own, also if this one is refused later.
+    other = _with(make_config(), (), [{"prompt": "2+2=", "answer": "4"}], tmp_path)
+    assert Path(config.data.train[0].path).read_text() == '{"prompt": "1+1=", "answer": "2"}\n'
+    assert Path(other.data.train[0].path).read_text() == '{"prompt": "2+2=", "answer": "4"}\n'
+    assert _with(make_config(), rewards, ROWS, tmp_path) == config
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"E204.*rows:2\. Found Object of type set"):
+        _with(make_config(), (), [*ROWS, {"prompt": {1, 2}}], tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="E601"):
+        _with(make_config(), (), ROWS, tmp_path / "file" / "run")
 
 
 def test_wrong_input_is_raised_at_once_and_named():
@@ -185,4 +252,5 @@ def test_a_script_trains_goes_on_and_leaves_early(tmp_path):
         "left early",
     ], done
     assert done.returncode == 0
-    assert "def numeric" in (tmp_path / "out" / "rewards.py").read_text()
+    (file,) = (tmp_path / "out").glob("rewards-*.py")
+    assert "def numeric" in file.read_text()
