@@ -10,12 +10,20 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.options import ConfigOptions, guarded
 from shared.config import Config
 from shared.config_loader import config_file, load_config
-from shared.errors import InputError
-from shared.types import Prompt
+from shared.config_reward import Reward
+from shared.errors import GroupFailed, InputError, RewardFailed
+from shared.types import Completion, Prompt
+
+if TYPE_CHECKING:
+    from rollout.reward_worker import Group, Scores
+
+NO_STEPS = {"global_step": 0, "epoch": 0, "max_steps": 0, "log_history": []}
+"""What reward functions hear of the training: there is none."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +41,7 @@ def parser() -> ConfigOptions:
         """
     options = ConfigOptions("eval", __doc__, examples)
     text = "of a run folder: best, newest, or a step"
-    options.add_argument("--checkpoint", default="best", metavar="WHICH", help=text)
+    options.add_argument("--checkpoint", metavar="WHICH", help=f"{text} (default: best)")
     return options
 
 
@@ -42,8 +50,11 @@ def _evaluate(arguments: list[str]) -> None:
 
     options, files, settings = parser().parse_config(arguments)
     if (Path(files[0]) / "config.toml").is_file():
-        settings = {"model.path": str(_checkpoint(Path(files[0]), options.checkpoint))} | settings
-        files = [str(Path(files[0]) / "config.toml")]
+        settings = {"model.path": str(_checkpoint(Path(files[0]), options.checkpoint or "best"))} | settings
+        files = [str(Path(files[0]) / "config.toml"), *files[1:]]
+    elif options.checkpoint:
+        place, expected = "command line:--checkpoint", "a run folder, whose checkpoint it is"
+        raise InputError("E106", "bad option", place, files[0], expected, f"--model.path DIR, or {parser().prog} RUN")
     source = config_file(files[-1])
     if not source.is_file() and source.suffix != ".toml":
         place, expected = f"command line:{files[-1]}", "a run folder, a TOML file, or the name of a shipped one"
@@ -68,12 +79,15 @@ def _checkpoint(run: Path, which: str) -> Path:
     if which not in ("best", "newest") and not which.isdigit():
         place, expected = f"command line:--checkpoint {which}", "best, newest, or a step"
         raise InputError("E106", "bad option", place, which, expected, "--checkpoint best")
-    found = newest(parent) if not which.isdigit() else of_step(parent, int(which))
+    steps = [int(path.name.rpartition("-")[2]) for path in all_of(parent)]
+    found = of_step(parent, int(which)) if which.isdigit() and int(which) in steps else None
+    if not which.isdigit():
+        found = newest(parent)
     if found is not None and which == "best":
         best = Point.at(*found).state["stopping"].get("best_version", -1)
         found = of_step(parent, best) if best > 0 else found
     if found is None:
-        there = ", ".join(path.name for path in all_of(parent)) or "none"
+        there = f"steps {', '.join(map(str, steps))}" if steps else "none"
         place, fix = f"command line:--checkpoint {which}", "train first, or choose one of these"
         raise InputError("E603", "no such checkpoint", place, there, "a good checkpoint", fix)
     return found[0] / "hf"
@@ -84,34 +98,65 @@ async def score(config: Config, prompts: list[Prompt]) -> dict[str, float]:
     from launch.failures import FailureBudget
     from launch.held_out import Judges, evaluate
     from rollout.engine import Engine, Sampling
-    from rollout.reward_worker import Group, RewardWorker, Scores
-    from shared.types import Completion
 
-    engine, worker = Engine(config, load_format="safetensors"), RewardWorker(config.reward)
-    state = {"global_step": 0, "epoch": 0, "max_steps": 0, "log_history": []}
-    waiting: dict[int, Group] = {}
-    scored: dict[int, Scores] = {}
-    scoring = asyncio.Lock()  # A worker takes one call at a time: who waited meanwhile goes together.
+    engine, scorer = Engine(config, load_format="safetensors"), Scorer(config.reward)
 
     async def generate(_: int, prompt: Prompt, sampling: Sampling) -> tuple[Completion, ...]:
         return await engine.generate(prompt.token_ids, sampling, 0)
 
-    async def judge(number: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Scores:
-        waiting[number] = (number, prompt, completions)
-        async with scoring:
-            if number in waiting:
-                groups = list(waiting.values())
-                waiting.clear()
-                answers = await asyncio.to_thread(worker.score, groups, state)
-                scored.update(zip((group[0] for group in groups), answers, strict=True))
-        return scored.pop(number)
-
     try:
-        failures = FailureBudget(config.reward, lambda *_: None)
-        return await evaluate(config, prompts, Judges(generate, judge), failures)
+        failures = FailureBudget(config.reward, lambda failure, _: print(f"left out: {failure}", file=sys.stderr))
+        return await evaluate(config, prompts, Judges(generate, scorer.score), failures)
     finally:
         await engine.close()
-        worker.close()
+        scorer.close()
+
+
+class Scorer:
+    """One reward worker in this process, called as a pool calls its own: some groups at a time, what failed again and alone."""
+
+    def __init__(self, settings: Reward) -> None:
+        from rollout.reward_worker import RewardWorker
+
+        self._settings, self._worker = settings, RewardWorker(settings)
+        self._waiting: dict[int, Group] = {}
+        self._answers: dict[int, Scores | GroupFailed] = {}
+        self._turn = asyncio.Lock()
+
+    async def score(self, number: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Scores:
+        """Scores of one group. Raises ``GroupFailed`` when every try failed."""
+        self._waiting[number] = (number, prompt, completions)
+        async with self._turn:
+            if number in self._waiting:
+                await self._call([*self._waiting][: self._settings.groups_per_call])
+        answer = self._answers.pop(number)
+        if isinstance(answer, GroupFailed):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End what it started."""
+        self._worker.close()
+
+    async def _call(self, numbers: list[int]) -> None:
+        groups = [self._waiting.pop(number) for number in numbers]
+        try:
+            scores = await asyncio.to_thread(self._worker.score, groups, NO_STEPS)
+            self._answers.update(zip(numbers, scores, strict=True))
+        except RewardFailed as failure:
+            for group in groups:
+                alone = len(groups) == 1
+                self._answers[group[0]] = await self._again(group, failure, self._settings.retries + (not alone))
+
+    async def _again(self, group: Group, failure: RewardFailed, tries: int) -> Scores | GroupFailed:
+        for _ in range(tries):
+            try:
+                (scores,) = await asyncio.to_thread(self._worker.score, [group], NO_STEPS)
+                return scores
+            except RewardFailed as error:
+                failure = error
+        cause = "timeout" if failure.code == "E305" else failure.code
+        return GroupFailed(group[0], cause, str(failure), failure.sample, failure.text, failure.trace)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ async def evaluate(config: Config, held_out: list[Prompt], judges: Judges, failu
     answers = await asyncio.gather(*wanted)
     greedy, sampled = ([answer for answer in part if answer] for part in (answers[:rows], answers[rows:]))
     if not greedy:
-        found, fix = f"not one of {rows} held-out prompts generated and scored", "see failed/ in the run folder for why"
+        found, fix = (
+            f"not one of {rows} held-out prompts generated and scored",
+            "see why above, or in failed/ of the run folder",
+        )
         raise NothingToLearn("E307", "nothing to evaluate", "data.eval", found, "at least one", fix)
     metrics = _means(config, greedy, "eval")
     if sampled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 
@@ -101,6 +102,35 @@ async def test_a_row_that_fails_is_left_out_and_counted():
         await run([], prompts=1, failures=[-1])
 
 
+# --- an evaluation's own reward worker ---
+
+MOODY = """
+calls = []
+
+def moody(completions, **_):
+    calls.append(len(completions))
+    if "bad" in completions:
+        raise ValueError("no mood")
+    return [float(len(calls))] * len(completions)
+"""
+
+
+async def test_groups_go_some_at_a_time_and_one_that_fails_is_tried_alone_and_then_left_out(tmp_path):
+    (tmp_path / "moody.py").write_text(MOODY)
+    function = {"function": f"{tmp_path / 'moody.py'}:moody", "isolation": "actor"}
+    changes = {"reward.functions": [function], "reward.groups_per_call": 2, "reward.retries": 1}
+    scorer = verb.Scorer(make_config(**changes).reward)
+    texts = ["good", "bad", "fine", "late"]
+    wanted = [scorer.score(i, make_prompt(i), (make_completion(text=text),)) for i, text in enumerate(texts)]
+    answers = await asyncio.gather(*wanted, return_exceptions=True)
+    scorer.close()
+    failed = answers.pop(1)
+    assert isinstance(failed, GroupFailed)
+    assert (failed.group_id, failed.cause) == (1, "E304")
+    # good alone, for nobody else has come; bad and fine together, then bad twice and fine; late.
+    assert [answer.parts["moody"].tolist() for answer in answers] == [[1.0], [5.0], [6.0]]
+
+
 # --- which checkpoint ---
 
 
@@ -121,8 +151,18 @@ def test_the_checkpoint_of_a_run(checkpoints, which, step):
     assert verb._checkpoint(checkpoints, which) == checkpoints / "checkpoints" / f"step-{step:06d}" / "hf"
 
 
-@pytest.mark.parametrize("which", ["40", "latest"])
-def test_a_checkpoint_that_is_not_there_is_one_line(checkpoints, capsys, which):
+@pytest.mark.parametrize(
+    ("which", "said"), [("40", "Found steps 30, 20, 10,"), ("latest", "Found latest, expected best")]
+)
+def test_a_checkpoint_that_is_not_there_is_one_line(checkpoints, capsys, which, said):
     (checkpoints / "config.toml").write_text("")
     assert verb.main([str(checkpoints), "--checkpoint", which]) == 2
-    assert capsys.readouterr().err.startswith("error[E")
+    line = capsys.readouterr().err
+    assert line.startswith(f"error[E{'603' if which == '40' else '106'}]")
+    assert said in line
+    assert "run.resume" not in line
+
+
+def test_a_configuration_has_no_checkpoints(capsys):
+    assert verb.main(["quickstart", "--checkpoint", "newest"]) == 2
+    assert "E106] bad option — command line:--checkpoint. Found quickstart" in capsys.readouterr().err
