@@ -7,18 +7,15 @@ left out in silence: what a filter drops is counted by the caller.
 from __future__ import annotations
 
 import fnmatch
-import io
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rollout.generated_tasks import SCHEME, task_rows
+from rollout.row_files import SUFFIXES, Row, number_rows
 from shared.config_data import Filter, Source
 from shared.errors import InputError, nearest, one_line
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PINNED = re.compile(r"([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}))?")
 """A hub dataset: ``org/name``, or at one commit ``org/name@<commit>``."""
 HUB_SAYS = {
@@ -29,7 +26,8 @@ HUB_SAYS = {
     "ConnectionError": "cannot be reached",
 }
 """What an exception means that its client raises."""
-Row = dict[str, Any]
+SHARD = re.compile(r"[-_.]?\d+(?:-of-\d+)?$")
+"""How the name of a part of a file ends: ``train-00000-of-00002``."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ def read(source: Source, split: str, key: str) -> Rows:
             place = f"{rows[0][0].rpartition(':')[0]}:{original}"
             raise InputError("E202", "no such column", place, there, original, fix)
     rows = [(place, _renamed(row, source.columns)) for place, row in rows]
+    for number, rule in enumerate(source.filters):
+        _check_pattern(rule.matches or "", f"{key}.filters[{number}].matches")
     kept = [(place, row) for place, row in rows if all(_passes(row, f, place) for f in source.filters)]
     if not kept:
         found, fix = f"0 of {len(rows)} rows pass its filters", "loosen the filters"
@@ -124,9 +124,14 @@ def _of_split(folder: Path, source: Source, split: str, key: str) -> list[Path]:
         named = {name: path for name, path in named.items() if source.subset in Path(name).parts[:-1]}
     chosen = [path for name, path in named.items() if fnmatch.fnmatch(name, split)]
     words = re.compile(rf"(?:^|[/_.-]){re.escape(split)}(?:[_.-]|$|/)")
-    chosen = chosen or [path for name, path in named.items() if words.search(name)]
+    one = bool(chosen)  # Who gives a pattern means all that it matches.
+    if not chosen:
+        chosen = [path for name, path in named.items() if words.search(name)]
+        chosen = [path for path in chosen if SHARD.sub("", path.stem) == split] or chosen
+        one = all(split in path.relative_to(folder).parts[:-1] for path in chosen)
+        one = one or len({SHARD.sub("", path.stem) + path.suffix for path in chosen}) == 1
     layouts = {path.parent for path in chosen}
-    if chosen and len(layouts) == 1:
+    if one and len(layouts) == 1:
         return chosen
     place = f"{key}.{'split' if not chosen else 'subset'}"
     if not files and any(folder.glob("*.py")):
@@ -134,6 +139,10 @@ def _of_split(folder: Path, source: Source, split: str, key: str) -> list[Path]:
         raise InputError("E210", "dataset script refused", key, source.path, "parquet, json, csv or jsonl", fix)
     there = ", ".join(sorted(named)[:6]) or ", ".join(p.name for p in files[:6]) or "no data files"
     found = f"{there} in {source.path}"
+    if len(layouts) == 1:
+        there = ", ".join(sorted(path.name for path in chosen)[:6])
+        expected, fix = "one file, or its numbered parts", f'split = "{chosen[0].relative_to(folder)}"'
+        raise InputError("E201", "several datasets", f"{key}.split", f"{there} for {split}", expected, fix)
     if chosen:
         expected = "files of one subset"
         fix = f'subset = "{chosen[0].parent.relative_to(folder)}"'
@@ -149,6 +158,14 @@ def _renamed(row: Row, columns: dict[str, str]) -> Row:
     """``row`` with its mapped columns under their new names, in place of any that were called so."""
     moved = {column: row.get(original) for column, original in columns.items()}
     return {name: value for name, value in row.items() if name not in columns.values() and name not in moved} | moved
+
+
+def _check_pattern(pattern: str, key: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        found, fix = f'"{pattern}" ({error})', f'matches = "{re.escape(pattern)}"'
+        raise InputError("E102", "bad value", key, found, "a regular expression", fix) from None
 
 
 def _passes(row: Row, rule: Filter, place: str) -> bool:
@@ -174,101 +191,3 @@ def _passes(row: Row, rule: Filter, place: str) -> bool:
     if rule.at_most is not None:
         checks.append(size <= rule.at_most)
     return all(checks)
-
-
-# --- files ---
-
-
-def number_rows(file: Path) -> list[tuple[int, Row]]:
-    """All rows of a data file with their numbers as it counts them: lines of JSONL, rows of other forms, from 1.
-
-    Raises ``InputError`` E203-E206, naming file and line.
-    """
-    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_text(file)
-    if not rows:
-        raise InputError("E203", "no rows", file.name, "0 rows", "at least 1", "check the export")
-    _check_types(rows, file.name)
-    return rows
-
-
-def _read_parquet(file: Path) -> list[tuple[int, Row]]:
-    import pyarrow.parquet
-
-    try:
-        return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(
-            "E204", "invalid parquet", file.name, str(error), "a parquet file", "export it again"
-        ) from None
-
-
-def _read_text(file: Path) -> list[tuple[int, Row]]:
-    raw = file.read_bytes()
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        found = f"byte {raw[error.start]:#04x}"
-        fix = "convert with iconv -f latin1 -t utf-8"
-        raise InputError("E205", "not UTF-8", f"{file.name}:{line}", found, "UTF-8", fix) from None
-    if file.suffix == ".csv":
-        import csv
-
-        numbered = list(enumerate(map(dict, csv.DictReader(io.StringIO(text, newline=""))), 1))
-        for number, row in numbered:
-            if None in row:
-                found, fix = "more cells than columns", f"repair row {number}"
-                raise InputError("E204", "invalid CSV", f"{file.name}:{number}", found, "one cell per column", fix)
-        return numbered
-    if file.suffix == ".json":
-        rows = _parse_json(text, file.name, 1)
-        if not isinstance(rows, list):
-            raise InputError(
-                "E204",
-                "invalid JSON",
-                file.name,
-                type(rows).__name__,
-                "a list of objects",
-                "use .jsonl for one object per line",
-            )
-        numbered = list(enumerate(rows, 1))
-    else:
-        # JSON ends lines with a newline only; splitlines() would also cut at separators inside strings.
-        numbered = [(i, _parse_json(line, file.name, i)) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            found = type(row).__name__
-            raise InputError(
-                "E204",
-                "invalid JSON",
-                f"{file.name}:{number}",
-                found,
-                "one object per line",
-                f"repair or remove line {number}",
-            )
-    return numbered
-
-
-def _parse_json(text: str, name: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        number, found = line + error.lineno - 1, f"{error.msg.removesuffix(' at')} at column {error.colno}"
-    except RecursionError:
-        number, found = line, "brackets nested too deep"
-    fix = f"repair or remove line {number}"
-    raise InputError("E204", "invalid JSON", f"{name}:{number}", found, "one object per line", fix)
-
-
-def _check_types(rows: list[tuple[int, Row]], name: str) -> None:
-    seen: dict[str, tuple[type, int]] = {}
-    for number, row in rows:
-        for column, value in row.items():
-            if value is None:
-                continue
-            kind, first = seen.setdefault(column, (type(value), number))
-            if type(value) is not kind and {type(value), kind} != {int, float}:
-                found = f"{kind.__name__} in row {first} and {type(value).__name__} in row {number}"
-                raise InputError(
-                    "E206", "mixed types", f"{name}:{column}", found, "one type", f"write all of {column} as strings"
-                )

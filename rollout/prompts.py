@@ -67,7 +67,9 @@ class PromptSet:
         if weights and len(weights) < len(sources):
             found, fix = f"{len(weights)} weights for {len(sources)} sources", "set weight for all or none"
             raise InputError("E108", "options disagree", f"{key}.weight", found, "one each, or none", fix)
-        return cls(prompts, dropped, [*zip(sizes, weights, strict=True)] if weights and all(sizes) else [])
+        used = [size for size in sizes if size]
+        shares = [weight for size, weight in zip(sizes, weights) if size]
+        return cls(prompts, dropped, [*zip(used, shares, strict=True)] if weights else [])
 
 
 class _Reader:
@@ -75,7 +77,7 @@ class _Reader:
 
     def __init__(self, config: Config, tokenizer: Any, rows: Rows, key: str) -> None:
         self._config, self._rows = config, rows
-        self._encode = _encoder(config, tokenizer, rows.rows[0][0], key)
+        self._encode = _encoder(config, tokenizer, key)
         self.blank: list[str] = []
         self.long: list[tuple[str, int]] = []
 
@@ -89,7 +91,7 @@ class _Reader:
                 found, fix = type(text).__name__, f"write {column} as text"
                 raise InputError("E206", "prompt is no text", place, found, "text or messages", fix)
             empty = not text or (isinstance(text, str) and not text.strip())
-            shown, ids = ("", []) if empty else self._encode(text)
+            shown, ids = ("", []) if empty else self._encode(text, place)
             if not ids:
                 self.blank.append(place)
             elif len(ids) > limit:
@@ -132,15 +134,20 @@ def _refuse(config: Config, blank: list[str], long: list[tuple[str, int]], limit
     raise_all(problems)
 
 
-def _encoder(config: Config, tokenizer: Any, place: str, key: str) -> Callable[[Any], tuple[Any, list[int]]]:
-    """``text or messages -> (prompt as the rewards see it, token ids)``."""
+def _encoder(config: Config, tokenizer: Any, key: str) -> Callable[[Any, str], tuple[Any, list[int]]]:
+    """``(text or messages, their row) -> (prompt as the rewards see it, token ids)``."""
     import jinja2
 
     template = config.model.chat_template or tokenizer.chat_template
     system = [{"role": "system", "content": config.data.system_prompt}] if config.data.system_prompt else []
 
-    def encode(value: Any) -> tuple[Any, list[int]]:
+    origin = key.rpartition("data.")[0]
+
+    def encode(value: Any, place: str) -> tuple[Any, list[int]]:
         if isinstance(value, str) and not config.data.chat:
+            if system:
+                keys, found = f"{origin}data.system_prompt, data.chat", f"a system prompt, and text in {place}"
+                raise InputError("E108", "options disagree", keys, found, "messages", "data.chat = true")
             return value, tokenizer(value)["input_ids"]
         messages = system + ([{"role": "user", "content": value}] if isinstance(value, str) else list(value))
         if template is None:
@@ -148,7 +155,7 @@ def _encoder(config: Config, tokenizer: Any, place: str, key: str) -> Callable[[
             raise InputError(
                 "E403",
                 "no chat template",
-                key.rpartition("data.")[0] + "model.tokenizer",
+                f"{origin}model.tokenizer",
                 f"messages in {place}",
                 "a template or plain prompts",
                 fix,
@@ -157,8 +164,8 @@ def _encoder(config: Config, tokenizer: Any, place: str, key: str) -> Callable[[
             text = tokenizer.apply_chat_template(
                 messages, chat_template=template, add_generation_prompt=True, tokenize=False
             )
-        except jinja2.TemplateError as error:
-            where, found = key.rpartition("data.")[0] + "model.chat_template", f"{one_line(error)} for {place}"
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # The last two: contents that it cannot join.
+            where, found = f"{origin}model.chat_template", f"{one_line(error)} for {place}"
             raise InputError(
                 "E403", "chat template failed", where, found, "a template for these messages", "correct it"
             ) from None

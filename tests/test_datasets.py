@@ -50,6 +50,8 @@ def put(folder, name: str, marks: str) -> None:
         ({"data/hard-1.jsonl": "a", "data/hard-2.jsonl": "b", "data/easy-1.jsonl": "c"}, {"split": "data/hard-*.jsonl"},
          "ab"),
         ({"math_train.jsonl": "a", "pretraining.jsonl": "b"}, {}, "a"),  # A split is a word of its own.
+        ({"train.jsonl": "a", "train_socratic.jsonl": "b", "train-small.jsonl": "c"}, {}, "a"),
+        ({"train/hard.jsonl": "a", "train/easy.jsonl": "b", "test/hard.jsonl": "c"}, {}, "ba"),
     ],
 )  # fmt: skip
 def test_the_usual_layouts_of_a_dataset_folder(tmp_path, files, source, expected):
@@ -63,6 +65,16 @@ def test_files_of_several_subsets_are_not_mixed_in_silence(tmp_path):
     put(tmp_path, "socratic/train.jsonl", "b")
     error = refused(path=str(tmp_path))
     assert (error.code, error.place, error.fix) == ("E201", "run.toml:data.train.subset", 'subset = "main"')
+
+
+@pytest.mark.parametrize("files", [("math_train.jsonl", "code_train.jsonl"), ("train.jsonl", "train.json")])
+def test_files_of_several_names_are_not_mixed_in_silence(tmp_path, files):
+    for name in files:
+        (tmp_path / name).write_text('[{"prompt": "a"}]' if name.endswith(".json") else '{"prompt": "a"}')
+    error = refused(path=str(tmp_path))
+    assert (error.code, error.place) == ("E201", "run.toml:data.train.split")
+    assert all(name in error.found for name in files)
+    assert rows_of(path=str(tmp_path), split=error.fix.partition('"')[2].rstrip('"')) == [{"prompt": "a"}]
 
 
 def test_a_split_that_is_not_there_names_the_files_that_are(tmp_path):
@@ -98,6 +110,19 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line():
     assert error.code == "E201"
     assert error.found.startswith('"openai/no-such-set" (no local copy, and the hub cannot be reached)')
     assert "\n" not in str(error)
+
+
+def test_a_csv_of_a_spreadsheet_has_its_first_column(tmp_path):
+    (tmp_path / "train.csv").write_bytes("\ufeffprompt,answer\r\n1+1=,2\r\n".encode())
+    assert rows_of(path=str(tmp_path / "train.csv")) == [{"prompt": "1+1=", "answer": "2"}]
+
+
+def test_a_csv_whose_quotes_do_not_match_is_one_line_and_loses_no_row(tmp_path):
+    (tmp_path / "train.csv").write_text('prompt,answer\n1+1=,2\n"What is 2+2,4\n3+3=,6\n')
+    error = refused(path=str(tmp_path / "train.csv"))
+    assert (error.code, error.place) == ("E204", "train.csv:4")
+    (tmp_path / "train.csv").write_text(f'prompt,answer\n"{"x" * 200_000}",2\n')
+    assert len(rows_of(path=str(tmp_path / "train.csv"))[0]["prompt"]) == 200_000
 
 
 # --- columns, filters ---
@@ -151,6 +176,7 @@ def test_a_row_without_a_value_does_not_pass(tmp_path):
         ([{"column": "level", "at_least": 99}], "E203", "run.toml:data.train"),
         ([{"column": "prompt", "matches": "7"}, {"column": "level", "one_of": [3]}], "E203", "run.toml:data.train"),
         ([{"column": "pair", "at_least": 99}], "E206", "r.jsonl:1:pair"),
+        ([{"column": "prompt", "matches": "*easy"}], "E102", "run.toml:data.train.filters[0].matches"),
     ],
 )
 def test_filters_that_make_no_sense(tmp_path, filters, code, place):

@@ -227,6 +227,20 @@ def test_messages_without_a_template_are_e403(tmp_path, plain, prompt):
     assert "a.jsonl:1" in error.found
 
 
+@pytest.mark.parametrize("content", [None, [{"type": "text"}]])
+def test_contents_that_a_template_cannot_join_are_one_line_that_names_their_row(tmp_path, plain, content):
+    template = "{% for m in messages %}{{ '<' + m.content }}{% endfor %}"
+    rows = [{"prompt": [{"role": "user", "content": "1"}]}, {"prompt": [{"role": "user", "content": content}]}]
+    (error,) = refused(write_rows(tmp_path / "a.jsonl", rows), plain, **{"model.chat_template": template})
+    assert (error.code, error.place) == ("E403", "run.toml:model.chat_template")
+    assert error.found.endswith("for a.jsonl:2")
+
+
+def test_a_system_prompt_that_no_text_would_get_is_refused(tmp_path, plain):
+    (error,) = refused(write_rows(tmp_path / "a.jsonl", [{"prompt": "1+1="}]), plain, **{"data.system_prompt": "s"})
+    assert (error.code, error.place) == ("E108", "run.toml:data.system_prompt, data.chat")
+
+
 def test_the_template_of_the_builtin_task_is_the_one_tested(chat):
     assert chat.chat_template == CHAT
 
