@@ -23,7 +23,7 @@ from rollout.sandbox import require_sandbox
 from shared.config import Config
 from shared.config_checks import warnings as combination_warnings
 from shared.config_data import Source
-from shared.errors import InputError, InputErrors, one_line, raise_all
+from shared.errors import InputError, InputErrors, nearest, one_line, raise_all
 from shared.types import Prompt
 
 ADDED_TOKENS = 8
@@ -60,16 +60,18 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     # Rows are read without a tokenizer too: what is wrong with them, and with rewards, is told in the same pass.
     load = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else _read
     train = _collect(problems, lambda: load(config.data.train, "train", f"{origin}:data.train"))
-    held_out: list[Prompt] = []
-    if config.data.eval:
-        sources = config.data.eval
-        loaded = _collect(problems, lambda: load(sources, "test", f"{origin}:data.eval"))
-        held_out = loaded.prompts[: config.eval.max_rows] if loaded else []
+    held = _collect(problems, lambda: load(config.data.eval or [], "test", f"{origin}:data.eval"))
+    sound = not problems
     _collect(problems, lambda: check_rewards(config, origin, train.columns if train else None))
+    if sound and not problems and held.prompts:  # Else the same would be said twice.
+        _collect(problems, lambda: check_rewards(config, origin, held.columns))
+    held_out = held.prompts[: config.eval.max_rows] if held else []
     warnings = combination_warnings(config, origin)
     if train is not None:
         _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
         warnings += _check_rows(config, train, held_out, problems)
+    if held is not None:
+        warnings += _check_held_out(config, held, problems)
     raise_all(problems)
     assert train is not None
     warnings += filter(None, [open_token_file()])
@@ -215,6 +217,10 @@ def check_rewards(config: Config, origin: str, columns: list[str] | None) -> Non
     """
     problems: list[InputError] = []
     names = [reward_name(spec) for spec in config.reward.functions]
+    if config.eval.pass_reward not in (None, *names):
+        place, found = f"{origin}:eval.pass_reward", str(config.eval.pass_reward)
+        fix = f'"{nearest(found, names) or names[0]}"'
+        problems.append(InputError("E107", "unknown reward", place, found, f"one of {', '.join(names)}", fix))
     for i, spec in enumerate(config.reward.functions):
         key = f"{origin}:reward.functions[{i}]"
         kinds = [kind for kind in ("function", "model", "url") if getattr(spec, kind) is not None]
@@ -251,24 +257,42 @@ def _check_tasks(config: Config, origin: str, prompts: list[Prompt]) -> None:
 
 
 def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:
-    name, needed = " + ".join(Path(s.path).name for s in config.data.train), config.learner.prompts_per_step
+    name, needed = _names(config.data.train), config.learner.prompts_per_step
     if len(train.prompts) < needed:
         found, expected = f"{len(train.prompts)} usable rows", f">= learner.prompts_per_step ({needed})"
         problems.append(
             InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step")
         )
-    warnings = [
-        f"info: {n} {reason} {'rows' if reason == 'filtered' else 'prompts'} of {name} dropped"
-        for reason, n in train.dropped.items()
-        if n
-    ]
+    warnings = _dropped(train, name)
     seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
     duplicates = len(train.prompts) - len(seen)
     if duplicates:
         warnings.append(f"warning[W209] duplicate prompts — {name}. Found {duplicates}, expected none.")
     shared = [prompt for prompt in held_out if prompt.token_ids.tobytes() in seen]
     if shared and not config.data.allow_overlap:
-        place = f"{' + '.join(Path(s.path).name for s in config.data.eval or [])}:{shared[0].prompt_id + 1}"
+        place = f"{_names(config.data.eval)}:{shared[0].prompt_id + 1}"
         fix = "remove them or data.allow_overlap = true"
         problems.append(InputError("E209", "eval rows in train", place, f"{len(shared)} shared prompts", "0", fix))
     return warnings
+
+
+def _check_held_out(config: Config, held: PromptSet, problems: list[InputError]) -> list[str]:
+    name, count = _names(config.data.eval), len(held.prompts)
+    if config.data.eval and not count:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in held.dropped.items() if n)
+        problems.append(
+            InputError("E203", "no rows", name, f"all dropped ({dropped})", "at least 1", "change the rows")
+        )
+    lines = _dropped(held, name)
+    if count > config.eval.max_rows:
+        lines.append(f"info: the first {config.eval.max_rows} of {count} rows of {name} are evaluated (eval.max_rows)")
+    return lines
+
+
+def _dropped(rows: PromptSet, name: str) -> list[str]:
+    found = {("rows" if reason == "filtered" else "prompts", reason): n for reason, n in rows.dropped.items() if n}
+    return [f"info: {n} {reason} {kind} of {name} dropped" for (kind, reason), n in found.items()]
+
+
+def _names(sources: list[Source] | None) -> str:
+    return " + ".join(Path(source.path).name for source in sources or [])

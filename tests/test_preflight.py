@@ -45,7 +45,7 @@ def test_a_good_configuration_is_prepared(config, tmp_path):
     prepared = prepare(config(**{"data.eval": str(held), "eval.max_rows": 3}), "run.toml", tmp_path)
     assert [p.text for p in prepared.train.prompts] == [row["prompt"] for row in ROWS]
     assert [p.text for p in prepared.held_out] == ["9+0=", "9+1=", "9+2="]
-    assert prepared.warnings == []
+    assert prepared.warnings == ["info: the first 3 of 5 rows of eval.jsonl are evaluated (eval.max_rows)"]
 
 
 def test_everything_that_is_wrong_is_told_in_one_pass(config, tmp_path):
@@ -69,6 +69,34 @@ def test_without_a_model_rows_and_rewards_are_judged_as_far_as_they_can_be(confi
     assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E401", "E206", "E201", "E301"]
     tokenizer = {"model.tokenizer": str(tmp_path), "data.train": str(mixed)}
     assert codes(lambda: prepare(config(**tokenizer), "run.toml", tmp_path)) == ["E401", "E206"]
+
+
+def test_held_out_rows_that_are_left_out_are_told_and_none_left_is_refused(config, tmp_path):
+    held = write_rows(tmp_path / "eval.jsonl", [{"prompt": f"9+{i}=", "answer": "9"} for i in range(3)])
+    some = {"data.eval": str(held), "eval.max_rows": 2}
+    told = "info: the first 2 of 3 rows of eval.jsonl are evaluated (eval.max_rows)"
+    assert prepare(config(**some), "run.toml", tmp_path).warnings == [told]
+    short = {"rollout.max_prompt_tokens": 4, "data.on_long_prompt": "drop"}
+    write_rows(held, [{"prompt": "9+9+9=", "answer": "9"}, {"prompt": "9+1=", "answer": "9"}])
+    told = "info: 1 long prompts of eval.jsonl dropped"
+    assert prepare(config(**some | short), "run.toml", tmp_path).warnings == [told]
+    write_rows(held, [{"prompt": "9+9+9=", "answer": "9"}])
+    assert codes(lambda: prepare(config(**some | short), "run.toml", tmp_path)) == ["E203"]
+
+
+def test_what_an_evaluation_needs_is_asked_of_its_own_rows_before_the_start(config, tmp_path):
+    held = write_rows(tmp_path / "eval.jsonl", [{"prompt": "9+1=", "solution": "10"}])
+    assert codes(lambda: prepare(config(**{"data.eval": str(held)}), "run.toml", tmp_path)) == ["E301"]
+    with pytest.raises(InputErrors, match=r'E107.*run.toml:eval.pass_reward.*Fix: "exact_match"'):
+        prepare(config(**{"eval.pass_reward": "exact_mach"}), "run.toml", tmp_path)
+
+
+def test_a_source_of_which_nothing_is_left_takes_no_weights_with_it(config, tmp_path):
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "1" * 17, "answer": "1"}])
+    there = {"path": str(tmp_path / "train.jsonl"), "max_rows": 2, "weight": 3.0}
+    other = {"path": str(tmp_path / "train.jsonl"), "weight": 1.0}
+    sources = {"data.train": [there, {"path": str(long), "weight": 1.0}, other], "data.on_long_prompt": "drop"}
+    assert prepare(config(**sources), "run.toml", tmp_path).train.mixture == [(2, 3.0), (4, 1.0)]
 
 
 def test_dropped_and_duplicate_rows_are_warned_about(config, tmp_path):
