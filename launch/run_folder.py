@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import importlib.metadata
 import json
+import operator
 import os
 import shutil
 import time
@@ -23,6 +25,7 @@ from launch.sinks import Sinks
 from launch.stored_groups import write_groups
 from shared import checkpoints
 from shared.config import Config
+from shared.config_loader import known_keys
 from shared.errors import GroupFailed, InputError, one_line
 from shared.ledger import TimeBook
 from shared.metrics import MetricsWriter, read_metrics
@@ -216,7 +219,7 @@ class RunFolder:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as TOML, without the keys that are none."""
+    """The configuration as TOML. What is none is left out, or said where the default, or a recipe, may say otherwise."""
     import tomli_w
 
     def clean(value: Any) -> Any:
@@ -224,7 +227,14 @@ def dump_config(config: Config) -> str:
             return {k: clean(v) for k, v in value.items() if v is not None}
         return [clean(v) for v in value] if isinstance(value, list) else value
 
-    return tomli_w.dumps(clean(config.model_dump()))
+    table: dict[str, Any] = config.model_dump()
+    for key, field in known_keys().items():
+        *path, last = key.split(".")
+        holder = functools.reduce(operator.getitem, path, table)
+        by_recipe = config.algorithm.recipe is not None and path[0] == "algorithm"
+        if holder[last] is None and (by_recipe or field.default is not None):
+            holder[last] = "none"
+    return tomli_w.dumps(clean(table))
 
 
 def _empty(folder: Path) -> None:

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -46,6 +46,11 @@ def config_of(given: Mapping[str, Any], overrides: Mapping[str, Any] | None = No
     table = _over_recipe(table, place) if overrides.get("algorithm.recipe") != "none" else table
     for key, value in overrides.items():
         _assign(table, key, value)
+    for key, field in known_keys().items():
+        *path, last = key.split(".")
+        holder = _entry(table, path)
+        if isinstance(holder, dict) and holder.get(last) == "none" and type(None) in get_args(field.annotation):
+            holder[last] = None
     try:
         config = Config.model_validate(table)
     except ValidationError as error:
@@ -98,6 +103,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         place, found = _toml_place(path, str(error))
         raise InputError("E105", "cannot parse config", place, found, "valid TOML", "correct that line") from None
+    except OSError as error:
+        raise InputError("E105", "cannot read config", str(path), str(error), "a file to read", "check it") from None
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#x} at offset {error.start}"
         raise InputError("E105", "cannot parse config", str(path), found, "UTF-8", "save it as UTF-8") from None
@@ -137,8 +144,6 @@ def _parsed(key: str, text: str) -> Any:
     """``text``, as it stands on a command line, as a value of ``key``."""
     annotation = field_annotation(key)
     declared = "" if annotation is None else str(annotation)
-    if text == "none" and "None" in declared:
-        return None
     if "str" in declared and "list" not in declared and "dict" not in declared:
         return text
     try:

@@ -190,6 +190,15 @@ def test_an_unreadable_file_is_e105(tmp_path, content, place, found):
         assert "runs.toml" in excinfo.value.fix
 
 
+def test_a_file_that_may_not_be_read_is_e105(load, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", denied)
+    with pytest.raises(InputError, match=r"E105.*Permission denied"):
+        load_config(["quickstart"])
+
+
 def test_a_group_of_one_is_accepted_where_no_group_baseline_is_used(load):
     changes = {"rollout.group_size": 1, "algorithm.advantage.name": "reinforce_pp"}
     assert load(**changes).rollout.group_size == 1

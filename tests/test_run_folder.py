@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet
@@ -12,7 +13,7 @@ import pytest
 
 from launch.run_folder import RunFolder, draw_curves, dump_config, resolve_output
 from launch.stored_groups import write_groups
-from shared.config_loader import load_config
+from shared.config_loader import config_of, known_keys, load_config
 from shared.errors import InputError
 from shared.metrics import MetricsWriter, group_metrics, read_metrics
 from shared.types import RolloutGroup
@@ -90,6 +91,19 @@ def test_the_configuration_is_written_and_reads_back(opened):
     again = load_config([str(folder.path / "config.toml")])
     assert again == make_config(**changes, **{"algorithm.policy_loss": {"name": "clip", "low": 0.1}})
     assert "tokenizer" not in dump_config(again)  # Keys that are none are left out.
+
+
+@pytest.mark.parametrize("recipe", [None, "dapo"])
+@pytest.mark.parametrize(
+    "key", [key for key, field in known_keys().items() if type(None) in get_args(field.annotation)]
+)
+def test_none_is_none_again_whatever_default_and_recipe_say(tmp_path, recipe, key):
+    if key == "algorithm.recipe":
+        return
+    wanted = make_config(**({"algorithm.recipe": recipe} if recipe else {}))
+    given = config_of(wanted.model_dump(), {key: None})
+    (tmp_path / "run.toml").write_text(dump_config(given))
+    assert load_config([str(tmp_path / "run.toml")]) == given
 
 
 def test_finishing_draws_the_curve(opened, capsys):
