@@ -84,6 +84,8 @@ class ConfigOptions(Options):
             if not argument.startswith("--") or f"--{key}" in known:
                 ours.append(argument)
                 continue
+            if "." not in key:
+                raise self._unknown(argument)
             if not equals:
                 if not rest or (rest[0].startswith("--") and "." in rest[0]):
                     place, fix = f"command line:--{key}", f"--{key} VALUE"

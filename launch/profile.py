@@ -70,6 +70,8 @@ class _Profile:
         """Sampled and scored so far."""
         self.batch_tokens = 0.0
         """Of a whole batch, over all epochs."""
+        self._scoring: list[float] = []
+        """Seconds of each group since it was emptied last."""
 
     async def everything(self, timings: Timings) -> Timings:
         """All of it."""
@@ -109,7 +111,9 @@ class _Profile:
             prompt = self._stream.at(number)
             completions = await self._parts.engines.generate(number, prompt, Sampling.training(self._config, number))
             ended[0] = max(ended[0], time.monotonic())
+            waiting = time.monotonic()
             scores = await self._parts.rewards.score(number, prompt, completions)
+            self._scoring.append(time.monotonic() - waiting)
             rewards = scores.combined(self._config.reward.functions)
             return RolloutGroup(number, prompt, completions, rewards, scores.parts)
 
@@ -123,9 +127,11 @@ class _Profile:
         most = max(4, 2 * self._config.groups_per_batch)
         sizes = sorted({1, max(2, most // 8), max(3, most // 4), max(4, most // 2), most})
         await self._sample(2)  # The first requests compile.
-        rows, seconds = [], []
+        rows, seconds, scoring = [], [], list[float]()
         for size in sizes * ENGINE_ROUNDS:
+            self._scoring.clear()
             groups, took = await self._sample(size)
+            scoring += self._scoring if size == 1 else []  # Of several, some wait for a worker.
             self._groups += groups
             lengths = [len(c.token_ids) for group in groups for c in group.completions]
             rows.append([size, max(lengths), sum(lengths)])
@@ -141,6 +147,7 @@ class _Profile:
             decode_sequence_s=float(sequence),
             lengths=tuple(sorted(lengths)),
             prompt_tokens=prompt,
+            score_s=statistics.median(scoring),
         )
 
     async def learner(self, timings: Timings) -> tuple[float, float]:

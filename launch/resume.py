@@ -149,8 +149,12 @@ def rewind_rows(path: Path, version: int) -> int:
 
 def check_lock(folder: Path) -> None:
     """Raises ``InputError`` E602 if a live run writes into ``folder``; takes nothing."""
-    if (folder / "lock").exists():
-        take_lock(folder).close()
+    try:
+        if (folder / "lock").exists():
+            take_lock(folder).close()
+    except OSError as error:
+        place, expected = f"run.output_dir = {folder}", "a folder that can be written"
+        raise InputError("E601", "cannot write the run folder", place, str(error), expected, "another place") from None
 
 
 def take_lock(folder: Path) -> Any:

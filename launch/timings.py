@@ -66,7 +66,7 @@ class Timings:
     cores: int = 0
     """Cores that engines and learner share; 0: everyone has a device of its own."""
     control_s: float = 0.0
-    """CPU time of driver and reward workers in a step, from the same cores."""
+    """CPU time of the driver in a step, from the same cores."""
     room: int = 0
     """Sequences whose keys and values fit in an engine's memory at the same time; 0: all."""
     lengths: tuple[int, ...] = ()

@@ -101,6 +101,15 @@ def test_a_wrong_option_is_one_line_with_the_nearest(arguments, place, fix):
     assert (excinfo.value.code, excinfo.value.place, excinfo.value.fix) == ("E106", place, fix)
 
 
+@pytest.mark.parametrize("arguments", [["my.toml", "--dryrun"], ["--dryrun", "my.toml"], ["my.toml", "--dryrun=yes"]])
+def test_a_mistyped_option_is_not_taken_for_a_setting(arguments):
+    options = ConfigOptions("train", "Text.")
+    options.add_argument("--dry-run", action="store_true", help="what it does")
+    with pytest.raises(InputError) as excinfo:
+        options.parse_config(arguments)
+    assert (excinfo.value.place, excinfo.value.fix) == ("command line:--dryrun", "--dry-run")
+
+
 def test_files_options_and_settings_may_come_in_any_order():
     options = ConfigOptions("x", "Text.")
     options.add_argument("--dry-run", action="store_true", help="x")
