@@ -39,6 +39,7 @@ OURS = (
         "reward.png",
         "report.html",
         "stacks.txt",
+        "wandb.id",
         "scale.asked.json",
         "scale.answered.json",
     ),
