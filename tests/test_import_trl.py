@@ -571,6 +571,13 @@ QUESTION = {"columns": {"prompt": "question"}}
         (f"{GSM8K}.map(g).select(range(2))", {"path": "data/train.jsonl"}),
         (f"{GSM8K}.map(lambda r: {{'prompt': r['question'] + '?'}})", {"path": "data/train.jsonl"}),
         (f"{GSM8K}.filter(g)", {"path": "data/train.jsonl"}),
+        (f"{GSM8K}.shuffle(seed=42)", HUB),
+        (f"{GSM8K}.select(range(50)).shuffle(seed=42)", HUB | {"max_rows": 50}),
+        (f"{GSM8K}.shuffle(seed=42).select(range(1000))", {"path": "data/train.jsonl"}),
+        (f"{GSM8K}.shuffle(seed=42).rename_column('question', 'prompt').take(9)", {"path": "data/train.jsonl"}),
+        (f"concatenate_datasets([{GSM8K}, {GSM8K}]).select(range(1000))", {"path": "data/train.jsonl"}),
+        (f"concatenate_datasets([{GSM8K}.shuffle()]).take(9)", {"path": "data/train.jsonl"}),
+        ("load_dataset('json', data_files=['a.jsonl', 'b.jsonl'])['train'].take(9)", {"path": "data/train.jsonl"}),
     ],
 )
 def test_rows_of_a_script(rows, expected):
