@@ -499,6 +499,47 @@ def test_rewards_of_a_script(before, rewards, expected):
     assert function == expected
 
 
+OWN = """
+from __future__ import annotations
+import os
+from typing import TYPE_CHECKING
+from trl import GRPOConfig, GRPOTrainer
+if TYPE_CHECKING:
+    from somewhere import Texts
+try:
+    from no_such_package import parse
+except ImportError:
+    def parse(text):
+        return text.strip()
+if os.sep:
+    HIGH = 1.0
+with open("words.txt") as file:
+    WORDS = file.read().split()
+for LAST in WORDS:
+    pass
+LOW, (MIDDLE, *_) = 0.0, (0.5, 0.6)
+MIDDLE += 0.25
+with open("rows.txt") as file:
+    text = file.read()
+def f(completions: Texts, **kwargs):
+    return [HIGH if parse(text) == LAST else MIDDLE if text in WORDS else LOW for text in completions]
+if __name__ == "__main__":
+    file = load_dataset("json", data_files="rows.jsonl", split="train")
+    GRPOTrainer("m", f, GRPOConfig(), file).train()
+"""
+
+
+def test_what_a_reward_uses_is_written_along_wherever_it_is_bound():
+    from_script(OWN)
+    own = Path("my_rewards.py").read_text()
+    Path("words.txt").write_text("a b")
+    scope: dict = {}
+    exec(compile(own, "my_rewards.py", "exec"), scope)
+    assert scope["f"]([" b ", "a", "c"]) == [1.0, 0.75, 0.0]
+    assert "rows.txt" not in own  # Its text is another one than that of the function.
+    assert "GRPO" not in own
+
+
 @pytest.mark.parametrize("rewards", ["lambda **k: [0.0]", "unknown", "make_them(1)", "sys.argv[1]"])
 def test_a_reward_that_cannot_be_read_is_left_to_fill_in(rewards):
     config, said = from_script(script(rewards=f"[f, {rewards}]"))
