@@ -406,6 +406,10 @@ def test_a_kl_term_without_correction_is_one_where_it_was_switched_off():
     assert not config.algorithm.kl.corrected
 
 
+COSINE = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 1e-6}
+LEAST_RATE = pytest.approx({"final_fraction": 0.1})
+
+
 @pytest.mark.parametrize(
     ("settings", "key", "value"),
     [
@@ -422,6 +426,13 @@ def test_a_kl_term_without_correction_is_one_where_it_was_switched_off():
         ({"trust_remote_code": True}, "model.trust_remote_code", True),
         ({"learning_rate": "3e-6"}, "learner.lr", 3e-6),
         ({"use_vllm": True}, "rollout.vllm", {"gpu_memory_utilization": 0.3}),
+        ({"max_prompt_length": "1024"}, "rollout.max_prompt_tokens", 1024),
+        ({"eval_steps": "50", "eval_strategy": "steps", "datasets": [], "dataset_name": "a/b"}, "eval.every_steps", 50),
+        ({"bf16": "true"}, "model.dtype", "bfloat16"),
+        ({"bf16": False, "model_init_kwargs": '{"dtype": "bfloat16"}'}, "model.dtype", "bfloat16"),
+        ({"deepspeed": '{"zero_optimization": {"stage": 3}}'}, "learner.zero_stage", 3),
+        (COSINE | {"lr_scheduler_kwargs": '{"min_lr": 1e-7}'}, "learner.schedule.args", LEAST_RATE),
+        (COSINE | {"lr_scheduler_kwargs": {"min_lr": "1e-7"}}, "learner.schedule.args", LEAST_RATE),
     ],
 )
 def test_single_settings(settings, key, value):
@@ -432,12 +443,15 @@ def test_single_settings(settings, key, value):
     assert found == value
 
 
-def test_deepspeeds_own_file_is_read():
+def test_deepspeeds_own_file_is_read(capsys):
     Path("ds.json").write_text(
         '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "wall_clock_breakdown": true}'
     )
     config, _ = from_settings({"deepspeed": "ds.json"})
     assert config.learner.zero_stage == 2
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 2},}')
+    error = "error[E105] cannot parse DeepSpeed's configuration — a.json:deepspeed. Found ds.json: "
+    assert refused(capsys, "a.json").startswith(error)
 
 
 @pytest.mark.parametrize("name", ADAMW)
@@ -713,6 +727,27 @@ def test_a_script_with_a_second_assignment_over_lines_is_followed():
             "error[E102] bad value — a.json:save_steps. Found inf, expected a number",
         ),
         ("a.json", '{"use_vllm": 1}', "error[E102] bad value — a.json:use_vllm. Found 1, expected true or false"),
+        ("a.json", '{"max_prompt_length": "long"}', "error[E102] bad value — a.json:max_prompt_length. Found 'long'"),
+        ("a.json", '{"eval_steps": [5]}', "error[E102] bad value — a.json:eval_steps. Found [5], expected a number"),
+        (
+            "a.json",
+            '{"epsilon_high": "x"}',
+            "error[E102] bad value — a.json:epsilon_high. Found 'x', expected a number",
+        ),
+        (
+            "a.json",
+            '{"reward_weights": 0.5}',
+            "error[E102] bad value — a.json:reward_weights. Found 0.5, expected a list",
+        ),
+        ("a.json", '{"reward_weights": [1, "x"]}', "error[E102] bad value — a.json:reward_weights[1]. Found 'x'"),
+        ("a.json", '{"lr_scheduler_kwargs": "{a"}', "error[E102] bad value — a.json:lr_scheduler_kwargs. Found '{a'"),
+        (
+            "a.json",
+            '{"loss_type": ["dapo"]}',
+            "error[E102] bad value — a.json:loss_type. Found ['dapo'], expected text",
+        ),
+        ("a.json", '{"reward_funcs": 5}', "error[E102] bad value — a.json:reward_funcs. Found 5, expected a name"),
+        ("a.json", '{"datasets": 5}', "error[E102] bad value — a.json:datasets. Found 5, expected a list"),
         ("a.json", '{"reward_funcs": ["nice"]}', "error[E102] unknown reward — a.json:reward_funcs. Found nice"),
     ],
 )
@@ -743,6 +778,11 @@ def test_a_missing_file_and_a_wrong_encoding(capsys):
         ({"temperature": 0.0}, "error[E102] bad value — a.toml:rollout.temperature"),
         ({"epsilon": 1.5}, "error[E107] policy loss clip refuses — a.toml:algorithm.policy_loss.low"),
         ({"delta": 1.1}, "error[E107] policy loss clip refuses — a.toml:algorithm.policy_loss.delta"),
+        (
+            COSINE | {"lr_scheduler_kwargs": {"min_lr": "low"}},
+            "error[E102] bad value — a.json:lr_scheduler_kwargs.min_lr. Found 'low', expected a number",
+        ),
+        ({"deepspeed": "{zero"}, "error[E105] cannot parse DeepSpeed's configuration — a.json:deepspeed. Found {zero:"),
     ],
 )
 def test_settings_that_no_run_accepts(settings, error, capsys):
