@@ -7,6 +7,7 @@ them, so that nothing on the screen is missing from the file.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ class Screen(Protocol):
     """Where a run tells what it does."""
 
     def step(self, step: int, row: Row, left_s: float) -> None:
-        """A step is done; ``left_s`` seconds of the run remain, at this pace."""
+        """A step is done; ``left_s`` seconds of the run remain, at this pace; NaN before there is one."""
 
     def evaluated(self, step: int, row: Row, story: str) -> None:
         """An evaluation is done; ``story`` is what early stopping makes of it."""
@@ -46,7 +47,9 @@ def screen_for(config: Config) -> Screen:
 
 
 def clock(seconds: float) -> str:
-    """``1:02`` or ``3:04:05``."""
+    """``1:02`` or ``3:04:05``; ``?`` for NaN."""
+    if math.isnan(seconds):
+        return "?"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -91,20 +94,20 @@ class Panel:
         self._scores: list[float] = []
         self._row: Row = {}
         self._where: dict[str, str] = {}
-        self._step, self._left_s, self._story = 0, 0.0, ""
+        self._step, self._left_s, self._story = 0, math.nan, ""
         self._started = self._stepped = time.monotonic()
         self._live: Live | None = None
 
     def step(self, step: int, row: Row, left_s: float) -> None:
         """See ``Screen``."""
         self._row, self._step, self._left_s, self._stepped = row, step, left_s, time.monotonic()
-        self._rewards.append(row["reward"])
+        self._rewards += finite(row["reward"])
         self._where |= whereabouts(row)  # Who did not report keeps what was known.
         self._show()
 
     def evaluated(self, step: int, row: Row, story: str) -> None:
         """See ``Screen``."""
-        self._scores.append(row["eval/reward"])
+        self._scores += finite(row["eval/reward"])
         self._story = story
 
     def close(self) -> None:
@@ -195,8 +198,15 @@ def whereabouts(row: Row) -> dict[str, str]:
     return {name: told[name] for name in sorted(told, key=lambda name: name.lstrip("0123456789 ").rstrip("s"))}
 
 
+def finite(value: float) -> list[float]:
+    """``value``, if it can be drawn: a step whose rewards are all None has NaN."""
+    return [value] if math.isfinite(value) else []
+
+
 def sparkline(values: list[float], width: int) -> str:
-    """``values`` as at most ``width`` bars, each the mean of its share of them."""
+    """Finite ``values`` as at most ``width`` bars, each the mean of its share of them."""
+    if not values:
+        return ""
     width = min(width, len(values))
     edges = [round(i * len(values) / width) for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]

@@ -11,6 +11,7 @@ import errno
 import functools
 import importlib.metadata
 import json
+import math
 import operator
 import os
 import shutil
@@ -41,6 +42,7 @@ OURS = (
         "reward.png",
         "report.html",
         "stacks.txt",
+        "wandb.id",
         "scale.asked.json",
         "scale.answered.json",
     ),
@@ -127,7 +129,9 @@ class RunFolder:
             file.write(json.dumps({"step": step, "digest": digest}) + "\n")
         self._metrics.write(step, metrics)  # Last: a step that has its row has everything.
         self._sinks.write(step, metrics)
-        self._screen.step(step, metrics, (now - self._first[1]) / max(step - self._first[0], 1) * (last - step))
+        done, remain = step - self._first[0], max(last - step, 0)
+        pace = (now - self._first[1]) / done if done > 0 else math.nan
+        self._screen.step(step, metrics, pace * remain if remain else 0.0)
 
     def draft(self, step: int) -> Path:
         """An empty folder for the files of a checkpoint. Raises ``OSError`` if one as large as the last has no room."""

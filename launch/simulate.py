@@ -73,7 +73,7 @@ def _simulate(arguments: list[str]) -> None:
 def _config(options: argparse.Namespace, timings: Timings) -> Config:
     """The run to simulate. Raises what ``load_config`` does, and ``InputError`` E104 or E108."""
     config = _given(options) if options.config else _made_up(options, timings)
-    run = {"steps": options.steps * config.updates_per_batch, "samples_every": 0, "checkpoint_every": 0}
+    run = {"steps": options.steps * config.updates_per_batch, "samples_every": 0, "checkpoint_every": 0, "sinks": []}
     changes = {
         "run": config.run.model_copy(update=run),
         "rollout": config.rollout.model_copy(update={"max_engines": 0}),

@@ -7,6 +7,7 @@ one line and costs the run nothing else.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -48,20 +49,31 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases: one run, named after the run folder, that goes on when the run does."""
+    """Weights & Biases: one run, named after the run folder, that goes on when the run does: the folder keeps its id.
+
+    Rows go without W&B's own step, which must not fall: a run that goes on from a checkpoint repeats steps.
+    """
 
     def __init__(self, folder: Path, config: Config, *, project: str = "millrace", **init: Any) -> None:
         import wandb
 
-        identity = re.sub(r"[^\w-]", "-", f"{project}-{folder.name}")
-        table = config.model_dump()
+        kept = folder / "wandb.id"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex, encoding="utf-8")
         self._run: Any = wandb.init(
-            project=project, name=folder.name, id=identity, resume="allow", dir=str(folder), config=table, **init
+            project=project,
+            name=folder.name,
+            id=kept.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(folder),
+            config=config.model_dump(),
+            **init,
         )
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, row: Row) -> None:
         """See ``Sink``."""
-        self._run.log({"step": step, **row}, step=step)
+        self._run.log({"step": step, **row})
 
     def close(self) -> None:
         """See ``Sink``."""

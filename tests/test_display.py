@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 
 import pytest
@@ -88,6 +89,23 @@ def test_a_panel_on_a_live_terminal_draws_and_ends():
     assert "reward" in out.getvalue()
 
 
+def test_what_is_no_number_is_left_out_of_the_curves():
+    """A step whose rewards are all None, or an evaluation without one."""
+    made = Panel(make_config(**{"run.steps": 9}))
+    made._show = lambda: None
+    made.step(1, ROW | {"reward": math.nan}, math.nan)
+    made.evaluated(1, {"eval/reward": math.nan}, "")
+    text = shown(made)
+    assert "? left" in text
+    assert "held-out" not in text
+    for step, reward in ((2, 0.25), (3, math.inf), (4, 0.5)):
+        made.step(step, ROW | {"reward": reward}, 1.0)
+    made.evaluated(4, {"eval/reward": 0.75}, "")
+    text = shown(made)
+    assert f"0.500  {BARS[0]}{BARS[-1]}" in text
+    assert f"0.750  {BARS[0]}" in text
+
+
 def test_states_of_a_kind_of_process_are_one_line():
     assert list(whereabouts(ROW)) == ["2 engines", "learner"]
     assert whereabouts({"time/step": 1.0}) == {}
@@ -104,14 +122,16 @@ def test_a_process_that_did_not_report_stays_in_its_place(panel):
 
 @pytest.mark.parametrize(
     ("values", "width", "expected"),
-    [([1.0], 5, BARS[0]), ([0.0, 1.0], 5, BARS[0] + BARS[-1]), ([0, 0, 7, 7], 2, BARS[0] + BARS[-1]),
+    [([], 5, ""), ([1.0], 5, BARS[0]), ([0.0, 1.0], 5, BARS[0] + BARS[-1]), ([0, 0, 7, 7], 2, BARS[0] + BARS[-1]),
      ([2, 2, 2], 3, BARS[0] * 3), (list(range(8)), 8, BARS)],
 )  # fmt: skip
 def test_a_sparkline_spans_lowest_to_highest(values, width, expected):
     assert sparkline(values, width) == expected
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3599.6, "1:00:00"), (3725, "1:02:05")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3599.6, "1:00:00"), (3725, "1:02:05"), (math.nan, "?")]
+)
 def test_the_clock(seconds, text):
     assert clock(seconds) == text
 

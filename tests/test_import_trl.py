@@ -406,6 +406,10 @@ def test_a_kl_term_without_correction_is_one_where_it_was_switched_off():
     assert not config.algorithm.kl.corrected
 
 
+COSINE = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 1e-6}
+LEAST_RATE = pytest.approx({"final_fraction": 0.1})
+
+
 @pytest.mark.parametrize(
     ("settings", "key", "value"),
     [
@@ -422,6 +426,13 @@ def test_a_kl_term_without_correction_is_one_where_it_was_switched_off():
         ({"trust_remote_code": True}, "model.trust_remote_code", True),
         ({"learning_rate": "3e-6"}, "learner.lr", 3e-6),
         ({"use_vllm": True}, "rollout.vllm", {"gpu_memory_utilization": 0.3}),
+        ({"max_prompt_length": "1024"}, "rollout.max_prompt_tokens", 1024),
+        ({"eval_steps": "50", "eval_strategy": "steps", "datasets": [], "dataset_name": "a/b"}, "eval.every_steps", 50),
+        ({"bf16": "true"}, "model.dtype", "bfloat16"),
+        ({"bf16": False, "model_init_kwargs": '{"dtype": "bfloat16"}'}, "model.dtype", "bfloat16"),
+        ({"deepspeed": '{"zero_optimization": {"stage": 3}}'}, "learner.zero_stage", 3),
+        (COSINE | {"lr_scheduler_kwargs": '{"min_lr": 1e-7}'}, "learner.schedule.args", LEAST_RATE),
+        (COSINE | {"lr_scheduler_kwargs": {"min_lr": "1e-7"}}, "learner.schedule.args", LEAST_RATE),
     ],
 )
 def test_single_settings(settings, key, value):
@@ -432,12 +443,15 @@ def test_single_settings(settings, key, value):
     assert found == value
 
 
-def test_deepspeeds_own_file_is_read():
+def test_deepspeeds_own_file_is_read(capsys):
     Path("ds.json").write_text(
         '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}, "wall_clock_breakdown": true}'
     )
     config, _ = from_settings({"deepspeed": "ds.json"})
     assert config.learner.zero_stage == 2
+    Path("ds.json").write_text('{"zero_optimization": {"stage": 2},}')
+    error = "error[E105] cannot parse DeepSpeed's configuration — a.json:deepspeed. Found ds.json: "
+    assert refused(capsys, "a.json").startswith(error)
 
 
 @pytest.mark.parametrize("name", ADAMW)
@@ -497,6 +511,47 @@ def test_rewards_of_a_script(before, rewards, expected):
     config, _ = from_script(script(before, rewards))
     function = config.reward.functions[0].model_dump(exclude_defaults=True)
     assert function == expected
+
+
+OWN = """
+from __future__ import annotations
+import os
+from typing import TYPE_CHECKING
+from trl import GRPOConfig, GRPOTrainer
+if TYPE_CHECKING:
+    from somewhere import Texts
+try:
+    from no_such_package import parse
+except ImportError:
+    def parse(text):
+        return text.strip()
+if os.sep:
+    HIGH = 1.0
+with open("words.txt") as file:
+    WORDS = file.read().split()
+for LAST in WORDS:
+    pass
+LOW, (MIDDLE, *_) = 0.0, (0.5, 0.6)
+MIDDLE += 0.25
+with open("rows.txt") as file:
+    text = file.read()
+def f(completions: Texts, **kwargs):
+    return [HIGH if parse(text) == LAST else MIDDLE if text in WORDS else LOW for text in completions]
+if __name__ == "__main__":
+    file = load_dataset("json", data_files="rows.jsonl", split="train")
+    GRPOTrainer("m", f, GRPOConfig(), file).train()
+"""
+
+
+def test_what_a_reward_uses_is_written_along_wherever_it_is_bound():
+    from_script(OWN)
+    own = Path("my_rewards.py").read_text()
+    Path("words.txt").write_text("a b")
+    scope: dict = {}
+    exec(compile(own, "my_rewards.py", "exec"), scope)
+    assert scope["f"]([" b ", "a", "c"]) == [1.0, 0.75, 0.0]
+    assert "rows.txt" not in own  # Its text is another one than that of the function.
+    assert "GRPO" not in own
 
 
 @pytest.mark.parametrize("rewards", ["lambda **k: [0.0]", "unknown", "make_them(1)", "sys.argv[1]"])
@@ -571,6 +626,13 @@ QUESTION = {"columns": {"prompt": "question"}}
         (f"{GSM8K}.map(g).select(range(2))", {"path": "data/train.jsonl"}),
         (f"{GSM8K}.map(lambda r: {{'prompt': r['question'] + '?'}})", {"path": "data/train.jsonl"}),
         (f"{GSM8K}.filter(g)", {"path": "data/train.jsonl"}),
+        (f"{GSM8K}.shuffle(seed=42)", HUB),
+        (f"{GSM8K}.select(range(50)).shuffle(seed=42)", HUB | {"max_rows": 50}),
+        (f"{GSM8K}.shuffle(seed=42).select(range(1000))", {"path": "data/train.jsonl"}),
+        (f"{GSM8K}.shuffle(seed=42).rename_column('question', 'prompt').take(9)", {"path": "data/train.jsonl"}),
+        (f"concatenate_datasets([{GSM8K}, {GSM8K}]).select(range(1000))", {"path": "data/train.jsonl"}),
+        (f"concatenate_datasets([{GSM8K}.shuffle()]).take(9)", {"path": "data/train.jsonl"}),
+        ("load_dataset('json', data_files=['a.jsonl', 'b.jsonl'])['train'].take(9)", {"path": "data/train.jsonl"}),
     ],
 )
 def test_rows_of_a_script(rows, expected):
@@ -665,6 +727,27 @@ def test_a_script_with_a_second_assignment_over_lines_is_followed():
             "error[E102] bad value — a.json:save_steps. Found inf, expected a number",
         ),
         ("a.json", '{"use_vllm": 1}', "error[E102] bad value — a.json:use_vllm. Found 1, expected true or false"),
+        ("a.json", '{"max_prompt_length": "long"}', "error[E102] bad value — a.json:max_prompt_length. Found 'long'"),
+        ("a.json", '{"eval_steps": [5]}', "error[E102] bad value — a.json:eval_steps. Found [5], expected a number"),
+        (
+            "a.json",
+            '{"epsilon_high": "x"}',
+            "error[E102] bad value — a.json:epsilon_high. Found 'x', expected a number",
+        ),
+        (
+            "a.json",
+            '{"reward_weights": 0.5}',
+            "error[E102] bad value — a.json:reward_weights. Found 0.5, expected a list",
+        ),
+        ("a.json", '{"reward_weights": [1, "x"]}', "error[E102] bad value — a.json:reward_weights[1]. Found 'x'"),
+        ("a.json", '{"lr_scheduler_kwargs": "{a"}', "error[E102] bad value — a.json:lr_scheduler_kwargs. Found '{a'"),
+        (
+            "a.json",
+            '{"loss_type": ["dapo"]}',
+            "error[E102] bad value — a.json:loss_type. Found ['dapo'], expected text",
+        ),
+        ("a.json", '{"reward_funcs": 5}', "error[E102] bad value — a.json:reward_funcs. Found 5, expected a name"),
+        ("a.json", '{"datasets": 5}', "error[E102] bad value — a.json:datasets. Found 5, expected a list"),
         ("a.json", '{"reward_funcs": ["nice"]}', "error[E102] unknown reward — a.json:reward_funcs. Found nice"),
     ],
 )
@@ -695,6 +778,11 @@ def test_a_missing_file_and_a_wrong_encoding(capsys):
         ({"temperature": 0.0}, "error[E102] bad value — a.toml:rollout.temperature"),
         ({"epsilon": 1.5}, "error[E107] policy loss clip refuses — a.toml:algorithm.policy_loss.low"),
         ({"delta": 1.1}, "error[E107] policy loss clip refuses — a.toml:algorithm.policy_loss.delta"),
+        (
+            COSINE | {"lr_scheduler_kwargs": {"min_lr": "low"}},
+            "error[E102] bad value — a.json:lr_scheduler_kwargs.min_lr. Found 'low', expected a number",
+        ),
+        ({"deepspeed": "{zero"}, "error[E105] cannot parse DeepSpeed's configuration — a.json:deepspeed. Found {zero:"),
     ],
 )
 def test_settings_that_no_run_accepts(settings, error, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -77,9 +78,21 @@ def test_the_screen_shows_the_first_and_the_last_step(opened, capsys):
     for step in range(1, 51):
         folder.step(step, METRICS | {"kl": 0.01}, [make_group()])
     lines = capsys.readouterr().out.splitlines()
-    assert " ".join(lines[0].split()) == "step 1/50 reward 0.500 kl 0.0100 |A| 1.00 1,234 tokens/s 0:00 left"
+    assert " ".join(lines[0].split()) == "step 1/50 reward 0.500 kl 0.0100 |A| 1.00 1,234 tokens/s ? left"
     assert lines[-1].startswith("step    50/50")
+    assert lines[-1].endswith("  0:00 left")
     assert len(lines) < 10
+
+
+def test_the_time_left_is_told_once_there_is_a_pace(tmp_path, monkeypatch):
+    told, now = [], iter(range(100, 200, 10))
+    screen = SimpleNamespace(step=lambda step, row, left_s: told.append(left_s))
+    folder = RunFolder(make_config(**{"run.steps": 8}), tmp_path / "out", screen)
+    monkeypatch.setattr("launch.run_folder.time", SimpleNamespace(monotonic=lambda: next(now)))
+    for step in (5, 6, 7, 8):  # A run that goes on.
+        folder.step(step, METRICS, [make_group()])
+    assert math.isnan(told[0])
+    assert told[1:] == [20.0, 10.0, 0.0]
 
 
 def test_the_configuration_is_written_and_reads_back(opened):

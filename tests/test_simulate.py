@@ -13,11 +13,12 @@ import pytest
 
 from launch import simulate, virtual_time
 from launch.simulated_engine import SimulatedEngine
+from launch.sinks import SINKS
 from launch.timings import Timings
 from rollout.engine import Sampling
 from shared.errors import InputError
 from shared.weights import Canary, Publication
-from tests.fakes import make_config
+from tests.fakes import make_config, write_config
 
 PROMPT = np.zeros(10, np.int32)
 PLAIN = Timings(
@@ -120,6 +121,14 @@ def test_timings_come_from_a_file(tmp_path, capsys):
     slow.save(file)
     result = quiet(capsys, "--engines", "2", "--steps", "4", "--timings", str(file))
     assert result["simulated_step_s"] > 30
+
+
+def test_no_tracker_is_told_of_a_simulation(tmp_path, capsys, monkeypatch):
+    told = []
+    monkeypatch.setitem(SINKS, "wandb", lambda folder, config: told.append(folder))
+    file = write_config(tmp_path / "my.toml", **{"run.sinks": ["wandb"]})
+    quiet(capsys, str(file), "--steps", "2")
+    assert told == []
 
 
 @pytest.mark.parametrize(

@@ -89,16 +89,59 @@ def test_tensorboard_writes_events(tmp_path):
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_runs_of_a_tracker_bear_the_name_of_the_run_and_its_settings(tmp_path, monkeypatch, name):
     calls = []
-    run = types.SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("finish"))
+    run = types.SimpleNamespace(
+        log=lambda row, step=None: calls.append((step, row)),
+        finish=lambda: calls.append("finish"),
+        define_metric=lambda *_, **given: None,
+    )
     module = types.SimpleNamespace(**vars(run), init=lambda **given: calls.append(given) or run)
     monkeypatch.setitem(sys.modules, name, module)
+    (tmp_path / "mine").mkdir()
     sinks = Sinks(make_config(**{"run.sinks": [{"name": name, "project": "p", "tags": ["x"]}]}), tmp_path / "mine")
     sinks.write(3, {"reward": 0.5})
     sinks.close()
     given, (step, row), end = calls
     assert (given["project"], given["name"], given["tags"], given["resume"]) == ("p", "mine", ["x"], "allow")
     assert given["config"]["rollout"]["group_size"] == make_config().rollout.group_size
-    assert (step, row, end) == (3, {"step": 3, "reward": 0.5}, "finish")
+    assert (step, row, end) == (3 if name == "trackio" else None, {"step": 3, "reward": 0.5}, "finish")
+
+
+class Tracked:
+    """A run of W&B: its own step never falls, and rows below it are dropped."""
+
+    def __init__(self):
+        self.rows, self.axes, self._next = [], set(), 0
+
+    def define_metric(self, name, step_metric):
+        self.axes.add((name, step_metric))
+
+    def log(self, row, step=None):
+        step = self._next if step is None else step
+        if step >= self._next:
+            self.rows.append(row)
+            self._next = step + 1
+
+    def finish(self):
+        pass
+
+
+def test_a_run_of_wandb_goes_on_where_its_folder_does_and_nowhere_else(tmp_path, monkeypatch):
+    runs = {}
+    module = types.SimpleNamespace(init=lambda **given: runs.setdefault((given["project"], given["id"]), Tracked()))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+    def told(path, *steps, **changes):
+        folder = RunFolder(make_config(**{"run.sinks": ["wandb"]}, **changes), path)
+        for step in steps:
+            folder.evaluated(step, {"eval/reward": step / 10})
+        folder.close()
+
+    told(tmp_path / "a" / "mine", 1, 2, 3)
+    told(tmp_path / "a" / "mine", 2, 3)  # Goes on from the checkpoint of step 1.
+    told(tmp_path / "b" / "mine", 1)
+    told(tmp_path / "a" / "mine", 1, **{"run.resume": "overwrite"})
+    assert [[row["step"] for row in run.rows] for run in runs.values()] == [[1, 2, 3, 2, 3], [1], [1]]
+    assert all(run.axes == {("*", "step")} for run in runs.values())
 
 
 @pytest.fixture

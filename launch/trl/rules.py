@@ -15,6 +15,7 @@ from typing import Any
 from launch.trl.settings import settings, trainer_arguments
 from launch.trl.sizes import batches, cadence, schedule
 from launch.trl.translation import Translation
+from shared.errors import InputError, one_line
 
 # loss_type -> policy loss (clip: sequence_clip, by importance_sampling_level) and aggregation.
 LOSSES = {
@@ -46,7 +47,7 @@ SINKS = ("tensorboard", "wandb", "trackio")
 
 
 def translate(t: Translation) -> None:
-    """Fill ``t``. Raises ``InputError`` E104."""
+    """Fill ``t``. Raises ``InputError`` E102, E104 or E105."""
     for row in settings().values():
         if row.fate == "copied" and t[row.name] is not None:
             t.put(row.keys[0], t[row.name], row.name)
@@ -115,7 +116,7 @@ def _engines(t: Translation) -> None:
 
 
 def _rewards(t: Translation) -> None:
-    weights = [{"weight": float(weight)} for weight in t["reward_weights"] or []]
+    weights = [{"weight": weight} for weight in t["reward_weights"] or []]
     missing = len(t.found.rewards) - len(weights)
     t.keys["reward.functions"] = [table | more for table, more in zip(t.found.rewards, weights + [{}] * missing)]
     text = "TRL waits for a reward as long as it takes; here a call that takes longer is ended and repeated"
@@ -181,16 +182,35 @@ def _optimizer(t: Translation) -> None:
 
 
 def _sharding(t: Translation) -> None:
-    """ZeRO's stage: in DeepSpeed's own table or file, or in the name of one of TRL's configurations of accelerate."""
+    """ZeRO's stage: in DeepSpeed's own table or file, or in the name of one of TRL's configurations of accelerate.
+
+    Raises ``InputError`` E105.
+    """
     given, stage = t["deepspeed"], re.search(r"zero([123])", str(t["accelerate_config"]))
-    if isinstance(given, str) and Path(given).is_file():
-        given = json.loads(Path(given).read_text(encoding="utf-8"))
+    if isinstance(given, str):
+        given = _deepspeed(t, given)
     if isinstance(given, dict):
-        t.put("learner.zero_stage", (given.get("zero_optimization") or {}).get("stage", 0), "deepspeed")
+        zero = given.get("zero_optimization")
+        t.put("learner.zero_stage", zero.get("stage", 0) if isinstance(zero, dict) else 0, "deepspeed")
     elif stage:
         t.put("learner.zero_stage", int(stage[1]), "accelerate_config")
     elif given or t.processes > 1:
         t.found.skip(0, "what DeepSpeed or accelerate shard is in a file of theirs: set learner.zero_stage")
+
+
+def _deepspeed(t: Translation, given: str) -> Any:
+    """What the setting ``deepspeed`` says in JSON, or a file of it that is there; else the setting itself."""
+    try:
+        if given.startswith("{"):
+            return json.loads(given)
+        return json.loads(Path(given).read_text(encoding="utf-8")) if Path(given).is_file() else given
+    except (OSError, ValueError, RecursionError) as error:
+        place = f"{t.found.path.name}:deepspeed"
+        found, fix = (
+            f"{one_line(given, 40)}: {one_line(error)}",
+            "correct it, or leave it out and set learner.zero_stage",
+        )
+        raise InputError("E105", "cannot parse DeepSpeed's configuration", place, found, "valid JSON", fix) from None
 
 
 def _files(t: Translation) -> None:

@@ -20,6 +20,8 @@ ORDER = ("model", "reward_funcs", "args", "train_dataset", "eval_dataset", "proc
 """GRPOTrainer's arguments by position."""
 HARMLESS = {"remove_columns", "select_columns", "with_format", "cast_column"}
 """What is done to rows without effect here."""
+SHUFFLED = "shuffled"
+"""Marks a source on its way: its first rows are no longer the first of the file."""
 
 
 def read_script(path: Path, text: str) -> Found:
@@ -126,6 +128,8 @@ def _rows(script: Script, found: Found, node: ast.expr, part: str) -> None:
         file, source = f"data/{part}.jsonl", one_line(ast.unparse(node), 60)
         found.first.append(f"save the rows as the script makes them: {source}.to_json('{file}')")
         tables = [{"path": file}]
+    for table in tables:
+        table.pop(SHUFFLED, None)
     setattr(found, part, tables)
 
 
@@ -155,7 +159,7 @@ def _sources(script: Script, found: Found, node: ast.expr, split: str, undone: l
     if last not in HARMLESS and not undone:
         try:
             for table in tables:
-                _step(script, found, made, table)
+                _step(script, found, made, table, alone=len(tables) == 1)
         except (Unreadable, ValueError):
             undone.append(last)
     if last in undone:
@@ -163,13 +167,16 @@ def _sources(script: Script, found: Found, node: ast.expr, split: str, undone: l
     return tables
 
 
-def _step(script: Script, found: Found, call: ast.Call, table: Table) -> None:
-    """Do to a source what a method of datasets does to its rows. Raises ``Unreadable``."""
+def _step(script: Script, found: Found, call: ast.Call, table: Table, alone: bool) -> None:
+    """Do to a source, one of several unless ``alone``, what a method of datasets does to its rows. Raises ``Unreadable``."""
     last, values = script.last(call), call.args
     columns: dict[str, str] = table.get("columns", {})
     if last == "shuffle":
+        table[SHUFFLED] = True
         found.skip(call.end_lineno or call.lineno, ".shuffle(...): data.shuffle shuffles, in another order")
     elif last == "take" or (last == "select" and values and script.last(values[0]) == "range"):
+        if SHUFFLED in table or not alone:  # max_rows are the first rows of one source.
+            raise Unreadable(call)
         limit = values if last == "take" else getattr(values[0], "args", [])
         (table["max_rows"],) = [script.value(one) for one in limit]  # One number, or ValueError.
     elif last in ("rename_column", "rename_columns"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from launch.trl.settings import number
 from launch.trl.translation import Translation
 from shared.errors import InputError
 
@@ -70,13 +71,15 @@ def every(t: Translation, value: float) -> int:
 
 
 def schedule(t: Translation) -> None:
-    """learner.schedule, with TRL's warm-up: its first step has rate 0."""
+    """learner.schedule, with TRL's warm-up: its first step has rate 0. Raises ``InputError`` E102."""
     name, extra = str(t["lr_scheduler_type"]).lower(), dict(t["lr_scheduler_kwargs"] or {})
     chosen: dict[str, Any] = {"name": name if name in ("linear", "cosine") else "constant"}
     if name == "cosine_with_min_lr":
-        least = extra.pop("min_lr", None)
-        share = extra.pop("min_lr_rate", 0.0) if least is None else least / (t["learning_rate"] or 1.0)
-        chosen = {"name": "cosine", "final_fraction": float(share)}
+        least, share = (extra.pop(key, None) for key in ("min_lr", "min_lr_rate"))
+        place = f"{t.found.path.name}:lr_scheduler_kwargs.min_lr"
+        if least is not None:
+            share = number(least, place) / (t["learning_rate"] or 1.0)
+        chosen = {"name": "cosine", "final_fraction": number(share or 0.0, f"{place}_rate")}
     elif name not in ("constant", "linear", "cosine", "constant_with_warmup"):
         t.lacks("lr_scheduler_type", "constant, linear and cosine are there; written as constant")
     count = every(t, t["warmup_steps"] or t["warmup_ratio"]) if name != "constant" else 0

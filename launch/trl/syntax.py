@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import symtable
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from shared.errors import InputError, one_line
 
 BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.TryStar, ast.Match)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -41,6 +43,7 @@ class Script:
         self.path, self.text = path, text
         try:
             self.tree = ast.parse(text)
+            symtable.symtable(text, path.name, "exec")  # Refuses what the parser alone lets pass.
         except (SyntaxError, ValueError, RecursionError) as error:
             place = f"{path.name}:{getattr(error, 'lineno', None) or 1}"
             raise InputError("E105", "cannot parse script", place, str(error), "valid Python", "correct it") from None
@@ -71,8 +74,7 @@ class Script:
                 for target in targets:
                     entry = (child.lineno, child.value if known else None)
                     self.assigned.setdefault(ast.unparse(target), []).append(entry)
-            guard = isinstance(child, ast.If) and ast.unparse(child.test).startswith("__name__ ==")
-            self._collect(child, conditional or (isinstance(child, BRANCHES) and not guard))
+            self._collect(child, conditional or (isinstance(child, BRANCHES) and not is_guard(child)))
 
     def dotted(self, node: ast.AST) -> str:
         """The full name of what an expression names, aliases resolved; empty if it is no name."""
@@ -157,29 +159,46 @@ class Script:
 
     def extracted(self, names: list[str]) -> str:
         """The definitions of ``names`` and all of the script's own that they use, as a module of its own."""
-        defines = {name: node for node in self.tree.body for name in defined(node)}
+        statements = [(node, set(defined(node))) for node in self.tree.body]
         needed: set[str] = set()
-        waiting = list(names)
+        waiting = set(names)
         while waiting:
-            name = waiting.pop()
-            if name in defines and name not in needed:
-                needed.add(name)
-                waiting += [n.id for n in ast.walk(defines[name]) if isinstance(n, ast.Name)]
+            needed |= waiting
+            waiting = {name for node, bound in statements if bound & waiting for name in used(node) - bound} - needed
         lines, parts = self.text.split("\n"), []
-        for node in [node for node in self.tree.body if needed & set(defined(node))]:
+        for node in [n for n, bound in statements if bound & needed or getattr(n, "module", "") == "__future__"]:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
             parts.append("\n".join(lines[first - 1 : node.end_lineno]))
         return "\n\n".join(parts) + "\n"
 
 
 def defined(node: ast.AST) -> list[str]:
-    """The names that a statement binds."""
+    """The names that a statement binds, its blocks included; none of what only a script that is run does."""
+    if isinstance(node, DEFINITIONS):
+        return [node.name]
     if isinstance(node, ast.Import | ast.ImportFrom):
         return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return [target.id for target in targets if isinstance(target, ast.Name)]
-    return [node.name] if isinstance(node, DEFINITIONS) else []
+    if isinstance(node, ast.Name):
+        return [node.id] if isinstance(node.ctx, ast.Store) else []
+    if isinstance(node, SCOPES) or is_guard(node):
+        return []
+    return [name for child in ast.iter_child_nodes(node) for name in defined(child)]
+
+
+def used(node: ast.AST) -> set[str]:
+    """The names of the module in a statement; what is local to a function is none of them."""
+    tables = [symtable.symtable(ast.unparse(node), "statement", "exec")]
+    names = set(tables[0].get_identifiers())
+    while tables:
+        table = tables.pop()
+        names |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        tables += table.get_children()
+    return names
+
+
+def is_guard(node: ast.AST) -> bool:
+    """Whether it is ``if __name__ == "__main__":``."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).startswith("__name__ ==")
 
 
 def unreadable(node: ast.AST) -> Any:
