@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,14 @@ from tests.report_runs import write_run
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+def write_bare(folder, config="[run]\nsteps = 3\n", rows=()):
+    """A run folder of this configuration, which may fit no version, and these rows."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 def data_of(page):
@@ -78,7 +87,26 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, spoil, said):
 
 def test_a_place_that_cannot_be_written_is_refused(run, tmp_path, capsys):
     assert main([str(run), "--output", str(tmp_path / "none" / "page.html")]) == 2
+    assert "error[E601] cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", [".", "pages"])
+def test_a_folder_is_no_place_for_the_page(run, tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pages").mkdir()
+    assert main([str(run), "--output", output]) == 2
+    said = capsys.readouterr().err
+    assert "error[E601] cannot write" in said
+    assert str(Path(output) / "report.html") in said
+    assert [path.name for path in tmp_path.rglob("*")] == ["pages"]
+
+
+def test_a_page_that_cannot_be_put_in_its_place_leaves_no_draft(tmp_path, capsys):
+    folder = write_bare(tmp_path)
+    (folder / "report.html").mkdir()
+    assert main([str(folder)]) == 2
     assert "error[E601] cannot write the report" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "metrics.jsonl", "report.html"]
 
 
 def test_too_many_runs_are_refused(run):
