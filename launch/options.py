@@ -115,8 +115,11 @@ def check_number(option: str, value: float | None, least: float, most: float = m
     raise InputError("E102", "bad value", f"command line:{option}", f"{value:.9g}", expected, fix)
 
 
-def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
-    """Raises ``InputError`` E601 unless a file, with one of these ``suffixes`` if any, can be written to ``path``."""
+def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = (), example: str = "timings.json") -> None:
+    """Raises ``InputError`` E601 unless a file, with one of these ``suffixes`` if any, can be written to ``path``.
+
+    ``example``: a name for it, where ``path`` is a folder.
+    """
     if path is None:
         return
     found, expected, fix = "", "a file in a folder that is there", f"mkdir -p {path.parent}"
@@ -126,7 +129,7 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ())
     elif not path.parent.is_dir():
         found = f"no folder {path.parent}"
     elif path.is_dir():
-        found, fix = "a folder", f"{option} {path / 'timings.json'}"
+        found, fix = "a folder", f"{option} {path / example}"
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
         found, fix = "no permission", "another place"
     if found:

@@ -10,12 +10,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.options import Options, guarded
+from launch.options import Options, check_number, guarded
 from shared.config_loader import load_config
-from shared.errors import InputError
+from shared.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,6 +91,7 @@ def _show(arguments: list[str]) -> None:
     from rich.console import Console
 
     options = parser().parse_args(arguments)
+    check_number("--limit", options.limit, 0)
     groups = list(_groups(options.run, options.step))
     groups = [g for g in groups if options.group in (None, g.rows[0]["group_id"]) and g.has(options.search)]
     groups.sort(key=ORDERS[options.sort])
@@ -110,22 +112,37 @@ def _show(arguments: list[str]) -> None:
 
 
 def _groups(run: Path, step: int | None) -> Iterator[Group]:
-    """Raises ``InputError`` E603 where nothing was kept."""
-    import pyarrow.parquet
-
+    """Raises ``InputError`` E603 where nothing was kept, or nothing can be read."""
     files = {int(path.stem.removeprefix("step-")): path for path in (run / "samples").glob("step-*.parquet")}
     if not files or (step and step not in files):
         there = ", ".join(map(str, sorted(files)[-8:])) or "no samples"
         expected = "a kept step" if files else "a run folder with samples (run.samples_every)"
         place, found = f"command line:{run}", f"steps {there}" if files else there
         raise InputError("E603", "nothing to show", place, found, expected, "check path and --step")
-    chosen = sorted(files) if step == 0 else [step or max(files)]
-    for number in chosen:
+    chosen = [step] if step else sorted(files, reverse=step is None)
+    whole = ((number, rows) for number in chosen if (rows := _rows(files[number])) is not None)
+    read = list(islice(whole, None if step == 0 else 1))
+    if not read:
+        place, found = f"command line:{run}", f"{len(chosen)} damaged files"
+        raise InputError("E603", "nothing to show", place, found, "a parquet file that is whole", "another --step")
+    for number, found_rows in read:
         together: dict[int, list[Row]] = {}
-        for row in pyarrow.parquet.read_table(files[number]).to_pylist():
+        for row in found_rows:
             together.setdefault(row["group_id"], []).append(row)
         for group_id, rows in together.items():
             yield Group(number * 1e9 + group_id, rows)
+
+
+def _rows(path: Path) -> list[Row] | None:
+    """None for a damaged file, or one that is being written."""
+    import pyarrow.parquet
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+        return rows
+    except (OSError, pyarrow.ArrowException) as error:
+        print(f"warning[W603] {path} left out: {one_line(error)}", file=sys.stderr)
+        return None
 
 
 def _pieces(run: Path) -> Callable[[list[int]], list[str]] | None:
@@ -158,11 +175,13 @@ def _list(console: Console, groups: list[Group]) -> None:
 
 
 def _browse(console: Console, groups: list[Group], colour: str, pieces: Any) -> None:
+    from rich.text import Text
+
     at, said = 0, ""
     while True:
         console.clear()
         console.print(page(groups[at], f"{at + 1} of {len(groups)}", colour, pieces))
-        console.print(f"[dim]{HELP}[/]{'  ' + said if said else ''}")
+        console.print(Text.assemble((HELP, "dim"), f"  {said}" if said else ""))
         try:
             answer = input("> ").strip()
         except EOFError:

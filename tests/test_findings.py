@@ -57,6 +57,19 @@ def test_a_solved_task_is_no_flat_reward():
     assert [f.title for f in findings(recorded, make_config())] == ["Most prompts are solved: little is left to learn"]
 
 
+def test_rewards_that_are_all_the_same_are_not_solved():
+    shares = dict.fromkeys(("", "/all_best", "/all_worst"), 1.0)
+    recorded = rows(reward=0.25)
+    for row in recorded:
+        row |= {f"frac_reward_zero_std{name}": share for name, share in shares.items()}
+    told = found(recorded)
+    assert set(told) == {"The reward did not move", "All completions have the same reward"}
+    finding = told["All completions have the same reward"]
+    assert finding.level == PROBLEM
+    assert "mean reward is 0.25" in finding.text
+    assert "millrace doctor" in finding.change
+
+
 CASES = [
     ({"frac_reward_zero_std": 0.8, "frac_reward_zero_std/all_worst": 0.7}, {}, "Most groups carry no signal", "80%"),
     ({"completions/clipped_ratio": 0.6}, {}, "Many completions are truncated", "limit of 4 tokens"),

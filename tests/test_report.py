@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,14 @@ from tests.report_runs import write_run
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+def write_bare(folder, config="[run]\nsteps = 3\n", rows=()):
+    """A run folder of this configuration, which may fit no version, and these rows."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
 
 
 def data_of(page):
@@ -78,7 +87,26 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, spoil, said):
 
 def test_a_place_that_cannot_be_written_is_refused(run, tmp_path, capsys):
     assert main([str(run), "--output", str(tmp_path / "none" / "page.html")]) == 2
+    assert "error[E601] cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", [".", "pages"])
+def test_a_folder_is_no_place_for_the_page(run, tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pages").mkdir()
+    assert main([str(run), "--output", output]) == 2
+    said = capsys.readouterr().err
+    assert "error[E601] cannot write" in said
+    assert str(Path(output) / "report.html") in said
+    assert [path.name for path in tmp_path.rglob("*")] == ["pages"]
+
+
+def test_a_page_that_cannot_be_put_in_its_place_leaves_no_draft(tmp_path, capsys):
+    folder = write_bare(tmp_path)
+    (folder / "report.html").mkdir()
+    assert main([str(folder)]) == 2
     assert "error[E601] cannot write the report" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["config.toml", "metrics.jsonl", "report.html"]
 
 
 def test_too_many_runs_are_refused(run):
@@ -151,6 +179,13 @@ def test_long_series_become_means_and_the_page_says_so():
     assert thin["steps"][-1] == 2 * MAX_POINTS
     assert thin["values"]["a"] == [0.5]
     assert notes == ["Curves: every point is the mean of 2 steps (3,000 were recorded)."]
+
+
+def test_seconds_are_those_of_the_rows_however_far_apart_and_thinned():
+    spaced = [{"step": 4 * (i + 1), "time/step": 2.0} for i in range(3)]
+    assert series(spaced, [])["seconds"] == [2, 4, 6]
+    thin = series([{"step": i + 1, "time/step": i % 2} for i in range(2 * MAX_POINTS)], [])
+    assert thin["seconds"] == list(range(1, MAX_POINTS + 1))
 
 
 def test_many_metrics_and_runs_make_the_series_shorter():
@@ -270,11 +305,65 @@ def test_the_summary_of_an_earlier_life_is_not_taken(tmp_path):
     assert data["verdict"] != "The learner bounds this run."
 
 
+def test_the_summary_before_a_continuation_that_failed_to_start_is_not_taken(tmp_path):
+    folder = write_run(tmp_path / "run")
+    config, ledger = folder / "config.toml", folder / "ledger"
+    os.utime(ledger / "time.json", (config.stat().st_mtime - 60,) * 2)
+    config.write_text(config.read_text(encoding="utf-8").replace("steps = 20", "steps = 40"))
+    (ledger / "trace.json").write_text("[\n")
+    data = run_data(folder)
+    assert data["state"]["word"] == "ended early"
+    assert data["time"]["whole"] == {}
+
+
+def test_rewards_are_named_as_their_metrics_are(tmp_path):
+    config = """
+        [[reward.functions]]
+        function = "exact_match"
+        weight = 1.0
+        factory = false
+        args = { name = "x" }
+        [[reward.functions]]
+        function = "mine.py:brevity"
+        name = "short"
+        [[reward.functions]]
+        function = "mine.py:style"
+        [[reward.functions]]
+        model = "org/judge"
+        [[reward.functions]]
+        url = ["http://127.0.0.1:9000/score", "http://127.0.0.1:9001/score"]
+        """
+    facts = dict(run_data(write_bare(tmp_path, config))["facts"])
+    assert facts["Rewards"] == "exact_match, short, style, judge, 127.0.0.1"
+
+
+def test_where_a_batch_makes_several_steps_its_seconds_are_shared_among_them(tmp_path):
+    rows = [{"step": step, "time/step": 2.0, "reward": 0.5} for step in (4, 8)]
+    tiles = {tile["label"]: tile["note"] for tile in run_data(write_bare(tmp_path, rows=rows))["tiles"]}
+    assert tiles["Training time"] == "0.5 s a step"
+
+
+def test_means_at_the_end_tell_of_how_many_steps_they_are(tmp_path):
+    few, one = ([{"step": i + 1, "reward": 0.5} for i in range(count)] for count in (4, 1))
+    data = run_data(write_bare(tmp_path / "few", rows=few))
+    assert data["tiles"][0]["note"] == "mean of the last 4 steps; first 0.5"
+    assert data["final"]["averaged"] == 4
+    assert run_data(write_bare(tmp_path / "one", rows=one))["tiles"][0]["note"] == "last step; first 0.5"
+
+
+def test_a_setting_that_is_not_finite_is_written_out(tmp_path):
+    config = "[algorithm]\nkl = { coef = inf }\npolicy_loss = { high = inf, low = nan }\n"
+    settings = data_of(build([write_bare(tmp_path, config)]))["runs"][0]["settings"]
+    assert settings == {f"algorithm.{name}": "inf" for name in ("kl.coef", "policy_loss.high")} | {
+        "algorithm.policy_loss.low": "nan"
+    }
+
+
 def test_a_run_without_a_step_and_a_foreign_configuration_still_make_a_page(tmp_path):
     (tmp_path / "config.toml").write_text('[run]\nsteps = 3\nunheard_of = "<b>"\n')
     (tmp_path / "metrics.jsonl").touch()
     data = run_data(tmp_path)
-    assert data["findings"] == []
+    assert data["findings"] is None
     assert data["settings"] == {"run.steps": 3, "run.unheard_of": "<b>"}
     assert "does not fit this version" in data["notes"][0]
     assert "unheard_of" in build([tmp_path])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -29,9 +30,21 @@ def chromium():
         browser.close()
 
 
+def every_fourth(folder):
+    """Give the rows of ``folder`` steps 4, 8, ..., the third of them no KL, and its configuration an unknown key."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        row | {"step": 4 * row["step"]} | ({"kl": None} if row["step"] == 3 and "kl" in row else {}) for row in rows
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (folder / "config.toml").open("a") as file:
+        file.write("\n[unheard_of]\nkey = 1\n")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages of one run, of two, of a killed one without samples, and of one that recorded nothing yet.
+    """Pages of one run, of two, of a killed one without samples, and of one that recorded nothing yet; and odd ones.
 
     The completions of the first two, and a name, are hostile.
     """
@@ -39,13 +52,16 @@ def pages(tmp_path_factory):
     texts = [HOSTILE, "The answer is four: ", "The answer is five: ", "I do not know: "]
     row = {"completions/clipped_ratio": 0.6, "rewards/answer/mean": 0.5}
     one = write_run(folder / "one", 30, 10, 60, texts, row=row)
-    two = write_run(folder / "<i>two", 30, 10, 20, texts, settings={"learner.lr": 3e-6})
+    two = write_run(folder / "<i>two", 30, 10, 20, texts, settings={"learner.lr": 3e-6}, row={"staleness/max": 2.0})
     killed = write_run(folder / "killed", 6, 0, ended=False)
     bare = folder / "bare"
     bare.mkdir()
     (bare / "config.toml").write_text("[run]\nsteps = 9\n")
     (bare / "metrics.jsonl").touch()
+    short = write_run(folder / "short", 1, 0)
+    spaced = every_fourth(write_run(folder / "spaced", 8, 4, 5, texts, groups=20, row={"time/step": 22.45}))
     found = {"single": [one], "double": [one, two], "killed": [killed], "bare": [bare]}
+    found |= {"uneven": [one, killed], "short": [short], "spaced": [spaced]}
     for name, runs in found.items():
         (folder / f"{name}.html").write_text(build(runs), encoding="utf-8")
     return {name: (folder / f"{name}.html").as_uri() for name in found}
@@ -106,6 +122,12 @@ def test_a_run_with_little_to_show_still_makes_a_page(shown):
         page.keyboard.press(key)
 
 
+def test_without_a_configuration_that_fits_no_finding_is_made(shown):
+    said = shown("spaced").locator("#overview").inner_text()
+    assert "No findings were made" in said
+    assert "Nothing stands out" not in said
+
+
 def test_landmarks_and_names_are_there_for_those_who_do_not_see(shown):
     page = shown()
     assert [page.locator(tag).count() for tag in ("main", "body > header", "footer", "nav[aria-label]")] == [1, 1, 1, 1]
@@ -145,6 +167,34 @@ def test_arrow_keys_read_a_curve_and_all_charts_follow(shown):
     assert first.locator(".at").inner_text() == ""
     page.keyboard.press("Enter")
     assert "wide" in first.get_attribute("class")
+
+
+def test_arrow_keys_pass_a_step_without_a_value(shown):
+    chart = shown("spaced").locator(".chart", has_text="KL to the reference")
+    chart.locator(".frame").focus()
+    seen = []
+    for key in ("Home", *("ArrowRight",) * 3, *("ArrowLeft",) * 2):
+        chart.page.keyboard.press(key)
+        seen.append(chart.locator(".at").inner_text())
+    assert seen == [f"step {step}" for step in (4, 8, 12, 16, 12, 8)]
+
+
+def test_the_time_axis_has_the_seconds_of_the_rows(shown):
+    page = shown("spaced")
+    page.get_by_role("group", name="Horizontal axis").get_by_text("time").click()
+    chart = page.locator(".chart", has_text="KL to the reference")
+    chart.locator(".frame").focus()
+    page.keyboard.press("End")
+    assert chart.locator(".at").inner_text() == "3 min 0 s"  # 8 rows of 22.45 s.
+
+
+def test_what_never_changed_is_the_same_in_all_runs_and_several_steps(shown):
+    told = " ".join(texts(shown("double"), ".constant"))
+    assert "frac_reward_zero_std 0.2" in told
+    assert "staleness/max" not in told
+    page = shown("short")
+    assert page.locator(".constant").count() == 0
+    assert page.locator(".chart circle.dot").count() >= 8
 
 
 def test_the_pointer_reads_a_curve(shown):
@@ -193,6 +243,20 @@ def test_bars_tell_their_seconds_and_the_table_repeats_them(shown):
     assert "ledger/time.json" in page.locator("#time .tools").first.inner_text()
     page.locator("#time summary").click()
     assert page.locator("#time table tbody tr").count() == 4
+
+
+def test_a_press_keeps_focus_and_the_open_table(shown):
+    page = shown()
+    focused, opened = "document.activeElement.textContent", "document.querySelector('#time details').open"
+    page.locator("#time summary").click()
+    page.locator("#time .states button", has_text="generate").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#time .states button[aria-pressed=true]").inner_text() == "generate"
+    assert (page.evaluate(focused), page.evaluate(opened)) == ("generate", True)
+    page.get_by_role("group", name="Seconds of").get_by_text("the whole process").focus()
+    page.keyboard.press("Enter")
+    assert "ledger/time.json" in page.locator("#time .tools").first.inner_text()
+    assert (page.evaluate(focused), page.evaluate(opened)) == ("the whole process", True)
 
 
 def test_the_keyboard_walks_the_timeline(shown):
@@ -264,6 +328,15 @@ def test_the_keyboard_walks_completions_and_their_tokens(shown):
     assert page.locator("#tip").is_hidden()
 
 
+def test_enter_on_show_more_shows_more(shown):
+    page = shown("spaced")
+    assert page.locator(".entry").count() == 150
+    page.locator(".more button").focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".entry").count() == 160
+    assert page.evaluate("document.activeElement.id") == "entries"
+
+
 def test_tokens_are_coloured_three_ways(shown):
     page = shown()
     coloured = (
@@ -306,6 +379,11 @@ def test_two_runs_are_compared(shown):
     page.keyboard.press("r")
     assert page.locator(".runhead .runname").inner_text() == "<i>two"
     assert "60 tokens" not in " ".join(texts(page, ".entry-facts"))
+
+
+def test_runs_of_different_length_tell_how_many_steps_their_means_are_of(shown):
+    assert "Means of the last 10 steps;" in shown("double").locator("#overview").inner_text()
+    assert "Means of the last 3 to 10 steps;" in shown("uneven").locator("#overview").inner_text()
 
 
 # --- keyboard, colours, sizes ---

@@ -74,6 +74,24 @@ def test_one_line_a_group(run, capsys):
     assert lines[2].split()[:5] == ["2", "10", "1.000", "0.000", "2"]
 
 
+def test_a_damaged_file_is_left_out_where_there_are_others(run, capsys):
+    newest = run / "samples" / "step-000020.parquet"
+    newest.write_bytes(newest.read_bytes()[:-20])
+    for arguments in ([], ["--step", "0"]):
+        assert show.main([str(run), *arguments]) == 0
+        out, said = capsys.readouterr()
+        assert groups_of(out) == [1, 2]
+        assert said.startswith("warning[W603]")
+        assert newest.name in said
+    assert show.main([str(run), "--step", "20"]) == 2
+    assert "error[E603] nothing to show" in capsys.readouterr().err
+
+
+def test_a_limit_is_no_negative_number(run, capsys):
+    assert show.main([str(run), "--limit", "-1"]) == 2
+    assert capsys.readouterr().err.startswith("error[E102]")
+
+
 @pytest.mark.parametrize("arguments", [["nowhere"], ["RUN", "--step", "15"], ["RUN", "--search", "absent"]])
 def test_what_is_not_there_is_one_line(run, capsys, arguments):
     assert show.main([str(run) if a == "RUN" else a for a in arguments]) == 2
@@ -93,6 +111,16 @@ def test_an_answer_that_leads_nowhere_stays_and_says_so(run, answer):
     at, said = show._turn(list(show._groups(run, 20)), 1, answer)
     assert at == 1
     assert said
+
+
+def test_an_answer_is_repeated_and_not_interpreted(run, monkeypatch):
+    answers = iter(["/[/INST]", "[/red]", "q"])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    console = Console(file=io.StringIO(), width=200)
+    show._browse(console, list(show._groups(run, 20)), "none", None)
+    shown = console.file.getvalue()
+    assert "no '[/INST]' here" in shown
+    assert "no group [/red] here" in shown
 
 
 ROW = {"tokens": 3, "advantage": -9.0, "rollout_logprobs": [0.0, -50.0, -0.1], "versions": [1, 0, 1, 3, 1, 3]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 import tomllib
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from launch.report.rows import Row, numbers, read_rows, rounded, series, split_r
 from launch.report.samples import BUDGET, Piece, load_pieces, read_samples
 from launch.report.times import Trace, read_trace, seconds, timeline
 from launch.scale import is_live
+from rollout.reward_loading import reward_name
 from shared.config import Config
 from shared.config_loader import known_keys, load_config
 from shared.config_reward import RewardFunction
@@ -52,7 +54,7 @@ def run_data(folder: Path, runs: int = 1, load: Callable[[str], Piece | None] = 
         "facts": _facts(folder, steps, settings),
         "tiles": _tiles(steps, evaluations),
         "verdict": _verdict(steps, summary, trained, config),
-        "findings": [dataclasses.asdict(finding) for finding in findings(rows, config)] if config else [],
+        "findings": [dataclasses.asdict(finding) for finding in findings(rows, config)] if config else None,
         "training": series(steps, notes, runs),
         "evaluations": series(evaluations, [], runs),
         "final": _final(steps, evaluations),
@@ -95,6 +97,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             for number, item in enumerate(value):
                 flat |= _flat(item, f"{prefix}{name}.{number}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            flat[f"{prefix}{name}"] = str(value)
         elif value not in ({}, []):
             flat[f"{prefix}{name}"] = value if isinstance(value, str | int | float | bool) else json.dumps(value)
     return flat
@@ -114,10 +118,11 @@ def _changed(settings: dict[str, Any]) -> list[str]:
 
 
 def _summary(folder: Path, trace: Trace | None) -> dict[str, Any]:
-    """``ledger/time.json``, unless it is that of an earlier life of the run."""
+    """``ledger/time.json``, unless it is that of an earlier life of the run; each begins with a new ``config.toml``."""
     path = folder / "ledger" / "time.json"
     try:
-        if trace is not None and path.stat().st_mtime < trace.origin:
+        begun = max((folder / "config.toml").stat().st_mtime, trace.origin if trace else 0.0)
+        if path.stat().st_mtime < begun:
             return {}
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -149,15 +154,11 @@ def _facts(folder: Path, steps: list[Row], settings: dict[str, Any]) -> list[tup
         return str(settings.get(key, "?"))
 
     written = (folder / "metrics.jsonl").stat().st_mtime
-    rewards = [f"{settings[k]}" for k in settings if k.startswith("reward.functions.") and k.endswith(".name")]
-    rewards = rewards or [
-        str(v) for k, v in settings.items() if k.startswith("reward.functions.") and k.count(".") == 3
-    ]
     facts = [
         ("Model", f"{given('model.path')} · {given('model.dtype')}"),
         ("Training rows", _paths(settings, "data.train") or "?"),
         ("Held-out rows", _paths(settings, "data.eval") or "none"),
-        ("Rewards", ", ".join(rewards[:6])),
+        ("Rewards", ", ".join(_rewards(settings)[:6])),
         ("Algorithm", _algorithm(settings)),
         ("A step", f"{given('learner.prompts_per_step')} prompts × {given('rollout.group_size')} completions"),
         ("Staleness", f"at most {given('rollout.max_staleness')} steps"),
@@ -169,6 +170,16 @@ def _facts(folder: Path, steps: list[Row], settings: dict[str, Any]) -> list[tup
         ("Folder", str(folder.resolve())),
     ]
     return [(label, text) for label, text in facts if text]
+
+
+def _rewards(settings: dict[str, Any]) -> list[str]:
+    """The reward functions, as their metrics are named."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        number, _, field = key.removeprefix("reward.functions.").partition(".")
+        if key.startswith("reward.functions.") and field in ("name", "function", "model", "url"):
+            tables.setdefault(number, {})[field] = json.loads(value) if str(value)[:2] == '["' else str(value)
+    return [reward_name(RewardFunction.model_construct(**table)) for table in tables.values()]
 
 
 def _processes(settings: dict[str, Any]) -> str:
@@ -185,7 +196,7 @@ def _processes(settings: dict[str, Any]) -> str:
 def _algorithm(settings: dict[str, Any]) -> str:
     names = ("advantage.name", "policy_loss.name", "aggregation.name")
     chosen = [str(settings.get(f"algorithm.{name}", "?")) for name in names]
-    coef = settings.get("algorithm.kl.coef", 0)
+    coef = float(settings.get("algorithm.kl.coef", 0))
     recipe = settings.get("algorithm.recipe")
     return " · ".join([*([f"recipe {recipe}"] if recipe else []), *chosen, f"KL {coef:g}"])
 
@@ -216,11 +227,11 @@ def _libraries(folder: Path) -> str:
 
 def _tiles(steps: list[Row], evaluations: list[Row]) -> list[dict[str, str]]:
     """The figures at the top: label, value, a note, and the series to draw beside them."""
-    spent = sum(numbers(steps, "time/step"))
+    spent, done = sum(numbers(steps, "time/step")), steps[-1]["step"] if steps else 0
     tiles = [
-        _change("Reward", steps, "reward", f"mean of the last {FINAL_STEPS} steps"),
+        _change("Reward", steps, "reward"),
         _change("Held-out reward", evaluations, "eval/reward", "last evaluation", count=1),
-        _tile("Training time", _clock(spent), f"{spent / max(len(steps), 1):.3g} s a step", "time/step"),
+        _tile("Training time", _clock(spent), f"{spent / max(done, 1):.3g} s a step", "time/step"),
     ]
     for label, name in (
         ("Tokens a second", "throughput/rollout_tokens_per_second"),
@@ -228,16 +239,17 @@ def _tiles(steps: list[Row], evaluations: list[Row]) -> list[dict[str, str]]:
         ("KL", "kl"),
         ("Entropy", "entropy"),
     ):
-        tiles.append(_change(label, steps, name, f"mean of the last {FINAL_STEPS} steps"))
+        tiles.append(_change(label, steps, name))
     return [tile for tile in tiles if tile]
 
 
-def _change(label: str, rows: list[Row], name: str, what: str, count: int = FINAL_STEPS) -> dict[str, str]:
+def _change(label: str, rows: list[Row], name: str, what: str = "", count: int = FINAL_STEPS) -> dict[str, str]:
     values = numbers(rows, name)
     if not values:
         return {}
     count = min(count, len(values))
     first, last = sum(values[:count]) / count, sum(values[-count:]) / count
+    what = what or (f"mean of the last {count} steps" if count > 1 else "last step")
     return _tile(label, _figure(last), f"{what}; first {_figure(first)}", name)
 
 
@@ -264,4 +276,5 @@ def _final(steps: list[Row], evaluations: list[Row]) -> dict[str, Any]:
     figures |= {name: rounded(numbers(evaluations, name)[-1]) for name in sorted(scores) if numbers(evaluations, name)}
     best = max(numbers(evaluations, "eval/reward"), default=None)
     spent = sum(numbers(steps, "time/step"))
-    return figures | {"steps": steps[-1]["step"] if steps else 0, "seconds": rounded(spent), "best": rounded(best)}
+    figures |= {"seconds": rounded(spent), "best": rounded(best), "averaged": len(steps[-FINAL_STEPS:])}
+    return figures | {"steps": steps[-1]["step"] if steps else 0}

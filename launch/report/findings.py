@@ -7,6 +7,7 @@ configuration; it returns at most one finding, and none where its numbers were n
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,13 +44,13 @@ class Recorded:
         """Mean of the last quarter of the steps."""
         return _mean(_quarter(numbers(self.steps, name), last=True))
 
-    def early(self, name: str) -> float | None:
-        """Mean of the first quarter of the steps."""
-        return _mean(_quarter(numbers(self.steps, name), last=False))
-
     def last(self, name: str) -> float:
         """The newest value; 0 if there is none."""
         return (numbers(self.steps, name) or [0.0])[-1]
+
+    def flat(self) -> tuple[float, float]:
+        """Late shares of the groups that had only the best reward, and only the worst; a tie is counted in both."""
+        return self.late("frac_reward_zero_std/all_best") or 0.0, self.late("frac_reward_zero_std/all_worst") or 0.0
 
 
 def findings(rows: list[Row], config: Config) -> list[Finding]:
@@ -70,9 +71,7 @@ def _mean(values: list[float]) -> float | None:
 
 def _error(values: list[float]) -> float:
     """Standard error of the mean."""
-    mean = sum(values) / len(values)
-    spread = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
-    return math.sqrt(spread / len(values))
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 # --- is it learning? ---
@@ -92,7 +91,8 @@ def _reward(run: Recorded) -> Finding | None:
     if before - after > noise:
         change = f"lower learner.lr (now {lr:g}), or raise algorithm.kl.coef (now {run.config.algorithm.kl.coef:g})"
         return Finding(PROBLEM, "The reward fell", f"The mean reward was {said}.", change)
-    if (run.late("frac_reward_zero_std/all_best") or 0) > 0.5:
+    best, worst = run.flat()
+    if best > max(worst, 0.5):
         return None  # Solved: the rule of groups without signal says so.
     change = f"raise learner.lr (now {lr:g}), learner.prompts_per_step (now {prompts}) or run.steps"
     return Finding(PROBLEM, "The reward did not move", f"The mean reward was {said}.", change)
@@ -118,13 +118,15 @@ def _signal(run: Recorded) -> Finding | None:
     share = run.late("frac_reward_zero_std")
     if share is None or share <= 0.5:
         return None
-    best, worst = run.late("frac_reward_zero_std/all_best") or 0.0, run.late("frac_reward_zero_std/all_worst") or 0.0
+    best, worst = run.flat()
+    if best == worst > 0.5:
+        text = f"In {best:.0%} of the latest groups no completion was better or worse than another; the mean reward is {run.late('reward') or 0:.3g}."
+        change = "run millrace doctor: it says whether the reward tells completions apart"
+        return Finding(PROBLEM, "All completions have the same reward", text, change)
     text = f"In {share:.0%} of the latest groups all completions had the same reward ({best:.0%} all best, {worst:.0%} all worst)."
     zero, size = run.config.algorithm.zero_variance, run.config.rollout.group_size
-    if best >= worst:
-        change = (
-            f"harder rows in data.train; algorithm.zero_variance = 'resample' (now {zero!r}) fills steps with others"
-        )
+    if best > worst:
+        change = f"harder rows in data.train; algorithm.zero_variance = 'resample' (now {zero!r}) fills the steps"
         return Finding(NOTICE, "Most prompts are solved: little is left to learn", text, change)
     change = f"easier rows in data.train, a reward that grades, or a larger rollout.group_size (now {size})"
     return Finding(PROBLEM, "Most groups carry no signal", text, change)

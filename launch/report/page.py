@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.options import Options, guarded
+from launch.options import Options, check_output, guarded
 from shared.errors import InputError
 
 PARTS = Path(__file__).resolve().parent / "assets"
@@ -49,13 +49,15 @@ def parser() -> Options:
 
 def _report(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
+    check_output("--output", options.output, example="report.html")
     output = options.output or options.runs[0] / "report.html"
     page = build(options.runs)
+    draft = output.with_name(f".{output.name}.draft")
     try:
-        draft = output.with_name(f".{output.name}.draft")
         draft.write_text(page, encoding="utf-8")
         os.replace(draft, output)
     except OSError as error:
+        draft.unlink(missing_ok=True)
         place, fix = f"command line:--output {output}", "another place"
         raise InputError("E601", "cannot write the report", place, str(error), "a writable file", fix) from None
     print(f"report: {output} ({output.stat().st_size / 1e6:.2f} MB)", flush=True)

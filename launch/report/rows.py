@@ -7,6 +7,7 @@ recorded nothing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -99,6 +100,7 @@ def kind_of(process: str) -> str:
 def series(rows: list[Row], notes: list[str], runs: int = 1) -> dict[str, Any]:
     """``{"steps": [n], "values": {name: [n]}}`` of one of ``runs``; a constant is kept once.
 
+    Where times are recorded, ``"seconds": [n]`` of training until then: rows may be several steps apart.
     What was thinned out is added to ``notes``.
     """
     rows = _folded(rows, notes)
@@ -111,7 +113,11 @@ def series(rows: list[Row], notes: list[str], runs: int = 1) -> dict[str, Any]:
         notes.append(f"Curves: every point is the mean of {every} steps ({len(rows):,} were recorded).")
     values = {name: [_mean(numbers(chunk, name)) for chunk in chunks] for name in names}
     kept = {name: _once(column) for name, column in values.items() if any(v is not None for v in column)}
-    return {"steps": [chunk[-1]["step"] for chunk in chunks], "values": kept}
+    shown: dict[str, Any] = {"steps": [chunk[-1]["step"] for chunk in chunks], "values": kept}
+    if "time/step" in kept:
+        clock = itertools.accumulate(sum(numbers(chunk, "time/step")) for chunk in chunks)
+        shown["seconds"] = [rounded(passed, 7) for passed in clock]
+    return shown
 
 
 def _folded(rows: list[Row], notes: list[str]) -> list[Row]:

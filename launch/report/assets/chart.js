@@ -143,11 +143,12 @@ function makeChart({ title, unit, lines, note, remove }) {
     readOut();
   }
 
-  function nearest(line, x) {
+  /** The index of the point of `line` next to `x`; of those with a value, unless `gaps` count too. */
+  function nearest(line, x, gaps = false) {
     let best = -1, gap = Infinity;
     for (let i = 0; i < line.x.length; i++) {
       const d = Math.abs(line.x[i] - x);
-      if (line.y[i] !== null && d < gap) { gap = d; best = i; }
+      if ((gaps || line.y[i] !== null) && d < gap) { gap = d; best = i; }
     }
     return best;
   }
@@ -179,7 +180,7 @@ function makeChart({ title, unit, lines, note, remove }) {
 
   function press(event) {
     const longest = chart.lines.reduce((a, b) => (b.x.length > a.x.length ? b : a));
-    const n = longest.x.length, here = app.cursor === null ? n - 1 : nearest(longest, app.cursor);
+    const n = longest.x.length, here = app.cursor === null ? n - 1 : nearest(longest, app.cursor, true);
     const stride = event.shiftKey ? Math.max(2, Math.round(n / 20)) : 1;
     const next = { ArrowLeft: here - stride, ArrowRight: here + stride, Home: 0, End: n - 1 }[event.key];
     if (event.key === "Enter") enlarge();

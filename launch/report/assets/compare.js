@@ -16,13 +16,14 @@ function delta(value, base) {
 }
 
 function comparison() {
+  const counts = RUNS.map((run) => run.final.averaged), low = Math.min(...counts), high = Math.max(...counts);
   const rows = FIGURES.filter(([name]) => RUNS.some((run) => typeof run.final[name] === "number"));
   return el("div", { class: "columns pair" }, el("div", { class: "card" }, el("h3", { text: "Final figures" }), el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Final figures of the runs" },
     el("table", { id: "figures" }, el("thead", {}, el("tr", {}, el("td"), RUNS.map((run, i) => el("th", { scope: "col", class: "num" }, runName(i))))),
       el("tbody", {}, el("tr", {}, el("th", { scope: "row", text: "State" }), RUNS.map((run) => el("td", { class: "num" }, statePill(run)))),
         rows.map(([name, label, show]) => el("tr", {}, el("th", { scope: "row", text: label }),
           RUNS.map((run, i) => el("td", { class: "num" }, (show && typeof run.final[name] === "number" ? show : fmt)(run.final[name]), i ? delta(run.final[name], RUNS[0].final[name]) : null))))))),
-    el("p", { class: "hint", text: `Means of the last 10 steps; differences are to ${RUNS[0].name}.` })), differences());
+    el("p", { class: "hint", text: `Means of the last ${low === high ? high : `${low} to ${high}`} steps; differences are to ${RUNS[0].name}.` })), differences());
 }
 
 const settingKeys = [...new Set(RUNS.flatMap((run) => Object.keys(run.settings)))];

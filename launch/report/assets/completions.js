@@ -52,7 +52,7 @@ function listBox() {
     if (!run.samples) return;
     found = selected(run);
     if (!found.includes(viewer.chosen)) viewer.chosen = found[0] || null;
-    const more = found.length > viewer.limit ? el("li", { class: "more", role: "presentation" }, el("button", { type: "button", text: `Show more of ${fmt(found.length)}`, onclick: () => { viewer.limit += 4 * PAGE; fill(); } })) : null;
+    const more = found.length > viewer.limit ? el("li", { class: "more", role: "presentation" }, el("button", { type: "button", text: `Show more of ${fmt(found.length)}`, onclick: () => { viewer.limit += 4 * PAGE; fill(); list.focus({ preventScroll: true }); } })) : null;
     list.replaceChildren(...found.slice(0, viewer.limit).map(row), ...(more ? [more] : []));
     byId("found").textContent = `${fmt(found.length)} of ${fmt(entriesOf(run).length)} completions`;
     emit("chosen");
@@ -76,7 +76,7 @@ function listBox() {
   list.addEventListener("keydown", (event) => {
     const by = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -found.length, End: Math.min(found.length, viewer.limit) }[event.key];
     if (by !== undefined) { event.preventDefault(); step(by); }
-    if (event.key === "Enter") document.querySelector(".completion.current .text")?.focus();
+    if (event.key === "Enter" && event.target === list) document.querySelector(".completion.current .text")?.focus();
   });
   on("completions", fill);
   on("chosen", point);

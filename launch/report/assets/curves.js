@@ -51,7 +51,13 @@ const GROUPS = [
   ]],
 ];
 
-const varies = (name) => RUNS.some((run) => new Set((series(run, name)?.values || []).filter((v) => v !== null)).size > 1);
+/** Whether a metric had the same value in all steps, of which there are several, of all runs. */
+function isStill(name) {
+  const found = RUNS.map((run) => series(run, name)).filter(Boolean);
+  const values = new Set(found.flatMap((one) => one.values.filter((v) => v !== null)));
+  return values.size === 1 && found.some((one) => one.steps.length > 1);
+}
+
 const exists = (name) => RUNS.some((run) => series(run, name));
 
 /** Lines of the names in every run: colours tell runs apart where there are several, names otherwise. */
@@ -66,8 +72,9 @@ function linesOf(names) {
 function groupOf(heading, specs) {
   const drawn = [], still = new Map();
   for (const [title, unit, names] of specs) {
-    const lively = Object.fromEntries(Object.entries(names).filter(([name]) => varies(name)));
-    Object.keys(names).filter((name) => exists(name) && !varies(name)).forEach((name) => still.set(name, fmt(RUNS.map((run) => series(run, name)?.values[0]).find((v) => v !== undefined && v !== null))));
+    const there = Object.entries(names).filter(([name]) => exists(name));
+    const lively = Object.fromEntries(there.filter(([name]) => !isStill(name)));
+    there.filter(([name]) => isStill(name)).forEach(([name]) => still.set(name, fmt(RUNS.flatMap((run) => series(run, name)?.values || []).find((v) => v !== null))));
     if (Object.keys(lively).length) drawn.push(makeChart({ title, unit, lines: linesOf(lively) }).card);
   }
   if (!drawn.length && !still.size) return null;

@@ -14,6 +14,7 @@ function withSettings(text) {
 }
 
 function findingList(run) {
+  if (!run.findings) return el("p", { class: "hint", text: "No findings were made: config.toml does not fit this version of Millrace." });
   const items = run.findings.map((finding) => el("li", { class: `finding ${finding.level}` },
     el("span", { class: "level", "aria-hidden": "true", text: LEVELS[finding.level][0] }),
     el("div", {}, el("h4", {}, el("span", { class: "vh", text: `${LEVELS[finding.level][1]}: ` }), finding.title),

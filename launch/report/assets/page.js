@@ -50,8 +50,9 @@ function seconds(value) {
   if (value < 1e-3) return `${fmt(value * 1e6)} µs`;
   if (value < 1) return `${Number((value * 1e3).toPrecision(3))} ms`;
   if (value < 120) return `${Number(value.toPrecision(3))} s`;
-  if (value < 7200) return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
-  return `${Math.floor(value / 3600)} h ${Math.round((value % 3600) / 60)} min`;
+  const whole = Math.round(value), minutes = Math.round(value / 60);
+  if (value < 7200) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
 const percent = (share) => (share === 0 ? "0 %" : share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`);
@@ -67,22 +68,10 @@ function series(run, name) {
   return { steps: table.steps, values: column.length === 1 && table.steps.length > 1 ? table.steps.map(() => column[0]) : column };
 }
 
-const elapsed = RUNS.map((run) => {
-  const found = series(run, "time/step");
-  if (!found) return null;
-  let sum = 0, before = 0;
-  return found.values.map((value, i) => {
-    sum += (value ?? 0) * (found.steps[i] - before);
-    before = found.steps[i];
-    return sum;
-  });
-});
-
 /** The place of a step on the chosen axis: the step itself, or the seconds of training until then. */
 function place(index, step) {
-  const clock = elapsed[index];
+  const { steps, seconds: clock } = RUNS[index].training;
   if (app.axis === "step" || !clock) return step;
-  const steps = RUNS[index].training.steps;
   let low = 0, high = steps.length - 1;
   while (low < high) {
     const middle = (low + high) >> 1;
@@ -133,9 +122,15 @@ function choice(label, options, chosen, choose) {
 const swatch = (fill, kind = "box") => el("span", { class: `swatch ${kind}`, "aria-hidden": "true", vars: { "--fill": fill } });
 const runName = (index) => el("span", { class: "runname" }, many ? swatch(colour(index), "dot") : null, el("span", { text: RUNS[index].name }));
 
-/** Redraws `node` with `draw` now and whenever one of `events` happens. */
+/** Redraws `node` with `draw` now and whenever one of `events` happens; focus stays in its place, and details stay open. */
 function kept(node, events, draw) {
-  const again = () => node.replaceChildren(...[draw()].flat().filter(Boolean));
+  const all = (what) => [...node.querySelectorAll(what)], places = "button, summary, [tabindex]";
+  const again = () => {
+    const focused = all(places).indexOf(document.activeElement), open = all("details").map((one) => one.open);
+    node.replaceChildren(...[draw()].flat().filter(Boolean));
+    all("details").forEach((one, i) => { one.open = open[i] ?? one.open; });
+    if (focused >= 0) all(places)[focused]?.focus({ preventScroll: true });
+  };
   events.forEach((event) => on(event, again));
   again();
   return node;
