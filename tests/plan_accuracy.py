@@ -34,7 +34,7 @@ RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["short", "tail"], choices=list(WORKLOADS))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--max-staleness", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
