@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import math
 import os
@@ -9,11 +10,12 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-from launch import function_files, train_steps
+from launch import api, function_files, train_steps
 from launch.api import _config, _with
 from launch.function_files import write_functions
 from rollout.rewards import BUILTINS
@@ -213,6 +215,29 @@ def test_wrong_input_is_raised_at_once_and_named():
 
 
 # --- runs ---
+
+
+def test_a_run_that_is_left_before_its_thread_has_begun_ends(tmp_path, monkeypatch):
+    ended, run = [], asyncio.run
+
+    class Session:
+        async def run(self):
+            try:
+                await asyncio.sleep(20)
+            finally:
+                ended.append(True)
+
+    def late(main):
+        time.sleep(0.2)
+        run(main)
+
+    monkeypatch.setattr(api, "prepare_session", lambda *_: Session())
+    monkeypatch.setattr(api.asyncio, "run", late)
+    background = api._Background(make_config(**{"run.output_dir": str(tmp_path)}), (), (), {}, None)
+    background.end()
+    assert not background._thread.is_alive()
+    assert ended == [True]
+
 
 SCRIPT = """
 import re

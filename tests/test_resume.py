@@ -475,3 +475,13 @@ def test_over_any_lives_every_group_is_trained_at_most_once_and_none_is_skipped(
     assert known == set(range(len(known)))  # No row of any epoch was left out.
     if mode == "keep":
         assert trained == list(range(24))
+
+
+def test_a_lock_that_may_not_be_opened_is_one_line(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "lock").write_text("")
+    monkeypatch.setattr("launch.resume.take_lock", denied)
+    with pytest.raises(InputError, match=r"E601.*Permission denied"):
+        check_lock(tmp_path)
