@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -13,10 +14,12 @@ import pytest
 from launch import plan, simulate
 from launch.hardware import DEVICES, Shape, memory_report, timings_of
 from launch.plan_model import predict, splits, staleness_needed
-from launch.profile import _fit
+from launch.profile import _fit, _Profile
 from launch.timings import Lengths, Timings
+from rollout.prompts import PromptStream
+from rollout.reward_worker import Scores
 from shared.errors import InputError
-from tests.fakes import make_config, write_config
+from tests.fakes import make_completion, make_config, make_prompt, write_config
 
 EVEN = Timings(
     decode_step_s=0.01,
@@ -403,3 +406,24 @@ def test_each_stage_of_zero_spreads_more(model):
     parameters = Shape.of(given).parameters / 1e9
     saved = -np.diff(needed) / (parameters * 7 / 8)
     assert saved == pytest.approx([12, 2, 2], abs=0.05)
+
+
+async def test_a_profile_measures_what_a_reward_takes():
+    class Parts:
+        """Engines that answer at once, and a reward that takes its time."""
+
+        def __init__(self):
+            self.engines = self.rewards = self
+
+        async def generate(self, number, *_):
+            await asyncio.sleep(0.001)
+            return (make_completion(tokens=3 + number % 5), make_completion(tokens=4))
+
+        async def score(self, *_):
+            await asyncio.sleep(0.03)
+            return Scores({"exact_match": np.zeros(2, np.float32)})
+
+    prompts = PromptStream([make_prompt(i) for i in range(4)], 0)
+    timings = await _Profile(config(), prompts, Parts())._engine(Timings())
+    assert timings.score_s == pytest.approx(0.03, abs=0.02)
+    assert Lengths(timings).mean == pytest.approx(4.5, abs=0.5)
