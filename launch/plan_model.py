@@ -14,6 +14,7 @@ with ``n`` sequences a step and engine and ``L`` the length of a completion. The
 learner needs ``T >= train + publish``. On shared cores everybody is slower, by the factor at which all CPU time fits
 into ``cores T``: then more batches overlap, and engines need fewer decoding steps for the same tokens. Where an engine has
 no room for all sequences, some wait: decoding takes at least ``n E[L] / places`` steps, and a batch's last completion is late.
+The parts are timed one by one; ``together`` is how much longer everything takes in a real loop, where ``calibrated`` finds it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from shared.errors import InputError
 
 POINTS = 64
 SLOWEST, SHARED_MUCH = 64.0, 1.02
+QUICKEST, CALIBRATIONS = 0.25, 24
+"""The least ``together`` that a calibration finds, and its bisections."""
 """On shared cores: how much slower everybody may be, and from where on the cores are what a step waits for."""
 ENGINES_BOUND = 0.75
 """Share of their time that engines work, above which they and not the way round are what a step waits for."""
@@ -100,23 +103,24 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
     if staleness is None:
         staleness = config.rollout.max_staleness
     config = as_split(config, engines, ranks, staleness)
-    lengths, ahead, slower = Lengths(timings), staleness // config.updates_per_batch, 1.0
-    split = engines, ranks
+    lengths, ahead, slower = Lengths(timings), staleness // config.updates_per_batch, timings.together
+    split, together = (engines, ranks), timings.together
     if timings.cores and ahead == 0:  # Engines and learner take turns.
-        state = _at(config, timings, lengths, split, 0, (engines / timings.cores, ranks / timings.cores))
+        turns = max(engines / timings.cores, 1.0) * together, max(ranks / timings.cores, 1.0) * together
+        state = _at(config, timings, lengths, split, 0, turns)
     elif timings.cores:
 
         def fits(slower: float) -> bool:
             state = _at(config, timings, lengths, split, ahead, (slower, slower))
             work = engines * state.busy + ranks * state.step.train
-            return work / slower * timings.together + timings.control_s <= timings.cores * state.seconds
+            return work / slower * together + timings.control_s <= timings.cores * state.seconds
 
-        slower = _first(fits, SLOWEST, timings.together)
+        slower = _first(fits, SLOWEST * together, together)
         state = _at(config, timings, lengths, split, ahead, (slower, slower))
     else:
-        state = _at(config, timings, lengths, split, ahead, (1.0, 1.0))
+        state = _at(config, timings, lengths, split, ahead, (together, together))
     seconds, busy, step, bound = state
-    if slower > SHARED_MUCH * timings.together:
+    if slower > SHARED_MUCH * together:
         bound = "cores"
     samples = config.groups_per_batch * config.rollout.group_size
     return Prediction(
@@ -133,6 +137,15 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
     )
 
 
+def calibrated(config: Config, timings: Timings, engines: int, ranks: int, step_s: float) -> Timings:
+    """``timings`` with the ``together`` by which a real loop's ``step_s`` seconds are what is predicted for its split."""
+
+    def reaches(together: float) -> bool:
+        return predict(config, replace(timings, together=together), engines, ranks).step_s >= step_s
+
+    return replace(timings, together=_first(reaches, SLOWEST, QUICKEST, CALIBRATIONS))
+
+
 class _State(NamedTuple):
     """A step at a certain speed of everybody."""
 
@@ -146,8 +159,8 @@ class _State(NamedTuple):
 def _at(
     config: Config, timings: Timings, lengths: Lengths, split: tuple[int, int], ahead: int, slower: tuple[float, float]
 ) -> _State:
-    """When engines and learner take so much longer (at least 1) for everything."""
-    of_engines, of_learner = (max(factor, 1.0) for factor in slower)
+    """When engines and learner take so many times as long for everything."""
+    of_engines, of_learner = slower
     slow = replace(
         timings,
         decode_step_s=timings.decode_step_s * of_engines,
@@ -256,12 +269,12 @@ def _running(timings: Timings, step: _Step, lengths: Lengths, seconds: float) ->
     return rate * timings.decode_step_s / max(1 - rate * timings.decode_sequence_s, 1e-3)
 
 
-def _first(holds: Callable[[float], bool], limit: float, least: float | None = None) -> float:
+def _first(holds: Callable[[float], bool], limit: float, least: float | None = None, times: int = BISECTIONS) -> float:
     """The smallest number from ``least`` to ``limit`` for which ``holds`` is true, as it stays from there on."""
     low, high = limit / 1e4 if least is None else least, limit
     if least is not None and holds(least):
         return least
-    for _ in range(BISECTIONS):
+    for _ in range(times):
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high

@@ -1,23 +1,27 @@
 """A short profile of a configuration: what its engine, its learner and its weights take, fitted to ``Timings``.
 
-One engine and the learner, first each alone and then together, on real prompts and on completions that the policy itself
-samples; about a minute on a laptop. ``millrace plan`` reckons with the result.
+One engine and the learner, first each alone and then in the real loop, on real prompts and on completions that the policy
+itself samples; about a minute on a laptop. ``millrace plan`` reckons with the result.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import resource
 import statistics
+import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launch.cluster import nodes
 from launch.parts import Parts
+from launch.plan_model import calibrated, predict
 from launch.timings import Timings
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
@@ -28,9 +32,11 @@ from shared.weights import Publication
 ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 8, 4
 WARMING = 2
 """Rounds of training that are left out: the first steps take longer."""
-TURNS, TOGETHER_S, TOGETHER_STEPS = 3, 3.0, 6
+LOOP_WARMING, LOOP_S, LOOP_STEPS = 5, 15.0, 15
+"""Of the real loop: steps that are left out, and the least that are measured."""
 TINY_LR = 1e-12
 """The profile trains for real, but must not change what it measures."""
+ENDLESS = 1_000_000
 
 
 async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
@@ -45,7 +51,7 @@ async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
     for count in ranks:
         learner = config.learner.model_copy(update={"num_ranks": count, "lr": TINY_LR})
         rollout = config.rollout.model_copy(update={"num_engines": count if config.rollout.colocate else 1})
-        changed = config.model_copy(update={"learner": learner, "rollout": rollout})
+        changed = _undisturbed(config).model_copy(update={"learner": learner, "rollout": rollout})
         async with ray_session(changed), started(changed, check_resources(changed, origin)) as parts:
             run = _Profile(changed, stream, parts)
             if count == ranks[0]:
@@ -57,6 +63,17 @@ async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
                 more = step_s - timings.train_step_s + (token_s - timings.train_token_s) * share
                 timings = replace(timings, ranks_s=max(more, 0.0))
     return timings
+
+
+def _undisturbed(config: Config) -> Config:
+    """A run that goes on until it is stopped, and does nothing but steps on whatever is sampled."""
+    run = {"steps": ENDLESS, "sinks": [], "samples_every": 0, "checkpoint_every": 0, "trace": False}
+    changes = {
+        "run": config.run.model_copy(update=run),
+        "eval": config.eval.model_copy(update={"every_steps": 0}),
+        "algorithm": config.algorithm.model_copy(update={"zero_variance": "keep"}),
+    }
+    return config.model_copy(update=changes)
 
 
 class _Profile:
@@ -79,7 +96,7 @@ class _Profile:
         timings = await self._engine(timings)
         step_s, token_s = await self.learner(timings)
         timings = replace(timings, train_step_s=step_s, train_token_s=token_s)
-        return await self._both(timings)
+        return await self._loop(timings)
 
     async def _publish(self) -> tuple[Publication, dict[str, float], float]:
         started = time.monotonic()
@@ -187,49 +204,62 @@ class _Profile:
         await self._parts.learners.train_step(groups, self._canary)
         return time.monotonic() - started
 
-    async def _both(self, timings: Timings) -> Timings:
-        """Engine and learner, each kept busy, alone and at the same time: what they take longer where they share cores."""
-        if len(places := nodes()) > 1 or places[0].count("GPU"):
-            return timings
-        slower, control = list[float](), list[float]()
-        tokens_a_step = self._config.learner.epochs_per_batch * _tokens(self._batch(self._config.groups_per_batch))
-        step_s = self._config.updates_per_batch * timings.train_step_s + timings.train_token_s * tokens_a_step
-        seconds = max(TOGETHER_S, TOGETHER_STEPS * step_s)
-        for _ in range(TURNS):
-            tokens, _ = await self._rates(True, False, seconds)
-            _, steps = await self._rates(False, True, seconds)
-            before, used = time.monotonic(), _cpu_s()
-            both = await self._rates(True, True, seconds)
-            control.append((_cpu_s() - used) / (time.monotonic() - before) / both[1])
-            slower.append((tokens / both[0] + steps / both[1]) / 2)
-        together = max(1.0, statistics.median(slower))
-        return replace(timings, together=together, cores=os.cpu_count() or 1, control_s=statistics.median(control))
+    async def _loop(self, timings: Timings) -> Timings:
+        """Steps of the real loop: what everything takes longer there, and the driver's own part where all share cores."""
+        from launch.controller import Controller
+        from launch.run_folder import RunFolder
 
-    async def _rates(self, sample: bool, train: bool, seconds: float) -> tuple[float, float]:
-        """Tokens and steps a second, of those that are to work; each until what ended last within ``seconds``."""
-        config, begun = self._config, time.monotonic()
+        parts, split = self._parts, (self._config.rollout.num_engines, self._config.learner.num_ranks)
+        if len(places := nodes()) == 1 and not places[0].count("GPU"):
+            timings = replace(timings, cores=os.cpu_count() or 1)
+        watch = _Watch(max(LOOP_STEPS, math.ceil(LOOP_S / predict(self._config, timings, *split).step_s)))
+        version = (await self._publish())[0].version
+        with tempfile.TemporaryDirectory(prefix="millrace-profile-") as place:
+            folder = RunFolder(self._config, Path(place), watch)
+            controller = Controller(
+                self._config, self._stream, [], parts.engines, parts.rewards, parts.learners, folder
+            )
+            controller.version = version
+            run = asyncio.create_task(controller.run())
+            await asyncio.wait([run, watch.enough], return_when=asyncio.FIRST_COMPLETED)
+            if run.done():  # Nothing else ends it.
+                run.result()
+            run.cancel()
+            await asyncio.wait([run])
+            folder.close()
+        step_s, cpu_s = (seconds / self._config.updates_per_batch for seconds in watch.seconds())
+        if timings.cores:
+            timings = replace(timings, control_s=cpu_s)
+        return calibrated(self._config, timings, *split, step_s)
 
-        async def sampling() -> float:
-            tokens, last = 0, begun
-            while last < begun + seconds:
-                groups, _ = await self._sample(1)
-                if tokens and time.monotonic() > begun + seconds:
-                    break
-                tokens, last = tokens + sum(len(c.token_ids) for c in groups[0].completions), time.monotonic()
-            return tokens / (last - begun)
 
-        async def training() -> float:
-            steps, last = 0, begun
-            while last < begun + seconds:
-                await self._train(self._batch(config.groups_per_batch))
-                if steps and time.monotonic() > begun + seconds:
-                    break
-                steps, last = steps + 1, time.monotonic()
-            return steps / (last - begun)
+class _Watch:
+    """Sees the steps of a run (``Screen``) until it has seen enough."""
 
-        learning = asyncio.create_task(training()) if train else None
-        lanes = await asyncio.gather(*(sampling() for _ in range(2 * config.groups_per_batch if sample else 0)))
-        return sum(lanes), await learning if learning is not None else 0.0
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._seen: list[float] = []
+        self._cpu: list[float] = []
+        self.enough = asyncio.get_running_loop().create_future()
+
+    def step(self, _: int, row: dict[str, Any], __: float) -> None:
+        """See ``Screen``."""
+        self._seen.append(row["time/step"])
+        self._cpu.append(_cpu_s())
+        if len(self._seen) == LOOP_WARMING + self._steps and not self.enough.done():
+            self.enough.set_result(None)
+
+    def evaluated(self, *_: Any) -> None:
+        """Nothing is."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def seconds(self) -> tuple[float, float]:
+        """Of a batch, without the worst twentieth; and the driver's CPU seconds in it."""
+        seen = sorted(self._seen[LOOP_WARMING:])
+        spent = self._cpu[-1] - self._cpu[LOOP_WARMING - 1]
+        return statistics.fmean(seen[: math.ceil(0.95 * len(seen))]), spent / len(seen)
 
 
 def _tokens(groups: list[RolloutGroup]) -> int:

@@ -22,7 +22,7 @@ from shared.errors import InputError, nearest, one_line
 MOST_TOKENS, MOST = 1 << 20, 1e6
 """Of a completion or a prompt; and of whatever else a file may say."""
 LIMITS = {
-    "together": (1.0, MOST),
+    "together": (0.01, MOST),
     "mean_length": (1.0, MOST_TOKENS),
     "longest": (1.0, MOST_TOKENS),
     "prompt_tokens": (1.0, MOST_TOKENS),
@@ -62,7 +62,7 @@ class Timings:
     score_s: float = 0.5e-3
     """The rewards of a group."""
     together: float = 1.0
-    """Engines and learner on the same cores: how much more CPU time each takes beside the other."""
+    """How much longer everything takes in a running loop than timed alone; the simulator leaves it out."""
     cores: int = 0
     """Cores that engines and learner share; 0: everyone has a device of its own."""
     control_s: float = 0.0

@@ -118,9 +118,9 @@ class LearnerGroup:
 
     async def has_place(self, limit_s: float) -> bool:
         """Whether every rank has a place, now or within ``limit_s``: a host that is lost takes some away."""
-        ready = asyncio.gather(*(slot.ready() for slot in self._slots))
         try:
-            await asyncio.wait_for(ready, limit_s)
+            async with asyncio.timeout(limit_s):
+                await asyncio.gather(*(slot.ready() for slot in self._slots))
         except TimeoutError:
             return False
         return True
@@ -142,7 +142,8 @@ class LearnerGroup:
         limit = timeout_s or self._config.learner.step_timeout_s
         calls = [rank.call(method, *arguments).answer for rank in self._ranks]
         try:
-            return list(await asyncio.wait_for(asyncio.gather(*calls), limit))
+            async with asyncio.timeout(limit):
+                return list(await asyncio.gather(*calls))
         except TimeoutError:
             raise LearnerLost(
                 f"{method}: no answer from the learner within {limit:g} s (ranks: {len(calls)})"

@@ -71,7 +71,8 @@ class RewardPool:
 
     async def start(self, timeout_s: float = 120.0) -> None:
         """Wait until every worker has imported its functions."""
-        await asyncio.wait_for(asyncio.gather(*(a.call("ready").answer for a in self._actors)), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await asyncio.gather(*(a.call("ready").answer for a in self._actors))
 
     async def score(self, group_id: int, prompt: Prompt, completions: tuple[Completion, ...]) -> Scores:
         """Score one group. Raises ``GroupFailed`` when every try failed."""

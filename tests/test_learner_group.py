@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections import deque
 from dataclasses import replace
@@ -85,6 +86,20 @@ async def test_a_rank_that_hangs_is_lost_at_the_deadline():
     with pytest.raises(LearnerLost, match=r"no answer from the learner within 0\.05 s"):
         await group_of((0.0, "done"), (60, "late"), limit=0.05)._call("save", "x")
     assert time.monotonic() - started < 2
+
+
+async def test_a_call_that_is_cancelled_leaves_nothing_behind():
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    call = asyncio.create_task(group_of((60, "late"), (60, "late"))._call("save", "x"))
+    await asyncio.sleep(0.01)
+    call.cancel()
+    await asyncio.wait([call])
+    assert call.cancelled()
+    del call
+    gc.collect()
+    await asyncio.sleep(0.01)
+    assert not told, "what nobody has retrieved is told when it is collected"
 
 
 async def test_a_full_disk_is_an_oserror():

@@ -1,8 +1,7 @@
-"""The planner: hand-worked steps, limits, agreement with the simulator, data sheets, the fit of a profile, the verb."""
+"""The planner: hand-worked steps, limits, agreement with the simulator, calibration, data sheets, the verb."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import json
@@ -13,13 +12,10 @@ import pytest
 
 from launch import plan, simulate
 from launch.hardware import DEVICES, Shape, memory_report, timings_of
-from launch.plan_model import predict, splits, staleness_needed
-from launch.profile import _fit, _Profile
+from launch.plan_model import calibrated, predict, splits, staleness_needed
 from launch.timings import Lengths, Timings
-from rollout.prompts import PromptStream
-from rollout.reward_worker import Scores
 from shared.errors import InputError
-from tests.fakes import make_completion, make_config, make_prompt, write_config
+from tests.fakes import make_config, write_config
 
 EVEN = Timings(
     decode_step_s=0.01,
@@ -121,6 +117,25 @@ def test_shared_cores_bound_the_whole():
     assert shared.step_s > 1.2 * (TRAIN + 2.0) + 0.3 > alone.step_s
 
 
+@pytest.mark.parametrize("cores", [0, 1, 2])
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.4])
+def test_a_real_loop_calibrates_what_is_predicted(cores, staleness, factor):
+    run, timings = config(staleness=staleness), replace(EVEN, cores=cores)
+    measured = factor * predict(run, timings, 1, 1).step_s
+    found = calibrated(run, timings, 1, 1, measured)
+    assert predict(run, found, 1, 1).step_s == pytest.approx(measured, rel=1e-3)
+    assert found.together == pytest.approx(factor, rel=1e-3)
+    # Everything else is slower with it, whatever bounds it.
+    assert predict(run, found, 2, 2).step_s == pytest.approx(factor * predict(run, timings, 2, 2).step_s, rel=1e-3)
+
+
+def test_the_driver_is_not_calibrated_twice():
+    timings = replace(EVEN, cores=1, control_s=1.0)
+    fast, slow = (calibrated(config(staleness=4), timings, 1, 1, step_s) for step_s in (8.0, 9.0))
+    assert slow.together / fast.together == pytest.approx((9 - 1) / (8 - 1), rel=1e-3)
+
+
 def test_rewards_can_be_the_bound():
     found = predict(config(staleness=4, **{"reward.workers": 2}), replace(EVEN, score_s=5.0), 4, 1)
     assert (found.bound, found.step_s) == ("rewards", 10.0)
@@ -205,14 +220,6 @@ def test_the_staleness_that_is_needed():
     best = predict(config(), EVEN, 1, 1, 32).samples_per_s
     assert predict(config(), EVEN, 1, 1, needed).samples_per_s >= 0.95 * best
     assert predict(config(), EVEN, 1, 1, needed - 1).samples_per_s < 0.95 * best
-
-
-def test_a_fit_finds_what_made_the_seconds():
-    rng = np.random.default_rng(0)
-    rows = rng.uniform(1, 100, (40, 3))
-    assert _fit(rows, rows @ [0.5, 0.02, 0.003]) == pytest.approx([0.5, 0.02, 0.003])
-    assert _fit(rows, rows[:, 1] * 0.1 + rng.normal(0, 1e-4, 40)) == pytest.approx([0, 0.1, 0], abs=1e-3)
-    assert (_fit(rows, np.maximum(rows @ [1.0, -0.02, 0.0], 0.1)) >= 0).all()
 
 
 QWEN_7B = {
@@ -406,24 +413,3 @@ def test_each_stage_of_zero_spreads_more(model):
     parameters = Shape.of(given).parameters / 1e9
     saved = -np.diff(needed) / (parameters * 7 / 8)
     assert saved == pytest.approx([12, 2, 2], abs=0.05)
-
-
-async def test_a_profile_measures_what_a_reward_takes():
-    class Parts:
-        """Engines that answer at once, and a reward that takes its time."""
-
-        def __init__(self):
-            self.engines = self.rewards = self
-
-        async def generate(self, number, *_):
-            await asyncio.sleep(0.001)
-            return (make_completion(tokens=3 + number % 5), make_completion(tokens=4))
-
-        async def score(self, *_):
-            await asyncio.sleep(0.03)
-            return Scores({"exact_match": np.zeros(2, np.float32)})
-
-    prompts = PromptStream([make_prompt(i) for i in range(4)], 0)
-    timings = await _Profile(config(), prompts, Parts())._engine(Timings())
-    assert timings.score_s == pytest.approx(0.03, abs=0.02)
-    assert Lengths(timings).mean == pytest.approx(4.5, abs=0.5)
