@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from shared.config import Config
 from shared.types import RolloutGroup
 from shared.weights import Publication
 
-ENGINE_ROUNDS, LEARNER_ROUNDS, PUBLICATIONS = 3, 8, 4
+PUBLICATIONS = 4
+TURNS, TURNS_S = 3, 25.0
+"""Rollouts and training steps of every size, in turns: at least so many, for so long; machines differ from second to second."""
 WARMING = 2
-"""Rounds of training that are left out: the first steps take longer."""
+"""Training steps that are left out: the first ones take longer."""
 LOOP_WARMING, LOOP_S, LOOP_STEPS = 5, 15.0, 15
 """Of the real loop: steps that are left out, and the least that are measured."""
 TINY_LR = 1e-12
@@ -89,14 +91,35 @@ class _Profile:
         """Of a whole batch, over all epochs."""
         self._scoring: list[float] = []
         """Seconds of each group since it was emptied last."""
+        self._scores: list[float] = []
+        self._sampled: list[tuple[list[float], float]] = []
+        self._trained: list[tuple[list[float], float]] = []
+        """What each round or step held, and its seconds."""
 
     async def everything(self, timings: Timings) -> Timings:
         """All of it."""
         timings = await self._publications(timings)
-        timings = await self._engine(timings)
-        step_s, token_s = await self.learner(timings)
+        await self._sample(2)  # The first requests compile.
+        await self._warm_up()
+        await self._turns(self._rollouts, self._steps)
+        timings = self._engine(timings)
+        step_s, token_s = self._learner(timings)
         timings = replace(timings, train_step_s=step_s, train_token_s=token_s)
         return await self._loop(timings)
+
+    async def learner(self, timings: Timings) -> tuple[float, float]:
+        """Seconds of a training step, and of one of its tokens, the publication left out."""
+        await self._publish()
+        await self._warm_up()
+        await self._turns(self._steps)
+        return self._learner(timings)
+
+    async def _turns(self, *works: Callable[[], Awaitable[None]]) -> None:
+        begun, turns = time.monotonic(), 0
+        while turns < TURNS or time.monotonic() < begun + TURNS_S:
+            for work in works:
+                await work()
+            turns += 1
 
     async def _publish(self) -> tuple[Publication, dict[str, float], float]:
         started = time.monotonic()
@@ -139,23 +162,20 @@ class _Profile:
         found = await asyncio.gather(*map(one, numbers))
         return list(found), ended[0] - started
 
-    async def _engine(self, timings: Timings) -> Timings:
+    async def _rollouts(self) -> None:
         """Rounds of few and of many groups; each takes ``request m + step max(L) + sequence sum(L)`` seconds."""
         most = max(4, 2 * self._config.groups_per_batch)
-        sizes = sorted({1, max(2, most // 8), max(3, most // 4), max(4, most // 2), most})
-        await self._sample(2)  # The first requests compile.
-        rows, seconds, scoring = [], [], list[float]()
-        for size in sizes * ENGINE_ROUNDS:
+        for size in sorted({1, max(2, most // 8), max(3, most // 4), max(4, most // 2), most}):
             self._scoring.clear()
             groups, took = await self._sample(size)
-            scoring += self._scoring if size == 1 else []  # Of several, some wait for a worker.
+            self._scores += self._scoring if size == 1 else []  # Of several, some wait for a worker.
             self._groups += groups
             lengths = [len(c.token_ids) for group in groups for c in group.completions]
-            rows.append([size, max(lengths), sum(lengths)])
-            seconds.append(took)
-        request, step, sequence = _fit(np.array(rows, dtype=float), np.array(seconds))
+            self._sampled.append(([size, max(lengths), sum(lengths)], took))
+
+    def _engine(self, timings: Timings) -> Timings:
+        request, step, sequence = _fit(self._sampled)
         lengths = [len(c.token_ids) for group in self._groups for c in group.completions]
-        prompt = statistics.fmean(len(group.prompt.token_ids) for group in self._groups)
         return replace(
             timings,
             request_s=float(request),
@@ -163,33 +183,29 @@ class _Profile:
             decode_step_s=float(step),
             decode_sequence_s=float(sequence),
             lengths=tuple(sorted(lengths)),
-            prompt_tokens=prompt,
-            score_s=statistics.median(scoring),
+            prompt_tokens=statistics.fmean(len(group.prompt.token_ids) for group in self._groups),
+            score_s=statistics.median(self._scores),
         )
 
-    async def learner(self, timings: Timings) -> tuple[float, float]:
-        """Seconds of a training step, and of one of its tokens, the publication left out."""
-        config = self._config
-        while len(self._groups) < config.groups_per_batch:
-            await self._ready()
-            self._groups += (await self._sample(config.groups_per_batch))[0]
-        rows, seconds = [], []
-        for size in (max(1, config.groups_per_batch // 4), config.groups_per_batch):
-            took, tokens = list[float](), list[int]()
-            for _ in range(WARMING + LEARNER_ROUNDS):
-                groups = self._batch(size)
-                took.append(await self._train(groups))
-                tokens.append(config.learner.epochs_per_batch * _tokens(groups))
-            self.batch_tokens = float(max(tokens))
-            rows.append([config.updates_per_batch, statistics.fmean(tokens[WARMING:]) / config.learner.num_ranks])
-            seconds.append(statistics.median(took[WARMING:]) - timings.publish_s)
-        step, token = _fit(np.array(rows, dtype=float), np.array(seconds))
-        return float(step), float(token)
+    async def _warm_up(self) -> None:
+        while len(self._groups) < self._config.groups_per_batch:
+            self._groups += (await self._sample(self._config.groups_per_batch))[0]
+        for _ in range(WARMING):
+            await self._steps()
+        self._trained.clear()
 
-    async def _ready(self) -> None:
-        """Weights in the engine, if there are none yet."""
-        if not self._parts.engines.metrics()["engines/healthy"]:
-            await self._publish()
+    async def _steps(self) -> None:
+        """A small batch and a whole one."""
+        config = self._config
+        for size in (max(1, config.groups_per_batch // 4), config.groups_per_batch):
+            groups = self._batch(size)
+            tokens, took = config.learner.epochs_per_batch * _tokens(groups), await self._train(groups)
+            self.batch_tokens = max(self.batch_tokens, tokens)
+            self._trained.append(([config.updates_per_batch, tokens / config.learner.num_ranks], took))
+
+    def _learner(self, timings: Timings) -> tuple[float, float]:
+        step, token = _fit([(held, max(took - timings.publish_s, took / 10)) for held, took in self._trained])
+        return float(step), float(token)
 
     def _batch(self, count: int) -> list[RolloutGroup]:
         """``count`` of the groups, with rewards that differ, in turn."""
@@ -221,12 +237,14 @@ class _Profile:
             )
             controller.version = version
             run = asyncio.create_task(controller.run())
-            await asyncio.wait([run, watch.enough], return_when=asyncio.FIRST_COMPLETED)
-            if run.done():  # Nothing else ends it.
-                run.result()
-            run.cancel()
-            await asyncio.wait([run])
-            folder.close()
+            try:
+                await asyncio.wait([run, watch.enough], return_when=asyncio.FIRST_COMPLETED)
+                if run.done():  # It failed: nothing else ends it.
+                    run.result()
+            finally:
+                run.cancel()
+                await asyncio.wait([run])
+                folder.close()
         step_s, cpu_s = (seconds / self._config.updates_per_batch for seconds in watch.seconds())
         if timings.cores:
             timings = replace(timings, control_s=cpu_s)
@@ -245,7 +263,7 @@ class _Watch:
     def step(self, _: int, row: dict[str, Any], __: float) -> None:
         """See ``Screen``."""
         self._seen.append(row["time/step"])
-        self._cpu.append(_cpu_s())
+        self._cpu.append(time.process_time())
         if len(self._seen) == LOOP_WARMING + self._steps and not self.enough.done():
             self.enough.set_result(None)
 
@@ -266,9 +284,11 @@ def _tokens(groups: list[RolloutGroup]) -> int:
     return sum(len(g.prompt.token_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups)
 
 
-def _fit(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Non-negative factors of the columns of ``rows`` that give ``seconds``, relative errors weighed alike."""
-    weighed, ones = rows / seconds[:, None], np.ones(len(seconds))
+def _fit(seen: list[tuple[list[float], float]]) -> np.ndarray:
+    """Non-negative factors of what was held that give the seconds, relative errors weighed alike."""
+    seconds = np.array([took for _, took in seen])
+    rows, ones = np.array([held for held, _ in seen], dtype=float), np.ones(len(seen))
+    weighed = rows / seconds[:, None]
     active = list(range(rows.shape[1]))
     while True:
         found, *_ = np.linalg.lstsq(weighed[:, active], ones, rcond=None)
@@ -277,8 +297,3 @@ def _fit(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
             factors[active] = np.maximum(found, 0.0)
             return np.asarray(factors)
         active.pop(int(np.argmin(found)))
-
-
-def _cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -144,7 +143,7 @@ async def _run(config: Config, timings: Timings, path: Path) -> dict[str, Any]:
         def step(self, step: int, metrics: dict[str, float], *rest: Any) -> None:
             super().step(step, metrics, *rest)
             self.rows.append(metrics)
-            self.marks.append((_cpu_s(), time.perf_counter(), time.monotonic()))
+            self.marks.append((time.process_time(), time.perf_counter(), time.monotonic()))
 
         async def commit(self, *_: Any) -> bool:
             return True
@@ -167,11 +166,6 @@ async def _run(config: Config, timings: Timings, path: Path) -> dict[str, Any]:
         rewards.close()
         folder.close()
     return _summary(config, folder.rows, folder.marks)
-
-
-def _cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def _summary(config: Config, rows: list[dict[str, float]], marks: list[tuple[float, float, float]]) -> dict[str, Any]:

@@ -26,9 +26,12 @@ from tests.fakes import make_completion, make_config, make_prompt
 def test_a_fit_finds_what_made_the_seconds():
     rng = np.random.default_rng(0)
     rows = rng.uniform(1, 100, (40, 3))
-    assert _fit(rows, rows @ [0.5, 0.02, 0.003]) == pytest.approx([0.5, 0.02, 0.003])
-    assert _fit(rows, rows[:, 1] * 0.1 + rng.normal(0, 1e-4, 40)) == pytest.approx([0, 0.1, 0], abs=1e-3)
-    assert (_fit(rows, np.maximum(rows @ [1.0, -0.02, 0.0], 0.1)) >= 0).all()
+    for seconds, expected in (
+        (rows @ [0.5, 0.02, 0.003], pytest.approx([0.5, 0.02, 0.003])),
+        (rows[:, 1] * 0.1 + rng.normal(0, 1e-4, 40), pytest.approx([0, 0.1, 0], abs=1e-3)),
+    ):
+        assert _fit(list(zip(rows.tolist(), seconds))) == expected
+    assert (_fit(list(zip(rows.tolist(), np.maximum(rows @ [1.0, -0.02, 0.0], 0.1)))) >= 0).all()
 
 
 async def test_a_profile_measures_what_a_reward_takes():
@@ -47,7 +50,9 @@ async def test_a_profile_measures_what_a_reward_takes():
             return Scores({"exact_match": np.zeros(2, np.float32)})
 
     prompts = PromptStream([make_prompt(i) for i in range(4)], 0)
-    timings = await _Profile(make_config(), prompts, Answers())._engine(Timings())
+    profile = _Profile(make_config(), prompts, Answers())
+    await profile._rollouts()
+    timings = profile._engine(Timings())
     assert timings.score_s == pytest.approx(0.03, abs=0.02)
     assert Lengths(timings).mean == pytest.approx(4.5, abs=0.5)
 
