@@ -44,7 +44,7 @@ chaos: install
 test-gpu: install
 	$(BIN)/python -m pytest -q -rs tests/gpu
 
-# The planner against real runs, three rounds of them, and the simulator: half an hour on a quiet machine.
+# The planner against real runs, four rounds of them, and the simulator: an hour on a quiet machine.
 plan-check: install
 	$(BIN)/python tests/plan_accuracy.py
 

@@ -34,7 +34,7 @@ TURNS, TURNS_S = 3, 25.0
 """Rollouts and training steps of every size, in turns: at least so many, for so long; machines differ from second to second."""
 WARMING = 2
 """Training steps that are left out: the first ones take longer."""
-LOOP_WARMING, LOOP_S, LOOP_STEPS = 5, 15.0, 15
+LOOP_WARMING, LOOP_S, LOOP_STEPS = 12, 30.0, 15
 """Of the real loop: steps that are left out, and the least that are measured."""
 TINY_LR = 1e-12
 """The profile trains for real, but must not change what it measures."""

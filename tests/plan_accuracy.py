@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import math
 import statistics
 import sys
 import tempfile
@@ -29,14 +30,18 @@ from shared.metrics import read_metrics  # noqa: E402
 
 SPLITS = [(1, 1), (2, 1), (1, 2)]
 RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
+WARMING = 12
+"""Steps of a real run that are left out."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["short", "tail"], choices=list(WORKLOADS))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of a real run, about; its first steps are left out"
+    )
     parser.add_argument("--max-staleness", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     options = parser.parse_args()
     rows, simulated = [], []
     for shape in options.shapes:
@@ -46,7 +51,7 @@ def main() -> int:
             for _ in range(options.rounds):
                 timings = _profile(config, Path(name))
                 print(shape, replace(timings, lengths=()), flush=True)
-                rounds.append([_compare(shape, config, timings, split, Path(name)) for split in SPLITS])
+                rounds.append([_compare(shape, config, timings, split, options.seconds) for split in SPLITS])
                 print_table(rounds[-1])
             rows += [_median(list(same)) for same in zip(*rounds)]
         simulated += [_simulate(shape, config, timings, staleness) for staleness in (0, 2)]
@@ -62,7 +67,7 @@ def main() -> int:
 def _config(shape: str, folder: Path, options: argparse.Namespace) -> Config:
     workload = WORKLOADS[shape]
     table = table_of(workload, make_model(workload, folder / "model"), make_prompts(folder / "p.jsonl"), folder, "auto")
-    table["run"] |= {"steps": options.steps, "checkpoint_every": 0}
+    table["run"] |= {"checkpoint_every": 0}
     table["rollout"]["max_staleness"] = options.max_staleness
     return Config.model_validate(table)
 
@@ -76,23 +81,23 @@ def _profile(config: Config, folder: Path) -> Timings:
     return asyncio.run(profile(prepared.config, PromptStream(prepared.train.prompts, 0), "plan.toml"))
 
 
-def _compare(shape: str, config: Config, timings: Timings, split: tuple[int, int], folder: Path) -> dict:
+def _compare(shape: str, config: Config, timings: Timings, split: tuple[int, int], seconds: float) -> dict:
     from launch.run import train
 
     engines, ranks = split
-    output = folder / f"run-{engines}-{ranks}"
+    output, found = Path(config.run.output_dir), predict(config, timings, engines, ranks)
+    steps = WARMING + math.ceil(seconds / found.step_s)
     changed = config.model_copy(
         update={
-            "run": config.run.model_copy(update={"output_dir": str(output), "resume": "overwrite"}),
+            "run": config.run.model_copy(update={"steps": steps, "resume": "overwrite"}),
             "rollout": config.rollout.model_copy(update={"num_engines": engines}),
             "learner": config.learner.model_copy(update={"num_ranks": ranks}),
         }
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        train(changed, folder / "plan.toml")
-    seconds = [row["time/step"] for row in read_metrics(output) if "time/step" in row][10:]
-    found = predict(changed, timings, engines, ranks)
-    measured = statistics.fmean(sorted(seconds)[: round(0.95 * len(seconds))])  # Without the machine's own hiccups.
+        train(changed, output.parent / "plan.toml")
+    took = [row["time/step"] for row in read_metrics(output) if "time/step" in row][WARMING:]
+    measured = statistics.fmean(sorted(took)[: round(0.95 * len(took))])  # Without the machine's own hiccups.
     return _row(shape, f"{engines} : {ranks}", config.rollout.max_staleness, found.step_s, measured) | {
         "bound": found.bound
     }
