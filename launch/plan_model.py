@@ -14,7 +14,7 @@ with ``n`` sequences a step and engine and ``L`` the length of a completion. The
 learner needs ``T >= train + publish``. On shared cores everybody is slower, by the factor at which all CPU time fits
 into ``cores T``: then more batches overlap, and engines need fewer decoding steps for the same tokens. Where an engine has
 no room for all sequences, some wait: decoding takes at least ``n E[L] / places`` steps, and a batch's last completion is late.
-The parts are timed one by one; ``together`` is how much longer everything takes in a real loop, where ``calibrated`` finds it.
+The parts are timed one by one; ``together`` is how much longer all takes in a real loop, where ``calibrated`` finds it.
 """
 
 from __future__ import annotations
@@ -103,12 +103,9 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
     if staleness is None:
         staleness = config.rollout.max_staleness
     config = as_split(config, engines, ranks, staleness)
-    lengths, ahead, slower = Lengths(timings), staleness // config.updates_per_batch, timings.together
-    split, together = (engines, ranks), timings.together
-    if timings.cores and ahead == 0:  # Engines and learner take turns.
-        turns = max(engines / timings.cores, 1.0) * together, max(ranks / timings.cores, 1.0) * together
-        state = _at(config, timings, lengths, split, 0, turns)
-    elif timings.cores:
+    together = timings.ranks_together if ranks > 1 and timings.ranks_together else timings.together
+    lengths, ahead, slower, split = Lengths(timings), staleness // config.updates_per_batch, together, (engines, ranks)
+    if timings.cores and ahead:
 
         def fits(slower: float) -> bool:
             state = _at(config, timings, lengths, split, ahead, (slower, slower))
@@ -116,10 +113,10 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
             return work / slower * together + timings.control_s <= timings.cores * state.seconds
 
         slower = _first(fits, SLOWEST * together, together)
-        state = _at(config, timings, lengths, split, ahead, (slower, slower))
-    else:
-        state = _at(config, timings, lengths, split, ahead, (together, together))
-    seconds, busy, step, bound = state
+    pace = slower, slower
+    if timings.cores and not ahead:  # Engines and learner take turns.
+        pace = max(engines / timings.cores, 1.0) * together, max(ranks / timings.cores, 1.0) * together
+    seconds, busy, step, bound = _at(config, timings, lengths, split, ahead, pace)
     if slower > SHARED_MUCH * together:
         bound = "cores"
     samples = config.groups_per_batch * config.rollout.group_size
@@ -140,10 +137,13 @@ def predict(config: Config, timings: Timings, engines: int, ranks: int, stalenes
 def calibrated(config: Config, timings: Timings, engines: int, ranks: int, step_s: float) -> Timings:
     """``timings`` with the ``together`` by which a real loop's ``step_s`` seconds are what is predicted for its split."""
 
-    def reaches(together: float) -> bool:
-        return predict(config, replace(timings, together=together), engines, ranks).step_s >= step_s
+    def at(together: float) -> Timings:
+        return replace(timings, ranks_together=together) if ranks > 1 else replace(timings, together=together)
 
-    return replace(timings, together=_first(reaches, SLOWEST, QUICKEST, CALIBRATIONS))
+    def reaches(together: float) -> bool:
+        return predict(config, at(together), engines, ranks).step_s >= step_s
+
+    return at(_first(reaches, SLOWEST, QUICKEST, CALIBRATIONS))
 
 
 class _State(NamedTuple):
@@ -159,7 +159,7 @@ class _State(NamedTuple):
 def _at(
     config: Config, timings: Timings, lengths: Lengths, split: tuple[int, int], ahead: int, slower: tuple[float, float]
 ) -> _State:
-    """When engines and learner take so many times as long for everything."""
+    """When ``slower`` is how many times as long engines and learner take for everything."""
     of_engines, of_learner = slower
     slow = replace(
         timings,

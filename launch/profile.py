@@ -1,20 +1,17 @@
 """A short profile of a configuration: what its engine, its learner and its weights take, fitted to ``Timings``.
 
-One engine and the learner, first each alone and then in the real loop, on real prompts and on completions that the policy
-itself samples; about a minute on a laptop. ``millrace plan`` reckons with the result.
+One engine and a learner of one rank, first each alone and then in the real loop, and a learner of two ranks likewise, on real
+prompts and on completions that the policy itself samples; three minutes on a laptop. ``millrace plan`` reckons with the result.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ import numpy as np
 from launch.cluster import nodes
 from launch.parts import Parts
 from launch.plan_model import calibrated, predict
+from launch.profile_loop import timed_loop, undisturbed
 from launch.timings import Timings
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
@@ -34,11 +32,8 @@ TURNS, TURNS_S = 3, 25.0
 """Rollouts and training steps of every size, in turns: at least so many, for so long; machines differ from second to second."""
 WARMING = 2
 """Training steps that are left out: the first ones take longer."""
-LOOP_WARMING, LOOP_S, LOOP_STEPS = 12, 30.0, 15
-"""Of the real loop: steps that are left out, and the least that are measured."""
 TINY_LR = 1e-12
 """The profile trains for real, but must not change what it measures."""
-ENDLESS = 1_000_000
 
 
 async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
@@ -46,36 +41,15 @@ async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
     from launch.cluster import check_resources, ray_session
     from launch.parts import started
 
-    ranks = (
-        [1, 2] if config.completions_per_step % 2 == 0 and not config.rollout.colocate else [config.learner.num_ranks]
-    )
     timings = Timings()
-    for count in ranks:
-        learner = config.learner.model_copy(update={"num_ranks": count, "lr": TINY_LR})
-        rollout = config.rollout.model_copy(update={"num_engines": count if config.rollout.colocate else 1})
-        changed = _undisturbed(config).model_copy(update={"learner": learner, "rollout": rollout})
+    for ranks in (1, 2)[: 2 - config.completions_per_step % 2]:
+        learner = config.learner.model_copy(update={"num_ranks": ranks, "lr": TINY_LR})
+        rollout = config.rollout.model_copy(update={"num_engines": 1})
+        changed = undisturbed(config).model_copy(update={"learner": learner, "rollout": rollout})
         async with ray_session(changed), started(changed, check_resources(changed, origin)) as parts:
             run = _Profile(changed, stream, parts)
-            if count == ranks[0]:
-                timings = await run.everything(timings)
-            else:
-                step_s, token_s = await run.learner(timings)
-                # What is lost between ranks, at the size of a whole batch: memory, imbalance, waiting for each other.
-                share = run.batch_tokens / config.updates_per_batch / count
-                more = step_s - timings.train_step_s + (token_s - timings.train_token_s) * share
-                timings = replace(timings, ranks_s=max(more, 0.0))
+            timings = await (run.everything(timings) if ranks == 1 else run.of_ranks(timings))
     return timings
-
-
-def _undisturbed(config: Config) -> Config:
-    """A run that goes on until it is stopped, and does nothing but steps on whatever is sampled."""
-    run = {"steps": ENDLESS, "sinks": [], "samples_every": 0, "checkpoint_every": 0, "trace": False}
-    changes = {
-        "run": config.run.model_copy(update=run),
-        "eval": config.eval.model_copy(update={"every_steps": 0}),
-        "algorithm": config.algorithm.model_copy(update={"zero_variance": "keep"}),
-    }
-    return config.model_copy(update=changes)
 
 
 class _Profile:
@@ -87,7 +61,7 @@ class _Profile:
         self._next = 0
         self._groups: list[RolloutGroup] = []
         """Sampled and scored so far."""
-        self.batch_tokens = 0.0
+        self._batch_tokens = 0.0
         """Of a whole batch, over all epochs."""
         self._scoring: list[float] = []
         """Seconds of each group since it was emptied last."""
@@ -107,12 +81,15 @@ class _Profile:
         timings = replace(timings, train_step_s=step_s, train_token_s=token_s)
         return await self._loop(timings)
 
-    async def learner(self, timings: Timings) -> tuple[float, float]:
-        """Seconds of a training step, and of one of its tokens, the publication left out."""
+    async def of_ranks(self, timings: Timings) -> Timings:
+        """What is lost between ranks, at the size of a whole batch: memory, imbalance, waiting for each other."""
         await self._publish()
         await self._warm_up()
         await self._turns(self._steps)
-        return self._learner(timings)
+        step_s, token_s = self._learner(timings)
+        share = self._batch_tokens / self._config.updates_per_batch / self._config.learner.num_ranks
+        more = step_s - timings.train_step_s + (token_s - timings.train_token_s) * share
+        return await self._loop(replace(timings, ranks_s=max(more, 0.0)))
 
     async def _turns(self, *works: Callable[[], Awaitable[None]]) -> None:
         begun, turns = time.monotonic(), 0
@@ -200,7 +177,7 @@ class _Profile:
         for size in (max(1, config.groups_per_batch // 4), config.groups_per_batch):
             groups = self._batch(size)
             tokens, took = config.learner.epochs_per_batch * _tokens(groups), await self._train(groups)
-            self.batch_tokens = max(self.batch_tokens, tokens)
+            self._batch_tokens = max(self._batch_tokens, tokens)
             self._trained.append(([config.updates_per_batch, tokens / config.learner.num_ranks], took))
 
     def _learner(self, timings: Timings) -> tuple[float, float]:
@@ -221,63 +198,16 @@ class _Profile:
         return time.monotonic() - started
 
     async def _loop(self, timings: Timings) -> Timings:
-        """Steps of the real loop: what everything takes longer there, and the driver's own part where all share cores."""
-        from launch.controller import Controller
-        from launch.run_folder import RunFolder
-
-        parts, split = self._parts, (self._config.rollout.num_engines, self._config.learner.num_ranks)
+        """Some seconds of the real loop: what everything takes longer there."""
         if len(places := nodes()) == 1 and not places[0].count("GPU"):
             timings = replace(timings, cores=os.cpu_count() or 1)
-        watch = _Watch(max(LOOP_STEPS, math.ceil(LOOP_S / predict(self._config, timings, *split).step_s)))
+        split = self._config.rollout.num_engines, self._config.learner.num_ranks
+        step_s = predict(self._config, timings, *split).step_s
         version = (await self._publish())[0].version
-        with tempfile.TemporaryDirectory(prefix="millrace-profile-") as place:
-            folder = RunFolder(self._config, Path(place), watch)
-            controller = Controller(
-                self._config, self._stream, [], parts.engines, parts.rewards, parts.learners, folder
-            )
-            controller.version = version
-            run = asyncio.create_task(controller.run())
-            try:
-                await asyncio.wait([run, watch.enough], return_when=asyncio.FIRST_COMPLETED)
-                if run.done():  # It failed: nothing else ends it.
-                    run.result()
-            finally:
-                run.cancel()
-                await asyncio.wait([run])
-                folder.close()
-        step_s, cpu_s = (seconds / self._config.updates_per_batch for seconds in watch.seconds())
+        step_s, cpu_s = await timed_loop(self._config, self._stream, self._parts, version, step_s)
         if timings.cores:
             timings = replace(timings, control_s=cpu_s)
         return calibrated(self._config, timings, *split, step_s)
-
-
-class _Watch:
-    """Sees the steps of a run (``Screen``) until it has seen enough."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._seen: list[float] = []
-        self._cpu: list[float] = []
-        self.enough = asyncio.get_running_loop().create_future()
-
-    def step(self, _: int, row: dict[str, Any], __: float) -> None:
-        """See ``Screen``."""
-        self._seen.append(row["time/step"])
-        self._cpu.append(time.process_time())
-        if len(self._seen) == LOOP_WARMING + self._steps and not self.enough.done():
-            self.enough.set_result(None)
-
-    def evaluated(self, *_: Any) -> None:
-        """Nothing is."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def seconds(self) -> tuple[float, float]:
-        """Of a batch, without the worst twentieth; and the driver's CPU seconds in it."""
-        seen = sorted(self._seen[LOOP_WARMING:])
-        spent = self._cpu[-1] - self._cpu[LOOP_WARMING - 1]
-        return statistics.fmean(seen[: math.ceil(0.95 * len(seen))]), spent / len(seen)
 
 
 def _tokens(groups: list[RolloutGroup]) -> int:

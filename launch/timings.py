@@ -63,6 +63,8 @@ class Timings:
     """The rewards of a group."""
     together: float = 1.0
     """How much longer everything takes in a running loop than timed alone; the simulator leaves it out."""
+    ranks_together: float = 0.0
+    """The same where there is more than one rank; 0: likewise."""
     cores: int = 0
     """Cores that engines and learner share; 0: everyone has a device of its own."""
     control_s: float = 0.0

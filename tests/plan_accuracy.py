@@ -1,6 +1,6 @@
 """``make plan-check``: the planner's step times against real runs on this machine, and against the simulator.
 
-For two length distributions, in turns: a profile, then real runs at three splits of engines and learner ranks; after the last
+For two length distributions, in turns: a profile, then real runs at four splits of engines and learner ranks; after the last
 profile its timings at 1,000 engines in the simulator. What is compared is the median over the rounds, for machines differ from
 one minute to the next. Prints the tables of the README; exits 1 above the limits.
 """
@@ -28,7 +28,8 @@ from launch.timings import Timings  # noqa: E402
 from shared.config import Config  # noqa: E402
 from shared.metrics import read_metrics  # noqa: E402
 
-SPLITS = [(1, 1), (2, 1), (1, 2)]
+SPLITS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+"""The profile has run those with one engine itself."""
 RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
 WARMING = 12
 """Steps of a real run that are left out."""
@@ -38,10 +39,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["short", "tail"], choices=list(WORKLOADS))
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="of a real run, about; its first steps are left out"
+        "--seconds", type=float, default=45.0, help="of a real run, about; its first steps are left out"
     )
     parser.add_argument("--max-staleness", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     rows, simulated = [], []
     for shape in options.shapes:
@@ -117,7 +118,7 @@ def _median(rows: list[dict]) -> dict:
 
 def _simulate(shape: str, config: Config, timings: Timings, staleness: int) -> dict:
     """1,000 engines with devices of their own, and ranks to match."""
-    timings = replace(timings, cores=0, together=1.0)
+    timings = replace(timings, cores=0, together=1.0, ranks_together=0.0)
     prompts, engines = 4000, 1000
     changed = config.model_copy(
         update={

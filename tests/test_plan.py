@@ -128,6 +128,10 @@ def test_a_real_loop_calibrates_what_is_predicted(cores, staleness, factor):
     assert found.together == pytest.approx(factor, rel=1e-3)
     # Everything else is slower with it, whatever bounds it.
     assert predict(run, found, 2, 2).step_s == pytest.approx(factor * predict(run, timings, 2, 2).step_s, rel=1e-3)
+    ranks = calibrated(run, found, 1, 2, 2 * predict(run, timings, 1, 2).step_s)
+    assert (ranks.together, ranks.ranks_together) == (found.together, pytest.approx(2, rel=1e-3))
+    assert predict(run, ranks, 2, 1) == predict(run, found, 2, 1)
+    assert predict(run, ranks, 2, 2).step_s == pytest.approx(2 * predict(run, timings, 2, 2).step_s, rel=1e-3)
 
 
 def test_the_driver_is_not_calibrated_twice():

@@ -12,7 +12,8 @@ import launch.profile
 from launch import virtual_time
 from launch.parts import Parts
 from launch.plan_model import predict
-from launch.profile import _fit, _Profile, _undisturbed
+from launch.profile import _fit, _Profile
+from launch.profile_loop import undisturbed
 from launch.simulated import SimulatedPlaces
 from launch.timings import Lengths, Timings
 from learner.learner_group import LearnerGroup
@@ -78,7 +79,7 @@ def profiled(monkeypatch, known, measure, **changes):
     """What ``measure`` finds of simulated parts that take what ``known`` says, in virtual time."""
     monkeypatch.setattr(launch.profile, "nodes", lambda: [])
     settings = {"learner.prompts_per_step": 8, "rollout.group_size": 4, "rollout.max_staleness": 2, "reward.workers": 8}
-    config = _undisturbed(make_config(**settings | changes))
+    config = undisturbed(make_config(**settings | changes))
 
     async def run():
         places = SimulatedPlaces(known, config)
@@ -112,6 +113,13 @@ def test_what_the_loop_takes_longer_is_found(monkeypatch):
     slow = {name: 1.5 * seconds for name, seconds in vars(KNOWN).items() if name.endswith("_s")}
     _, found = profiled(monkeypatch, replace(KNOWN, **slow), lambda profile: profile._loop(KNOWN))
     assert found.together == pytest.approx(1.5, rel=0.03)
+
+
+def test_what_is_lost_between_ranks_is_found(monkeypatch):
+    known, config = replace(KNOWN, ranks_s=0.3), {"learner.num_ranks": 2}
+    _, found = profiled(monkeypatch, known, lambda profile: profile.of_ranks(KNOWN), **config)
+    assert found.ranks_s == pytest.approx(0.3, rel=0.1)
+    assert (found.together, found.ranks_together) == (1, pytest.approx(1, abs=0.05))
 
 
 def test_a_loop_that_fails_fails_the_profile(monkeypatch):
