@@ -18,8 +18,8 @@ import numpy as np
 
 from launch.cluster import nodes
 from launch.parts import Parts
-from launch.plan_model import calibrated, predict
-from launch.profile_loop import timed_loop, undisturbed
+from launch.plan_model import as_split, calibrated, predict
+from launch.profile_loop import MEASURED_S, timed_loop, undisturbed
 from launch.timings import Timings
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
@@ -32,8 +32,6 @@ TURNS, TURNS_S = 3, 25.0
 """Rollouts and training steps of every size, in turns: at least so many, for so long; machines differ from second to second."""
 WARMING = 2
 """Training steps that are left out: the first ones take longer."""
-TINY_LR = 1e-12
-"""The profile trains for real, but must not change what it measures."""
 
 
 async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
@@ -43,17 +41,15 @@ async def profile(config: Config, stream: PromptStream, origin: str) -> Timings:
 
     timings = Timings()
     for ranks in (1, 2)[: 2 - config.completions_per_step % 2]:
-        learner = config.learner.model_copy(update={"num_ranks": ranks, "lr": TINY_LR})
-        rollout = config.rollout.model_copy(update={"num_engines": 1})
-        changed = undisturbed(config).model_copy(update={"learner": learner, "rollout": rollout})
+        changed = undisturbed(as_split(config, 1, ranks, config.rollout.max_staleness))
         async with ray_session(changed), started(changed, check_resources(changed, origin)) as parts:
-            run = _Profile(changed, stream, parts)
+            run = Measurement(changed, stream, parts)
             timings = await (run.everything(timings) if ranks == 1 else run.of_ranks(timings))
     return timings
 
 
-class _Profile:
-    """The parts of a run, and what is measured with them."""
+class Measurement:
+    """What is measured with the parts of a run of ``config``, which must be ``undisturbed``."""
 
     def __init__(self, config: Config, stream: PromptStream, parts: Parts) -> None:
         self._config, self._stream, self._parts = config, stream, parts
@@ -79,7 +75,7 @@ class _Profile:
         timings = self._engine(timings)
         step_s, token_s = self._learner(timings)
         timings = replace(timings, train_step_s=step_s, train_token_s=token_s)
-        return await self._loop(timings)
+        return await self._calibrated(timings)
 
     async def of_ranks(self, timings: Timings) -> Timings:
         """What is lost between ranks, at the size of a whole batch: memory, imbalance, waiting for each other."""
@@ -89,7 +85,7 @@ class _Profile:
         step_s, token_s = self._learner(timings)
         share = self._batch_tokens / self._config.updates_per_batch / self._config.learner.num_ranks
         more = step_s - timings.train_step_s + (token_s - timings.train_token_s) * share
-        return await self._loop(replace(timings, ranks_s=max(more, 0.0)))
+        return await self._calibrated(replace(timings, ranks_s=max(more, 0.0)))
 
     async def _turns(self, *works: Callable[[], Awaitable[None]]) -> None:
         begun, turns = time.monotonic(), 0
@@ -197,14 +193,18 @@ class _Profile:
         await self._parts.learners.train_step(groups, self._canary)
         return time.monotonic() - started
 
-    async def _loop(self, timings: Timings) -> Timings:
+    async def loop(self, step_s: float, seconds: float = MEASURED_S) -> tuple[float, float]:
+        """See ``timed_loop``."""
+        version = (await self._publish())[0].version
+        return await timed_loop(self._config, self._stream, self._parts, version, step_s, seconds)
+
+    async def _calibrated(self, timings: Timings) -> Timings:
         """Some seconds of the real loop: what everything takes longer there."""
         if len(places := nodes()) == 1 and not places[0].count("GPU"):
             timings = replace(timings, cores=os.cpu_count() or 1)
         split = self._config.rollout.num_engines, self._config.learner.num_ranks
         step_s = predict(self._config, timings, *split).step_s
-        version = (await self._publish())[0].version
-        step_s, cpu_s = await timed_loop(self._config, self._stream, self._parts, version, step_s)
+        step_s, cpu_s = await self.loop(step_s)
         if timings.cores:
             timings = replace(timings, control_s=cpu_s)
         return calibrated(self._config, timings, *split, step_s)

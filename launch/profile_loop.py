@@ -20,6 +20,8 @@ from shared.config import Config
 WARMING, MEASURED_S, LEAST_STEPS = 12, 30.0, 15
 """Steps that are left out; the seconds and the steps that are measured at least."""
 ENDLESS = 1_000_000
+TINY_LR = 1e-12
+"""The profile trains for real, but must not change what it measures."""
 
 
 def undisturbed(config: Config) -> Config:
@@ -28,19 +30,20 @@ def undisturbed(config: Config) -> Config:
     changes = {
         "run": config.run.model_copy(update=run),
         "eval": config.eval.model_copy(update={"every_steps": 0}),
+        "learner": config.learner.model_copy(update={"lr": TINY_LR}),
         "algorithm": config.algorithm.model_copy(update={"zero_variance": "keep"}),
     }
     return config.model_copy(update=changes)
 
 
 async def timed_loop(
-    config: Config, stream: PromptStream, parts: Parts, version: int, step_s: float
+    config: Config, stream: PromptStream, parts: Parts, version: int, step_s: float, seconds: float = MEASURED_S
 ) -> tuple[float, float]:
     """Seconds of an optimizer step, and CPU seconds of this process in it.
 
-    ``version`` is that of the weights, and ``step_s`` about the seconds to expect.
+    ``version`` is that of the weights, ``step_s`` about what is to be expected, and ``seconds`` how long to measure.
     """
-    watch = _Watch(max(LEAST_STEPS, math.ceil(MEASURED_S / (step_s * config.updates_per_batch))))
+    watch = _Watch(max(LEAST_STEPS, math.ceil(seconds / (step_s * config.updates_per_batch))))
     with tempfile.TemporaryDirectory(prefix="millrace-profile-") as place:
         folder = RunFolder(config, Path(place), watch)
         controller = Controller(config, stream, [], parts.engines, parts.rewards, parts.learners, folder)

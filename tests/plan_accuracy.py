@@ -1,8 +1,9 @@
-"""``make plan-check``: the planner's step times against real runs on this machine, and against the simulator.
+"""``make plan-check``: the planner's step times against real loops on this machine, and against the simulator.
 
-For two length distributions, in turns: a profile, then real runs at four splits of engines and learner ranks; after the last
-profile its timings at 1,000 engines in the simulator. What is compared is the median over the rounds, for machines differ from
-one minute to the next. Prints the tables of the README; exits 1 above the limits.
+For two length distributions: a profile; then the parts of every split are brought up side by side, and each split's loop runs
+some seconds, in turns, so that a machine whose speed changes from minute to minute cannot pass for an error of the planner,
+which is calibrated as in a profile, by the two splits that a profile runs itself. At last the timings at 1,000 engines in the
+simulator. Prints the tables of the README; exits 1 above the limits.
 """
 
 from __future__ import annotations
@@ -11,50 +12,48 @@ import argparse
 import asyncio
 import contextlib
 import io
-import math
 import statistics
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launch import simulate  # noqa: E402
 from launch.bench_workloads import WORKLOADS, make_model, make_prompts, print_table, table_of  # noqa: E402
-from launch.plan_model import predict  # noqa: E402
+from launch.cluster import check_resources, ray_session  # noqa: E402
+from launch.parts import started  # noqa: E402
+from launch.plan_model import as_split, calibrated, predict  # noqa: E402
+from launch.preflight import prepare  # noqa: E402
+from launch.profile import Measurement, profile  # noqa: E402
+from launch.profile_loop import undisturbed  # noqa: E402
 from launch.timings import Timings  # noqa: E402
+from rollout.prompts import PromptStream  # noqa: E402
 from shared.config import Config  # noqa: E402
-from shared.metrics import read_metrics  # noqa: E402
 
-SPLITS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-"""The profile has run those with one engine itself."""
+PROFILED, PLANNED = [(1, 1), (1, 2)], [(2, 1), (2, 2), (3, 1)]
+"""Engines and ranks of the splits that a profile runs itself, and of others."""
 RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
-WARMING = 12
-"""Steps of a real run that are left out."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["short", "tail"], choices=list(WORKLOADS))
-    parser.add_argument(
-        "--seconds", type=float, default=45.0, help="of a real run, about; its first steps are left out"
-    )
+    parser.add_argument("--seconds", type=float, default=12.0, help="of a loop, about; its first steps are left out")
     parser.add_argument("--max-staleness", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     rows, simulated = [], []
     for shape in options.shapes:
         with tempfile.TemporaryDirectory(prefix="millrace-plan-") as name:
-            config = _config(shape, Path(name), options)
-            rounds = []
-            for _ in range(options.rounds):
-                timings = _profile(config, Path(name))
-                print(shape, replace(timings, lengths=()), flush=True)
-                rounds.append([_compare(shape, config, timings, split, options.seconds) for split in SPLITS])
-                print_table(rounds[-1])
-            rows += [_median(list(same)) for same in zip(*rounds)]
+            config, stream = _prepared(shape, Path(name), options)
+            timings = asyncio.run(profile(config, stream, "plan.toml"))
+            print(shape, replace(timings, lengths=()), flush=True)
+            measured = asyncio.run(_measure(config, stream, timings, options))
+            rows += _compare(shape, config, timings, measured)
         simulated += [_simulate(shape, config, timings, staleness) for staleness in (0, 2)]
     print_table(rows)
     print_table(simulated)
@@ -65,55 +64,48 @@ def main() -> int:
     return int(off[0] > RUN_LIMIT or off[1] > SIMULATION_LIMIT)
 
 
-def _config(shape: str, folder: Path, options: argparse.Namespace) -> Config:
+def _prepared(shape: str, folder: Path, options: argparse.Namespace) -> tuple[Config, PromptStream]:
     workload = WORKLOADS[shape]
     table = table_of(workload, make_model(workload, folder / "model"), make_prompts(folder / "p.jsonl"), folder, "auto")
-    table["run"] |= {"checkpoint_every": 0}
     table["rollout"]["max_staleness"] = options.max_staleness
-    return Config.model_validate(table)
+    prepared = prepare(Config.model_validate(table), "plan.toml", folder, probing=False)
+    return prepared.config, PromptStream(prepared.train.prompts, 0)
 
 
-def _profile(config: Config, folder: Path) -> Timings:
-    from launch.preflight import prepare
-    from launch.profile import profile
-    from rollout.prompts import PromptStream
-
-    prepared = prepare(config, "plan.toml", folder, probing=False)
-    return asyncio.run(profile(prepared.config, PromptStream(prepared.train.prompts, 0), "plan.toml"))
-
-
-def _compare(shape: str, config: Config, timings: Timings, split: tuple[int, int], seconds: float) -> dict:
-    from launch.run import train
-
-    engines, ranks = split
-    output, found = Path(config.run.output_dir), predict(config, timings, engines, ranks)
-    steps = WARMING + math.ceil(seconds / found.step_s)
-    changed = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"steps": steps, "resume": "overwrite"}),
-            "rollout": config.rollout.model_copy(update={"num_engines": engines}),
-            "learner": config.learner.model_copy(update={"num_ranks": ranks}),
-        }
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
-        train(changed, output.parent / "plan.toml")
-    took = [row["time/step"] for row in read_metrics(output) if "time/step" in row][WARMING:]
-    measured = statistics.fmean(sorted(took)[: round(0.95 * len(took))])  # Without the machine's own hiccups.
-    return _row(shape, f"{engines} : {ranks}", config.rollout.max_staleness, found.step_s, measured) | {
-        "bound": found.bound
-    }
+async def _measure(
+    config: Config, stream: PromptStream, timings: Timings, options: argparse.Namespace
+) -> dict[tuple[int, int], list[float]]:
+    """Seconds of a step of every split, in every turn."""
+    splits = PROFILED + PLANNED
+    configs = {split: undisturbed(as_split(config, *split, options.max_staleness)) for split in splits}
+    all_of_them = as_split(config, sum(e for e, _ in splits), sum(r for _, r in splits), options.max_staleness)
+    workers = config.reward.model_copy(update={"workers": len(splits) * config.reward.workers})
+    measured: dict[tuple[int, int], list[float]] = {split: [] for split in splits}
+    async with ray_session(all_of_them.model_copy(update={"reward": workers})), contextlib.AsyncExitStack() as stack:
+        parts = {}
+        for split, changed in configs.items():
+            parts[split] = await stack.enter_async_context(started(changed, check_resources(changed, "plan.toml")))
+        for turn in range(options.turns):
+            for split in splits if turn % 2 else reversed(splits):
+                loop = Measurement(configs[split], stream, parts[split]).loop
+                guess = predict(config, timings, *split).step_s
+                measured[split].append((await loop(guess, options.seconds))[0])
+            print(turn, {split: round(seconds[-1], 4) for split, seconds in measured.items()}, flush=True)
+    return measured
 
 
-def _median(rows: list[dict]) -> dict:
-    """One split over all rounds."""
-    predicted, measured = (statistics.median(row[name] for row in rows) for name in ("predicted_s", "measured_s"))
-    spread = max(abs(row["off"]) for row in rows)
-    return rows[-1] | {
-        "predicted_s": predicted,
-        "measured_s": measured,
-        "off": predicted / measured - 1,
-        "worst": spread,
-    }
+def _compare(
+    shape: str, config: Config, timings: Timings, measured: dict[tuple[int, int], list[float]]
+) -> list[dict[str, Any]]:
+    """A row a split; ``profile_off`` is what the profile said minutes before, ``off`` at the machine's speed of these turns."""
+    seconds, then = {split: statistics.median(found) for split, found in measured.items()}, timings
+    for split in PROFILED:
+        timings = calibrated(config, timings, *split, seconds[split])
+    rows = []
+    for split, took in seconds.items():
+        row = _row(shape, config, timings, split, took)
+        rows.append(row | {"profile_off": predict(config, then, *split).step_s / took - 1})
+    return rows
 
 
 def _simulate(shape: str, config: Config, timings: Timings, staleness: int) -> dict:
@@ -130,18 +122,19 @@ def _simulate(shape: str, config: Config, timings: Timings, staleness: int) -> d
     )
     with contextlib.redirect_stdout(io.StringIO()):
         result = simulate.simulate(changed, timings)
-    found = predict(changed, timings, engines, 1000)
-    return _row(shape, "1000 : 1000", staleness, found.step_s, result["simulated_step_s"]) | {"bound": found.bound}
+    return _row(shape, changed, timings, (engines, 1000), result["simulated_step_s"])
 
 
-def _row(shape: str, split: str, staleness: int, predicted: float, measured: float) -> dict:
+def _row(shape: str, config: Config, timings: Timings, split: tuple[int, int], measured: float) -> dict[str, Any]:
+    found = predict(config, timings, *split)
     return {
         "lengths": shape,
-        "engines : ranks": split,
-        "max_staleness": staleness,
-        "predicted_s": predicted,
+        "engines : ranks": f"{split[0]} : {split[1]}",
+        "max_staleness": config.rollout.max_staleness,
+        "predicted_s": found.step_s,
         "measured_s": measured,
-        "off": predicted / measured - 1,
+        "off": found.step_s / measured - 1,
+        "bound": found.bound,
     }
 
 

@@ -12,7 +12,7 @@ import launch.profile
 from launch import virtual_time
 from launch.parts import Parts
 from launch.plan_model import predict
-from launch.profile import _fit, _Profile
+from launch.profile import Measurement, _fit
 from launch.profile_loop import undisturbed
 from launch.simulated import SimulatedPlaces
 from launch.timings import Lengths, Timings
@@ -51,7 +51,7 @@ async def test_a_profile_measures_what_a_reward_takes():
             return Scores({"exact_match": np.zeros(2, np.float32)})
 
     prompts = PromptStream([make_prompt(i) for i in range(4)], 0)
-    profile = _Profile(make_config(), prompts, Answers())
+    profile = Measurement(make_config(), prompts, Answers())
     await profile._rollouts()
     timings = profile._engine(Timings())
     assert timings.score_s == pytest.approx(0.03, abs=0.02)
@@ -88,7 +88,7 @@ def profiled(monkeypatch, known, measure, **changes):
         await asyncio.gather(engines.start(), learners.start(), rewards.start())
         prompts = PromptStream([make_prompt(i) for i in range(50)], 0)
         try:
-            return await measure(_Profile(config, prompts, Parts(engines, rewards, learners, False)))
+            return await measure(Measurement(config, prompts, Parts(engines, rewards, learners, False)))
         finally:
             await engines.close()
             rewards.close()
@@ -111,7 +111,7 @@ def test_a_profile_finds_timings_that_are_known(monkeypatch):
 def test_what_the_loop_takes_longer_is_found(monkeypatch):
     """Parts that are 1.5 times as slow as their timings say, as they would be where something else takes their cores."""
     slow = {name: 1.5 * seconds for name, seconds in vars(KNOWN).items() if name.endswith("_s")}
-    _, found = profiled(monkeypatch, replace(KNOWN, **slow), lambda profile: profile._loop(KNOWN))
+    _, found = profiled(monkeypatch, replace(KNOWN, **slow), lambda profile: profile._calibrated(KNOWN))
     assert found.together == pytest.approx(1.5, rel=0.03)
 
 
@@ -125,7 +125,7 @@ def test_what_is_lost_between_ranks_is_found(monkeypatch):
 def test_a_loop_that_fails_fails_the_profile(monkeypatch):
     async def measure(profile):
         profile._parts.learners.train_step = None
-        await profile._loop(KNOWN)
+        await profile._calibrated(KNOWN)
 
     with pytest.raises(TypeError):
         profiled(monkeypatch, KNOWN, measure)
