@@ -67,7 +67,9 @@ def main() -> int:
 def _prepared(shape: str, folder: Path, options: argparse.Namespace) -> tuple[Config, PromptStream]:
     workload = WORKLOADS[shape]
     table = table_of(workload, make_model(workload, folder / "model"), make_prompts(folder / "p.jsonl"), folder, "auto")
-    table["rollout"]["max_staleness"] = options.max_staleness
+    # All splits are up at the same time: little memory for each.
+    table["rollout"] |= {"max_staleness": options.max_staleness, "kv_cache_gib": 0.25}
+    table["reward"]["workers"] = 1
     prepared = prepare(Config.model_validate(table), "plan.toml", folder, probing=False)
     return prepared.config, PromptStream(prepared.train.prompts, 0)
 
