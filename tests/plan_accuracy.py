@@ -1,6 +1,6 @@
 """``make plan-check``: the planner's step times against real loops on this machine, and against the simulator.
 
-For two length distributions: a profile; then the parts of every split are brought up side by side, and each split's loop runs
+For two length distributions: a profile; then the parts of every split are brought up side by side (15 GB), and each split's loop runs
 some seconds, in turns, so that a machine whose speed changes from minute to minute cannot pass for an error of the planner,
 which is calibrated as in a profile, by the two splits that a profile runs itself. At last the timings at 1,000 engines in the
 simulator. Prints the tables of the README; exits 1 above the limits.
@@ -34,7 +34,7 @@ from launch.timings import Timings  # noqa: E402
 from rollout.prompts import PromptStream  # noqa: E402
 from shared.config import Config  # noqa: E402
 
-PROFILED, PLANNED = [(1, 1), (1, 2)], [(2, 1), (2, 2), (3, 1)]
+PROFILED, PLANNED = [(1, 1), (1, 2)], [(2, 1), (2, 2)]
 """Engines and ranks of the splits that a profile runs itself, and of others."""
 RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
 
@@ -67,9 +67,7 @@ def main() -> int:
 def _prepared(shape: str, folder: Path, options: argparse.Namespace) -> tuple[Config, PromptStream]:
     workload = WORKLOADS[shape]
     table = table_of(workload, make_model(workload, folder / "model"), make_prompts(folder / "p.jsonl"), folder, "auto")
-    # All splits are up at the same time: little memory for each.
-    table["rollout"] |= {"max_staleness": options.max_staleness, "kv_cache_gib": 0.25}
-    table["reward"]["workers"] = 1
+    table["rollout"]["max_staleness"] = options.max_staleness
     prepared = prepare(Config.model_validate(table), "plan.toml", folder, probing=False)
     return prepared.config, PromptStream(prepared.train.prompts, 0)
 
