@@ -35,7 +35,7 @@ def parser() -> ConfigOptions:
         "plan",
         __doc__,
         """
-        millrace plan my.toml --devices 8                                 # from a profile of a minute on this machine
+        millrace plan my.toml --devices 8                               # from a profile on this machine, three minutes
         millrace plan my.toml --devices 64 --device h200 --mean-tokens 3000  # from a data sheet
         """,
     )
