@@ -31,9 +31,9 @@ from shared.errors import InputError
 
 POINTS = 64
 SLOWEST, SHARED_MUCH = 64.0, 1.02
+"""On shared cores: how much slower everybody may be, and from where on the cores are what a step waits for."""
 QUICKEST, CALIBRATIONS = 0.25, 24
 """The least ``together`` that a calibration finds, and its bisections."""
-"""On shared cores: how much slower everybody may be, and from where on the cores are what a step waits for."""
 ENGINES_BOUND = 0.75
 """Share of their time that engines work, above which they and not the way round are what a step waits for."""
 

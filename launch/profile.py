@@ -205,8 +205,8 @@ class Measurement:
         split = self._config.rollout.num_engines, self._config.learner.num_ranks
         step_s = predict(self._config, timings, *split).step_s
         step_s, cpu_s = await self.loop(step_s)
-        if timings.cores:
-            timings = replace(timings, control_s=cpu_s)
+        if timings.cores:  # Of the first loop: ``together`` was found with it.
+            timings = replace(timings, control_s=timings.control_s or cpu_s)
         return calibrated(self._config, timings, *split, step_s)
 
 

@@ -29,6 +29,7 @@ def undisturbed(config: Config) -> Config:
     run = {"steps": ENDLESS, "sinks": [], "samples_every": 0, "checkpoint_every": 0, "trace": False}
     changes = {
         "run": config.run.model_copy(update=run),
+        "rollout": config.rollout.model_copy(update={"max_engines": 0}),
         "eval": config.eval.model_copy(update={"every_steps": 0}),
         "learner": config.learner.model_copy(update={"lr": TINY_LR}),
         "algorithm": config.algorithm.model_copy(update={"zero_variance": "keep"}),

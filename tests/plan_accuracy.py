@@ -1,9 +1,9 @@
 """``make plan-check``: the planner's step times against real loops on this machine, and against the simulator.
 
-For two length distributions: a profile; then the parts of every split are brought up side by side, and each split's loop runs
-some seconds, in turns, so that a machine whose speed changes from minute to minute cannot pass for an error of the planner,
-which is calibrated as in a profile, by the two splits that a profile runs itself. At last the timings at 1,000 engines in the
-simulator. Prints the tables of the README; exits 1 above the limits.
+For two length distributions: a profile; then, for every split to be predicted, its parts and those of the two splits that a
+profile runs itself are brought up side by side, and the three loops run some seconds each, in turns. The planner is calibrated
+by the latter two, as in a profile, so that a machine whose speed changes from minute to minute cannot pass for an error of
+the planner. At last the timings at 1,000 engines in the simulator. Prints the tables of the README; exits 1 above the limits.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from launch.timings import Timings  # noqa: E402
 from rollout.prompts import PromptStream  # noqa: E402
 from shared.config import Config  # noqa: E402
 
-PROFILED, PLANNED = [(1, 1), (1, 2)], [(2, 1)]
-"""Engines and ranks of the splits that a profile runs itself, and of others; all are up at once, so memory limits them."""
+PROFILED, PREDICTED = [(1, 1), (1, 2)], [(2, 1), (2, 2), (3, 1)]
+"""Engines and ranks of the splits that a profile runs itself, and of others."""
 RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
 
 
@@ -46,14 +46,14 @@ def main() -> int:
     parser.add_argument("--max-staleness", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
-    rows, simulated = [], []
+    rows, simulated = list[dict[str, Any]](), list[dict[str, Any]]()
     for shape in options.shapes:
         with tempfile.TemporaryDirectory(prefix="millrace-plan-") as name:
             config, stream = _prepared(shape, Path(name), options)
             timings = asyncio.run(profile(config, stream, "plan.toml"))
             print(shape, replace(timings, lengths=()), flush=True)
-            measured = asyncio.run(_measure(config, stream, timings, options))
-            rows += _compare(shape, config, timings, measured)
+            for split in PREDICTED:
+                rows.append(asyncio.run(_measure(shape, config, stream, timings, split, options)))
         simulated += [_simulate(shape, config, timings, staleness) for staleness in (0, 2)]
     print_table(rows)
     print_table(simulated)
@@ -73,10 +73,15 @@ def _prepared(shape: str, folder: Path, options: argparse.Namespace) -> tuple[Co
 
 
 async def _measure(
-    config: Config, stream: PromptStream, timings: Timings, options: argparse.Namespace
-) -> dict[tuple[int, int], list[float]]:
-    """Seconds of a step of every split, in every turn."""
-    splits = PROFILED + PLANNED
+    shape: str,
+    config: Config,
+    stream: PromptStream,
+    timings: Timings,
+    predicted: tuple[int, int],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """The split's row, after turns of its loop and of the two that a profile runs; printed after each turn."""
+    splits = [*PROFILED, predicted]
     configs = {split: undisturbed(as_split(config, *split, options.max_staleness)) for split in splits}
     all_of_them = as_split(config, sum(e for e, _ in splits), sum(r for _, r in splits), options.max_staleness)
     workers = config.reward.model_copy(update={"workers": len(splits) * config.reward.workers})
@@ -90,22 +95,21 @@ async def _measure(
                 loop = Measurement(configs[split], stream, parts[split]).loop
                 guess = predict(config, timings, *split).step_s
                 measured[split].append((await loop(guess, options.seconds))[0])
-            print(turn, {split: round(seconds[-1], 4) for split, seconds in measured.items()}, flush=True)
-    return measured
+            print(f"turn {turn}: { {split: round(seconds[-1], 4) for split, seconds in measured.items()} }")
+            print_table([row := _compare(shape, config, timings, measured, predicted)])
+    return row
 
 
 def _compare(
-    shape: str, config: Config, timings: Timings, measured: dict[tuple[int, int], list[float]]
-) -> list[dict[str, Any]]:
-    """A row a split; ``profile_off`` is what the profile said minutes before, ``off`` at the machine's speed of these turns."""
+    shape: str, config: Config, timings: Timings, measured: dict[tuple[int, int], list[float]], split: tuple[int, int]
+) -> dict[str, Any]:
+    """``profile_off`` is what the profile said minutes before, ``off`` at the machine's speed of these turns."""
     seconds, then = {split: statistics.median(found) for split, found in measured.items()}, timings
-    for split in PROFILED:
-        timings = calibrated(config, timings, *split, seconds[split])
-    rows = []
-    for split, took in seconds.items():
-        row = _row(shape, config, timings, split, took)
-        rows.append(row | {"profile_off": predict(config, then, *split).step_s / took - 1})
-    return rows
+    for profiled in PROFILED:
+        timings = calibrated(config, timings, *profiled, seconds[profiled])
+    row = _row(shape, config, timings, split, seconds[split])
+    profiled_s = {f"{engines} : {ranks}": seconds[engines, ranks] for engines, ranks in PROFILED}
+    return row | profiled_s | {"profile_off": predict(config, then, *split).step_s / seconds[split] - 1}
 
 
 def _simulate(shape: str, config: Config, timings: Timings, staleness: int) -> dict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from launch import virtual_time
 from launch.parts import Parts
 from launch.plan_model import predict
 from launch.profile import Measurement, _fit
-from launch.profile_loop import undisturbed
+from launch.profile_loop import WARMING, _Watch, undisturbed
 from launch.simulated import SimulatedPlaces
 from launch.timings import Lengths, Timings
 from learner.learner_group import LearnerGroup
@@ -120,6 +121,36 @@ def test_what_is_lost_between_ranks_is_found(monkeypatch):
     _, found = profiled(monkeypatch, known, lambda profile: profile.of_ranks(KNOWN), **config)
     assert found.ranks_s == pytest.approx(0.3, rel=0.1)
     assert (found.together, found.ranks_together) == (1, pytest.approx(1, abs=0.05))
+
+
+def test_the_first_loop_alone_says_what_the_driver_takes(monkeypatch):
+    one = SimpleNamespace(count=lambda resource: 0)
+    for known, kept in ((replace(KNOWN, control_s=0.123), 0.123), (KNOWN, None)):
+
+        async def measure(profile, known=known):
+            monkeypatch.setattr(launch.profile, "nodes", lambda: [one])
+            return await profile._calibrated(known)
+
+        _, found = profiled(monkeypatch, known, measure, **{"learner.num_ranks": 2})
+        assert found.cores > 0
+        assert found.control_s == kept or (kept is None and 0 < found.control_s < 1)
+
+
+def test_a_profiled_run_does_nothing_but_steps():
+    changes = {"rollout.max_engines": 4, "run.sinks": ["tensorboard"], "eval.every_steps": 3, "learner.lr": 1e-3}
+    found = undisturbed(make_config(**changes | {"run.trace": True, "algorithm.zero_variance": "resample"}))
+    assert (found.rollout.max_engines, found.run.sinks, found.eval.every_steps, found.run.trace) == (0, [], 0, False)
+    assert (found.run.checkpoint_every, found.run.samples_every, found.algorithm.zero_variance) == (0, 0, "keep")
+    assert found.learner.lr < 1e-9
+
+
+async def test_the_first_steps_and_the_worst_are_not_counted():
+    watch = _Watch(20)
+    for seconds in [9.0] * WARMING + [1.0] * 19 + [50.0]:
+        assert not watch.enough.done()
+        watch.step(1, {"time/step": seconds}, 0.0)
+    assert watch.enough.done()
+    assert watch.seconds()[0] == 1.0
 
 
 def test_a_loop_that_fails_fails_the_profile(monkeypatch):
