@@ -144,7 +144,6 @@ def timings_of(config: Config, device: Device, mean: float, longest: int, prompt
         prepare_s=link,
         pause_s=link,
         prove_s=10e-3,
-        score_s=2e-3,
         room=max(_room(shape, device.memory * width, context), 1),
     )
 

@@ -71,8 +71,9 @@ class Measurement:
         timings = await self._publications(timings)
         await self._sample(2)  # The first requests compile.
         await self._warm_up()
+        self._parts.rewards.slices.clear()
         await self._turns(self._rollouts, self._steps)
-        timings = self._engine(timings)
+        timings = self._rewards(self._engine(timings))
         step_s, token_s = self._learner(timings)
         timings = replace(timings, train_step_s=step_s, train_token_s=token_s)
         return await self._calibrated(timings)
@@ -157,8 +158,14 @@ class Measurement:
             decode_sequence_s=float(sequence),
             lengths=tuple(sorted(lengths)),
             prompt_tokens=statistics.fmean(len(group.prompt.token_ids) for group in self._groups),
-            score_s=statistics.median(self._scores),
         )
+
+    def _rewards(self, timings: Timings) -> Timings:
+        """What the workers' own clocks saw of the rounds' groups; the rest of one that was alone is the call's."""
+        states = [state for slice_ in self._parts.rewards.slices for state in slice_.intervals]
+        busy = sum(end - start for state, start, end in states if state == "score")
+        score_s = busy / sum(groups for (groups, *_), _ in self._sampled)
+        return replace(timings, score_s=score_s, score_call_s=max(statistics.median(self._scores) - score_s, 0.0))
 
     async def _warm_up(self) -> None:
         while len(self._groups) < self._config.groups_per_batch:

@@ -96,6 +96,7 @@ class SimulatedRewards(SimulatedActor):
 
     async def score(self, groups: list[Group], _: dict[str, Any]) -> list[Scores]:
         """See ``RewardWorker``."""
+        await asyncio.sleep(self._timings.score_call_s)
         with self._ledger.during("score"):
             await asyncio.sleep(self._timings.score_s * len(groups))
         scores = [Scores({name: self._coins(len(c)) for name in self._names}) for _, _, c in groups]

@@ -34,7 +34,7 @@ from launch.timings import Timings  # noqa: E402
 from rollout.prompts import PromptStream  # noqa: E402
 from shared.config import Config  # noqa: E402
 
-PROFILED, PREDICTED = [(1, 1), (1, 2)], [(2, 1), (2, 2), (3, 1)]
+PROFILED, PREDICTED = [(1, 1), (1, 2)], ["2:1", "2:2", "3:1"]
 """Engines and ranks of the splits that a profile runs itself, and of others."""
 RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
 
@@ -42,6 +42,7 @@ RUN_LIMIT, SIMULATION_LIMIT = 0.15, 0.10
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["short", "tail"], choices=list(WORKLOADS))
+    parser.add_argument("--splits", nargs="*", default=PREDICTED, help="engines:ranks; none: the simulator only")
     parser.add_argument("--seconds", type=float, default=12.0, help="of a loop, about; its first steps are left out")
     parser.add_argument("--max-staleness", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
@@ -52,12 +53,14 @@ def main() -> int:
             config, stream = _prepared(shape, Path(name), options)
             timings = asyncio.run(profile(config, stream, "plan.toml"))
             print(shape, replace(timings, lengths=()), flush=True)
-            for split in PREDICTED:
-                rows.append(asyncio.run(_measure(shape, config, stream, timings, split, options)))
+            for split in options.splits:
+                engines, ranks = map(int, split.split(":"))
+                rows.append(asyncio.run(_measure(shape, config, stream, timings, (engines, ranks), options)))
         simulated += [_simulate(shape, config, timings, staleness) for staleness in (0, 2)]
-    print_table(rows)
+    if rows:
+        print_table(rows)
     print_table(simulated)
-    off = max(abs(row["off"]) for row in rows), max(abs(row["off"]) for row in simulated)
+    off = max((abs(row["off"]) for row in rows), default=0.0), max(abs(row["off"]) for row in simulated)
     print(
         f"largest: {off[0]:.1%} of real runs (limit {RUN_LIMIT:.0%}), {off[1]:.1%} of the simulator ({SIMULATION_LIMIT:.0%})"
     )

@@ -28,6 +28,7 @@ EVEN = Timings(
     publish_s=0.1,
     prepare_s=0.0,
     pause_s=0.0,
+    score_call_s=0.0,
     score_s=0.0,
     lengths=(100,),
     prompt_tokens=50.0,
@@ -145,6 +146,25 @@ def test_rewards_can_be_the_bound():
     assert (found.bound, found.step_s) == ("rewards", 10.0)
 
 
+def test_groups_that_end_together_wait_for_a_worker():
+    timings = replace(EVEN, score_call_s=0.6, score_s=1.0)
+    # Four groups end at the same time: with a worker each, with two rounds of two, and with one call of three after the first.
+    for workers, at_once, scored in ((4, 1, 1.6), (2, 1, 3.2), (1, 3, 1.6 + 3 * 1.2)):
+        found = predict(config(**{"reward.workers": workers, "reward.groups_per_call": at_once}), timings, 1, 1)
+        assert found.step_s == pytest.approx(ROLLOUT + scored + TRAIN)
+
+
+def test_groups_that_end_one_by_one_wait_less():
+    timings = replace(EVEN, score_s=0.01, lengths=(10, 100))  # One in 32 groups of 5 ends at 10 tokens.
+    alone, together = (
+        predict(config(64, group, **{"reward.workers": 1}), timings, 64, 1).step_s
+        - predict(config(64, group, **{"reward.workers": 64}), timings, 64, 1).step_s
+        for group in (1, 5)
+    )
+    assert together == pytest.approx(0.01 * (64 * 31 / 32 - 1))
+    assert alone == pytest.approx(0.01 * (64 / 2 - 1))
+
+
 def test_several_updates_on_a_batch():
     changes = {"learner.steps_per_batch": 2, "learner.epochs_per_batch": 3, "run.steps": 60}
     found = predict(config(prompts=2, **changes), EVEN, 1, 1)
@@ -188,6 +208,19 @@ def test_the_simulator_agrees(engines, ranks, staleness, mean):
     found = predict(whole, timings, engines, ranks)
     assert found.step_s == pytest.approx(simulated["simulated_step_s"], rel=0.12)
     assert 1 - found.learner_idle == pytest.approx(simulated["simulated_learner_busy"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("staleness", "workers", "score_s", "longest"),
+    [(0, 2, 0.1, 2048), (0, 1, 0.02, 48), (2, 4, 0.1, 2048), (2, 1, 0.02, 48)],
+)
+def test_the_simulator_agrees_where_rewards_are_slow(staleness, workers, score_s, longest):
+    timings = replace(Timings(), mean_length=min(128.0, 0.9 * longest), longest=longest, score_s=score_s)
+    changes = {"rollout.num_engines": 4, "learner.num_ranks": 2, "run.steps": 30, "run.checkpoint_every": 0}
+    whole = config(16, 8, staleness, **changes | {"run.samples_every": 0, "reward.workers": workers})
+    with contextlib.redirect_stdout(io.StringIO()):
+        simulated = simulate.simulate(whole, timings)
+    assert predict(whole, timings, 4, 2).step_s == pytest.approx(simulated["simulated_step_s"], rel=0.12)
 
 
 @pytest.mark.parametrize(("staleness", "room"), [(0, 3), (0, 8), (0, 20), (1, 3), (1, 8), (4, 3), (4, 8)])

@@ -22,6 +22,7 @@ from rollout.engine_pool import EnginePool
 from rollout.prompts import PromptStream
 from rollout.reward_pool import RewardPool
 from rollout.reward_worker import Scores
+from shared.ledger import TimeSlice
 from tests.fakes import make_completion, make_config, make_prompt
 
 
@@ -49,13 +50,16 @@ async def test_a_profile_measures_what_a_reward_takes():
 
         async def score(self, *_):
             await asyncio.sleep(0.03)
+            self.slices.append(TimeSlice("reward-0", 0.0, 1.0, (("wait_for_groups", 0.0, 0.99), ("score", 0.99, 1.0))))
             return Scores({"exact_match": np.zeros(2, np.float32)})
 
-    prompts = PromptStream([make_prompt(i) for i in range(4)], 0)
-    profile = Measurement(make_config(), prompts, Answers())
+    parts, prompts = Answers(), PromptStream([make_prompt(i) for i in range(4)], 0)
+    parts.slices = []
+    profile = Measurement(make_config(), prompts, parts)
     await profile._rollouts()
-    timings = profile._engine(Timings())
-    assert timings.score_s == pytest.approx(0.03, abs=0.02)
+    timings = profile._rewards(profile._engine(Timings()))
+    assert timings.score_s == pytest.approx(0.01)
+    assert timings.score_call_s == pytest.approx(0.02, abs=0.02)
     assert Lengths(timings).mean == pytest.approx(4.5, abs=0.5)
 
 
@@ -70,6 +74,7 @@ KNOWN = Timings(
     prepare_s=0.05,
     pause_s=0.02,
     prove_s=0.01,
+    score_call_s=0.02,
     score_s=0.03,
     lengths=(20, 30, 40, 50, 60),
     prompt_tokens=3.0,
@@ -99,7 +104,7 @@ def profiled(monkeypatch, known, measure, **changes):
 
 def test_a_profile_finds_timings_that_are_known(monkeypatch):
     config, found = profiled(monkeypatch, KNOWN, lambda profile: profile.everything(Timings()))
-    for name in ("publish_s", "prepare_s", "pause_s", "prove_s", "score_s"):
+    for name in ("publish_s", "prepare_s", "pause_s", "prove_s", "score_call_s", "score_s"):
         assert getattr(found, name) == pytest.approx(getattr(KNOWN, name), rel=0.02), name
     for name in ("train_step_s", "train_token_s", "request_s", "decode_step_s", "decode_sequence_s", "prompt_tokens"):
         assert getattr(found, name) == pytest.approx(getattr(KNOWN, name), rel=0.15), name
