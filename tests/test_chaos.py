@@ -162,16 +162,17 @@ def cluster():
 def test_a_lost_node_s_engine_comes_back_on_another(cluster, start, tmp_path):
     """Row 17, and row 22's small object store: 80 MB on every node."""
     nodes, environment = cluster
-    first = nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
-    run = start(environment, **{"run.steps": 4000, "run.checkpoint_every": 5})
+    first = nodes.add_node(num_cpus=2, object_store_memory=80 << 20)
+    # Two threads: the head has room for the learner alone, which therefore outlives the node.
+    run = start(environment, **{"run.steps": 4000, "run.checkpoint_every": 5, "rollout.cpu_threads": 2})
     lines = run.until("step ", after=run.until("up after"))
-    nodes.add_node(num_cpus=1, object_store_memory=80 << 20)
+    nodes.add_node(num_cpus=2, object_store_memory=80 << 20)
     nodes.remove_node(first, allow_graceful=False)
     lost = run.until("lost", 60, after=lines)
     run.until("serves again", 120, after=lost)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(20) == 143
-    again = start(environment, **{"run.steps": 4000, "run.resume": "auto"})
+    again = start(environment, **{"run.steps": 4000, "run.resume": "auto", "rollout.cpu_threads": 2})
     again.until("going on from", 120)
     again.process.send_signal(signal.SIGTERM)
     assert again.wait(60) == 143
