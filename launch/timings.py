@@ -59,9 +59,9 @@ class Timings:
     """and so long without."""
     prove_s: float = 8e-3
     """Until its canary has come."""
-    score_call_s: float = 4e-3
+    score_call_s: float = 5e-3
     """A call of a reward worker, whatever it scores."""
-    score_s: float = 0.5e-3
+    score_s: float = 0.6e-3
     """What each of its groups adds."""
     together: float = 1.0
     """How much longer everything takes in a running loop than timed alone; the simulator leaves it out."""

@@ -211,16 +211,17 @@ def test_the_simulator_agrees(engines, ranks, staleness, mean):
 
 
 @pytest.mark.parametrize(
-    ("staleness", "workers", "score_s", "longest"),
-    [(0, 2, 0.1, 2048), (0, 1, 0.02, 48), (2, 4, 0.1, 2048), (2, 1, 0.02, 48)],
+    ("engines", "staleness", "workers", "score_s", "longest"),
+    [(4, 0, 2, 0.1, 2048), (4, 0, 1, 0.02, 48), (4, 2, 4, 0.1, 2048), (4, 2, 1, 0.02, 48), (1, 1, 1, 0.1, 200)],
 )
-def test_the_simulator_agrees_where_rewards_are_slow(staleness, workers, score_s, longest):
-    timings = replace(Timings(), mean_length=min(128.0, 0.9 * longest), longest=longest, score_s=score_s)
-    changes = {"rollout.num_engines": 4, "learner.num_ranks": 2, "run.steps": 30, "run.checkpoint_every": 0}
+def test_the_simulator_agrees_where_rewards_are_slow(engines, staleness, workers, score_s, longest):
+    given = {"mean_length": min(128.0, 0.9 * longest), "longest": longest, "score_s": score_s}
+    timings = replace(Timings(), decode_sequence_s=100e-6, train_token_s=1e-6, **given)
+    changes = {"rollout.num_engines": engines, "learner.num_ranks": 2, "run.steps": 30, "run.checkpoint_every": 0}
     whole = config(16, 8, staleness, **changes | {"run.samples_every": 0, "reward.workers": workers})
     with contextlib.redirect_stdout(io.StringIO()):
         simulated = simulate.simulate(whole, timings)
-    assert predict(whole, timings, 4, 2).step_s == pytest.approx(simulated["simulated_step_s"], rel=0.12)
+    assert predict(whole, timings, engines, 2).step_s == pytest.approx(simulated["simulated_step_s"], rel=0.12)
 
 
 @pytest.mark.parametrize(("staleness", "room"), [(0, 3), (0, 8), (0, 20), (1, 3), (1, 8), (4, 3), (4, 8)])
