@@ -19,12 +19,12 @@ from launch.failures import FailureBudget, RefusedSteps, stalled
 from launch.held_out import Judges, evaluate
 from launch.keeper import Keeper
 from launch.partners import Done, Engines, Learners, Recorder, Rewards, Training
-from learner.choices import bind
 from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
 from rollout.reward_worker import penalise_truncated
 from shared import faults
+from shared.choices import bind
 from shared.config import Config
 from shared.errors import GroupFailed, LearnerFailed, Stalled, first_cause, one_line
 from shared.ledger import TimeLedger

@@ -20,6 +20,7 @@ from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
 from rollout.sandbox import require_sandbox
+from shared.choices import bind
 from shared.config import Config
 from shared.config_checks import warnings as combination_warnings
 from shared.config_data import Source
@@ -161,7 +162,7 @@ def _local_model(path: str, trusted: bool) -> str:
 
 def _check_choices(config: Config, origin: str) -> None:
     from launch.early_stopping import EARLY_STOPPING
-    from learner.choices import Choices, bind
+    from learner.choices import Choices
 
     Choices(config, origin)
     bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", f"{origin}:eval.early_stopping")

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from learner.choices import bind
+from shared.choices import bind
 from shared.config import Config
 from shared.errors import InputError, one_line
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from learner.advantages import ADVANTAGES, normalize_then_sum
-from learner.choices import SUPPLIED, Choices, bind
+from learner.choices import Choices
 from learner.coefficients import ENTROPY_BONUSES, KL_CONTROLS, AdaptiveKl
 from learner.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
 from learner.schedules import SCHEDULES
+from shared.choices import SUPPLIED, bind
 from shared.config import Choice, Config
 from shared.errors import InputError, InputErrors
 
