@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox quickstart test test-fast test-gpu plan-check chaos soak lint format lock bench-check docs clean
+.PHONY: install sandbox quickstart test test-fast test-slow test-gpu plan-check chaos soak lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -32,7 +32,11 @@ test: install
 	$(BIN)/python -m pytest -q
 
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not stack and not process"
+	$(BIN)/python -m pytest -q -m "not stack and not process and not slow"
+
+# What is long by nature: CI runs it after `make test`.
+test-slow: install
+	$(BIN)/python -m pytest -q -m "slow and not chaos"
 
 # Every row of the fault matrix: faults inflicted on parts and on whole runs.
 chaos: install
