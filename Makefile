@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox quickstart test test-fast test-slow test-gpu plan-check chaos soak lint format lock bench-check docs clean
+.PHONY: install sandbox quickstart test test-fast test-slow test-times test-gpu plan-check chaos soak lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -28,15 +28,23 @@ $(VENV)/installed: requirements/cpu.lock pyproject.toml
 quickstart: install
 	$(BIN)/python launch/run.py launch/configs/quickstart.toml
 
+# Both cores work: one has everything that starts vLLM, Ray or DeepSpeed, the other the rest.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -q -m "not stack and not process and not slow"
+	$(PYTEST) -m "not stack and not process and not slow"
 
 # What is long by nature: CI runs it after `make test`.
 test-slow: install
-	$(BIN)/python -m pytest -q -m "slow and not chaos"
+	$(PYTEST) -m "slow and not chaos"
+
+# Seconds of `make test` by file and by shared fixture, of imports and of cold starts.
+test-times: install
+	$(PYTEST) --times
+	$(BIN)/python -m tests.cold_starts
 
 # Every row of the fault matrix: faults inflicted on parts and on whole runs.
 chaos: install

@@ -10,16 +10,36 @@ from pathlib import Path
 
 import pytest
 
-# Set before any library is imported: nothing may reach a hub or a cluster that is not ours.
+from tests import budget
+from tests.budget import (  # noqa: F401 - pytest finds hooks by their names in this file
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_fixture_setup,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_terminal_summary,
+)
+from tests.pace import scaled
+
+# Set before any library is imported: nothing may reach a hub, a cluster or a home folder that is not ours.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 PRIVATE = Path(tempfile.mkdtemp(prefix="mr-"))  # Short: Ray's socket paths are limited to about 107 bytes.
 os.environ["RAY_TMPDIR"] = str(PRIVATE)
-os.environ.setdefault("MILLRACE_CACHE", str(PRIVATE / "cache"))
+os.environ["HOME"] = str(PRIVATE / "home")
+for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+    os.environ.pop(variable, None)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(PRIVATE / "inductor")
+(PRIVATE / "home").mkdir()
+# With xdist the first process of a session makes the folder, and all of them share what is made once in it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["MILLRACE_CACHE"] = str(PRIVATE / "cache")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session: pytest.Session):
+    budget.pytest_sessionfinish(session)
     shutil.rmtree(PRIVATE, ignore_errors=True)
 
 
@@ -54,7 +74,7 @@ def run_millrace():
     """``run(*arguments) -> CompletedProcess`` of ``python launch/run.py``, from the root, with a time limit."""
     import subprocess
 
-    def run(*arguments: str, timeout: float = 280.0) -> subprocess.CompletedProcess:
+    def run(*arguments: str, timeout: float = scaled(280.0)) -> subprocess.CompletedProcess:
         command = [sys.executable, "launch/run.py", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 

@@ -25,6 +25,7 @@ from rollout.reward_loading import load_reward
 from shared.config import Config
 from shared.config_loader import config_of, load_config, shipped
 from tests.fakes import write_model
+from tests.pace import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {str(path.relative_to(ROOT)): path for path in sorted((ROOT / "docs").rglob("*.md"))}
@@ -192,7 +193,7 @@ class Reader:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=scaled(280),
             check=False,
             env=environment,
         )

@@ -18,6 +18,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.pace import scaled
+
 RAY = str(Path(sys.executable).with_name("ray"))
 TAG = f"{os.getpid() % 4096:x}"
 BRIDGE, NETWORK = f"mrb{TAG}", f"10.77.{os.getpid() % 250 + 1}"  # Of this process: another may test beside it.
@@ -60,18 +62,18 @@ class Job:
     def ended(self) -> str:
         """How it ended: SUCCEEDED, FAILED, STOPPED; empty while it goes on, or while that cannot be known."""
         request = urllib.request.Request(self.url, headers=self.headers)
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=scaled(5)) as answer:
             status = json.load(answer)["status"]
             return status if status in ("SUCCEEDED", "FAILED", "STOPPED") else ""
         return ""
 
     def output(self) -> str:
         """Everything that it has said."""
-        return subprocess.run(self.read, capture_output=True, text=True, check=False, timeout=30).stdout
+        return subprocess.run(self.read, capture_output=True, text=True, check=False, timeout=scaled(30)).stdout
 
     def wait(self, timeout_s: float) -> str:
         """How it ended."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + scaled(timeout_s)
         while not (status := self.ended()):
             assert time.monotonic() < deadline, f"still there:\n{self.output()[-4000:]}"
             time.sleep(0.5)
@@ -178,7 +180,7 @@ class Cluster:
     def _wait_for_head(self) -> None:
         import socket
 
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + scaled(60)
         for port in (self.port, self.dashboard):
             while time.monotonic() < deadline:
                 try:

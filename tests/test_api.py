@@ -21,6 +21,7 @@ from launch.function_files import write_functions
 from rollout.rewards import BUILTINS
 from shared.errors import InputError
 from tests.fakes import make_config
+from tests.pace import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [{"prompt": "1+1=", "answer": "2"}]
@@ -268,7 +269,7 @@ def test_a_script_trains_goes_on_and_leaves_early(tmp_path):
     command = [sys.executable, str(tmp_path / "script.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False, env=environment
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=scaled(280), check=False, env=environment
     )
     lines = [line for line in done.stdout.splitlines() if re.match(r"\[|left", line)]
     assert lines == [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rollout.buffer import RolloutBuffer
 from shared.errors import NothingToLearn
 from tests.fakes import make_group
+from tests.pace import scaled
 
 
 async def settle() -> None:
@@ -206,7 +207,7 @@ class Simulation:
 
     async def run(self) -> None:
         producer, trainer = asyncio.ensure_future(self.produce()), asyncio.ensure_future(self.train())
-        await asyncio.wait({producer, trainer}, timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({producer, trainer}, timeout=scaled(30), return_when=asyncio.FIRST_COMPLETED)
         producer.cancel()
         (ended,) = await asyncio.gather(producer, return_exceptions=True)
         assert isinstance(ended, asyncio.CancelledError), ended

@@ -17,6 +17,7 @@ from launch.cli import GROUPS, VERBS
 from launch.options import ConfigOptions, Options, guarded, settings_help
 from shared.config_loader import config_file, known_keys, load_config
 from shared.errors import InputError
+from tests.pace import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 MILLRACE = str(Path(sys.executable).with_name("millrace"))
@@ -197,21 +198,21 @@ def best_of(count: int, *command: str) -> float:
     seconds = []
     for _ in range(count):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60)
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=scaled(60))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(seconds)
 
 
 def test_help_answers_within_half_a_second():
-    assert best_of(3, MILLRACE, "--help") < 0.5
+    assert best_of(3, MILLRACE, "--help") < scaled(0.5)
 
 
 @pytest.mark.process
 def test_a_dry_run_answers_within_three_seconds():
     command = [MILLRACE, "train", "quickstart", "--dry-run"]
     best_of(1, *command)  # The untrained model and the rows are made.
-    assert best_of(6, *command) < 3.0
+    assert best_of(6, *command) < scaled(3.0)
 
 
 def test_every_setting_is_in_the_help_of_train():

@@ -29,6 +29,7 @@ from shared.errors import (
 from shared.metrics import read_metrics
 from shared.sample_ledger import SampleLedger
 from tests.fakes import FakeEngines, FakeLearners, FakeRecorder, FakeRewards, make_config, make_prompt
+from tests.pace import scaled
 
 SLOW, FAST = 0.006, 0.0
 
@@ -50,7 +51,7 @@ class Loop:
         """To the end; a loop that hangs fails the test, and so does one that leaves tasks behind."""
         before = asyncio.all_tasks()
         try:
-            await asyncio.wait_for(self.controller.run(), 5)
+            await asyncio.wait_for(self.controller.run(), scaled(10))
         finally:
             assert asyncio.all_tasks() <= before
             assert self.engines.active == 0
@@ -63,7 +64,7 @@ async def fails_with(error: type[Exception], loop: Loop) -> Exception:
     with pytest.raises(Exception) as excinfo:
         await loop.run()
     assert type(excinfo.value) is error, f"ended with {excinfo.value!r}"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < scaled(5)
     return excinfo.value
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import scaled
 from tests.test_deploy import DEPLOY, TEXTS, shell_blocks
 
 pytestmark = pytest.mark.process
@@ -33,7 +34,7 @@ def test_a_linter_finds_nothing(tool, name):
     if program is None:
         pytest.skip(f"no {tool} on this machine; the package {tool}-py has one")
     text, command = SHELL.get(name, TEXTS[name]), [program, *LINTERS[tool]]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=scaled(60), check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -142,7 +143,7 @@ def log(place: Path) -> list[str]:
 
 def ended(place: Path, process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and what was said; nothing that was started is left, nor the token."""
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=scaled(60))[1]
     for pid in (place / "log.pids").read_text().split() if (place / "log.pids").exists() else ():
         assert not Path(f"/proc/{pid}").exists()
     assert list((place / "home" / ".ray").iterdir()) == []
@@ -184,7 +185,7 @@ def test_the_exit_code_is_the_driver_s(place):
 
 
 def terminate(run: subprocess.Popen[str], there: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + scaled(30)
     while not there.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
@@ -210,7 +211,7 @@ def test_a_node_that_cannot_start_ray_ends_the_job_at_once(place, code):
     started = time.monotonic()
     code, said = ended(place, batch(place, BROKEN="n2", CODE=code))
     assert (code, said.startswith("error: ")) == (1, True)
-    assert time.monotonic() - started < 60, "not at the deadline, after 300 s"
+    assert time.monotonic() - started < scaled(60), "not at the deadline, after 300 s"
     assert not [line for line in log(place) if line.startswith("driver")]
 
 
@@ -233,7 +234,7 @@ def test_the_recipe_without_slurm_brings_token_and_ray_to_every_machine(place):
     blocks = shell_blocks(TEXTS["bare-metal.md"])
     script = "\n".join(blocks[name] for name in ("Start", "Train"))
     run = begin(place, "set -eu\n" + script)
-    assert (run.wait(timeout=60), run.stderr.read()) == (0, "")
+    assert (run.wait(timeout=scaled(60)), run.stderr.read()) == (0, "")
     tokens = [place / "home", place / "hosts" / "10.0.0.2", place / "hosts" / "10.0.0.3"]
     files = [folder / ".ray" / "auth_token" for folder in tokens]
     assert {(file.read_text(), file.stat().st_mode & 0o777) for file in files} == {(files[0].read_text(), 0o600)}
@@ -249,7 +250,7 @@ def test_the_recipe_without_slurm_brings_token_and_ray_to_every_machine(place):
 def test_the_recipe_without_slurm_leaves_no_ray_and_no_token(place):
     blocks = shell_blocks(TEXTS["bare-metal.md"])
     run = begin(place, "set -eu\n" + "\n".join(blocks[name] for name in ("Start", "Stop")))
-    assert (run.wait(timeout=60), run.stderr.read()) == (0, "")
+    assert (run.wait(timeout=scaled(60)), run.stderr.read()) == (0, "")
     stopped = [line.split()[:3] for line in log(place) if " stop " in line and " job " not in line]
     assert stopped == [["ray", "10.0.0.2", "stop"], ["ray", "10.0.0.3", "stop"], ["ray", "stop", "mode=token"]]
     assert list(place.rglob("auth_token")) == []

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 import generate
 import generate_code
 
+from tests.pace import scaled
+
 WRITTEN = [page for page in PAGES if page.startswith("docs/")]
 SETUPS = {"docs/recipes/planning.md": Reader.model} | dict.fromkeys(OTHERS_PAGES, Reader.repository)
 ON_STACK = [page for page in PAGES if any(block.how == "stack" for block in blocks_of(page))]
@@ -186,7 +188,7 @@ def site(tmp_path_factory) -> Path:
     """The site as ``make docs`` builds it."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=scaled(200), check=False)
     assert done.returncode == 0, done.stderr
     return folder
 

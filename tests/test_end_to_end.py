@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from shared.weights import orphans
+from tests.pace import scaled
 
 pytestmark = pytest.mark.stack
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,7 @@ def test_the_checkpoint_scores_the_same_in_transformers_and_in_a_fresh_vllm(quic
     checkpoint = folder / "checkpoints" / "step-000040" / "hf"
     expected = [row["eval/rewards/accuracy/mean"] for row in rows(folder) if "eval/reward" in row][-1]
     command = [sys.executable, "-m", "launch.evaluate", QUICKSTART, "--model.path", str(checkpoint)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=scaled(200), check=False)
     assert process.returncode == 0, process.stderr[-3000:]
     in_vllm = json.loads(process.stdout.splitlines()[-1])
     assert in_vllm["eval/rewards/accuracy/mean"] == pytest.approx(expected, abs=0.005)
@@ -171,7 +172,7 @@ def test_the_checkpoint_scores_the_same_in_transformers_and_in_a_fresh_vllm(quic
 
 
 def test_nothing_is_left_after_a_run(quickstart):
-    deadline = time.monotonic() + 15  # vLLM's children notice the end of their parent within seconds.
+    deadline = time.monotonic() + scaled(15)  # vLLM's children notice the end of their parent within seconds.
     while our_processes() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert our_processes() == []
@@ -191,7 +192,7 @@ def test_two_engines_two_ranks_synchronous(run_millrace, quickstart, tmp_path):
         "learner.zero_stage": 3,
         "eval.max_rows": 64,
     }
-    process = run_millrace(QUICKSTART, *(f"--{key}={value}" for key, value in changes.items()), timeout=380)
+    process = run_millrace(QUICKSTART, *(f"--{key}={value}" for key, value in changes.items()), timeout=scaled(380))
     assert process.returncode == 0, process.stderr[-3000:]
     steps = [row for row in rows(folder) if "staleness/max" in row]
     assert [row["policy_version"] for row in steps] == list(range(1, 13))
@@ -225,7 +226,7 @@ def submit(cluster, *arguments: str) -> subprocess.CompletedProcess:
     command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "launch/run.py", *arguments]
     for _ in range(20):  # The job server answers a few seconds after the head is up.
         process = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=scaled(280), check=False
         )
         if "Failed to connect" not in process.stderr + process.stdout:
             break

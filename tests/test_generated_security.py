@@ -20,6 +20,7 @@ from shared.config_data import Source
 from shared.config_reward import Reward, RewardFunction
 from shared.errors import RewardFailed
 from tests.fakes import make_completion, make_prompt
+from tests.pace import scaled
 from tests.test_generated_tasks import has_wall, needs_gym
 
 pytestmark = [pytest.mark.process, needs_gym]
@@ -53,7 +54,7 @@ print("\\n" + json.dumps([sorted(found), sorted(DATASETS)]))
 def bare(program: str) -> str:
     """What ``program`` prints, outside of any sandbox."""
     done = subprocess.run(
-        [sys.executable, "-B", "-c", program], capture_output=True, text=True, timeout=200, check=True
+        [sys.executable, "-B", "-c", program], capture_output=True, text=True, timeout=scaled(200), check=True
     )
     return done.stdout
 

@@ -19,6 +19,7 @@ from launch import cluster as launch_cluster
 from shared.errors import InputError
 from tests.conftest import ROOT
 from tests.hosts import Cluster
+from tests.pace import scaled
 
 pytestmark = pytest.mark.stack
 STEPS = 400
@@ -34,7 +35,7 @@ def hosts():
 
 def until(job, pattern, timeout_s=120.0):
     """Wait until the job has said ``pattern``; the match."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + scaled(timeout_s)
     while time.monotonic() < deadline:
         said = job.output()
         if found := re.search(pattern, said, re.MULTILINE):
@@ -78,7 +79,7 @@ def test_a_job_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=scaled(90),
         check=False,
     )
     assert answer.stdout.startswith("2 -> 1 engines; gone: engine-"), answer.stderr

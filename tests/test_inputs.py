@@ -15,6 +15,7 @@ import pytest
 from launch import cli, plan, run, simulate
 from tests.bad_input import ROWS, answering, fake_cluster, forbid_cluster, write_run
 from tests.fakes import write_config, write_model, write_rows, write_safetensors
+from tests.pace import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 FORM = re.compile(r"error\[E\d{3}\] [^.]+? — (?P<place>.+?)\. Found .+, expected .+\. Fix: .+")
@@ -476,7 +477,7 @@ def test_help_and_a_mistyped_key_answer_within_two_seconds_without_heavy_librari
         for _ in range(3):
             started = time.monotonic()
             command = [sys.executable, "-X", "importtime", "launch/run.py", *arguments]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=scaled(60), check=False)
             seconds.append(time.monotonic() - started)
         assert done.returncode == code
         assert said in done.stdout + done.stderr

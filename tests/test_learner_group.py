@@ -18,6 +18,7 @@ from shared.errors import LearnerLost
 from shared.types import StepReport
 from shared.weights import Canary, Publication
 from tests.fakes import FakeActor, make_config
+from tests.pace import scaled
 
 CANARY = np.array([5, 6], np.int32)
 PUBLICATION = Publication(1, "millrace_shm", "s", (), "digest", Canary(CANARY, np.zeros(1, np.float32)))
@@ -85,7 +86,7 @@ async def test_a_rank_that_hangs_is_lost_at_the_deadline():
     started = time.monotonic()
     with pytest.raises(LearnerLost, match=r"no answer from the learner within 0\.05 s"):
         await group_of((0.0, "done"), (60, "late"), limit=0.05)._call("save", "x")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < scaled(10)
 
 
 async def test_a_call_that_is_cancelled_leaves_nothing_behind():

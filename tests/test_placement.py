@@ -10,6 +10,7 @@ import pytest
 from launch.placement import ACCELERATOR, Needs, Node, arrange, check, table
 from shared.errors import InputError
 from tests.fakes import make_config
+from tests.pace import scaled
 
 
 def gpus(*counts: int, kind: str = "H100", cpus: int = 32) -> list[Node]:
@@ -275,6 +276,6 @@ def holds(wanted, nodes, arrangement):
 
 
 def test_a_thousand_nodes_are_arranged_at_once():
-    begun = time.monotonic()
+    begun = time.process_time()
     assert arranged(gpus(*[8] * 1000), **{E: 1000, TP: 7, RANKS: 1000}) is not None
-    assert time.monotonic() - begun < 20  # 1 s on a quiet machine.
+    assert time.process_time() - begun < scaled(5)  # 1 s.

@@ -21,6 +21,7 @@ from ray.exceptions import (
 from launch import ray_actors
 from launch.ray_actors import RayActor, kill_process
 from shared.actors import ActorDied, ActorUnreachable, ArgumentLost
+from tests.pace import scaled
 
 
 class Handle:
@@ -115,7 +116,7 @@ def test_a_process_is_killed_with_its_children():
     child = psutil.Process(int(parent.stdout.readline()))
     kill_process(parent.pid)
     parent.wait(5)
-    psutil.wait_procs([child], timeout=5)
+    psutil.wait_procs([child], timeout=scaled(5))
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     kill_process(parent.pid)  # Nothing is left to kill.
 

@@ -16,6 +16,7 @@ import pytest
 
 from shared.weights import orphans
 from tests.fakes import write_config, write_rows
+from tests.pace import scaled
 
 pytestmark = pytest.mark.stack
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def train(tmp_path_factory, model_dir):
         )
         if not wait:
             return process
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=scaled(200))
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run
@@ -164,9 +165,9 @@ def test_an_asynchronous_run_loses_and_repeats_no_row(train, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     started = time.monotonic()
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=scaled(20))
     assert process.returncode == 143, err[-3000:]
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < scaled(10)
     last = train(folder, **changes)
     assert last.returncode == 0, last.stderr[-3000:]
     trained = [row["group"] for row in fates(folder) if row["fate"] == "trained"]
@@ -191,7 +192,7 @@ def test_an_asynchronous_run_loses_and_repeats_no_row(train, tmp_path):
 
 def replay(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch.replay", str(folder), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=scaled(200), check=False)
 
 
 def tamper(file: Path) -> None:

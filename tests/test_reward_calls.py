@@ -6,7 +6,6 @@ import asyncio
 import functools
 import math
 import re
-import time
 from decimal import Decimal
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from rollout.reward_calls import CallFailed, check_values, invoke, invoke_now
+from tests.pace import scaled
 
 
 def payload(*texts, prompts=None, columns=None, state=None, **more) -> dict:
@@ -147,13 +147,13 @@ def test_instances_and_partials_plain_or_async(function):
 
 
 async def test_async_functions_run_together():
-    async def sleeps(completions):
-        await asyncio.sleep(0.2)
+    both = asyncio.Barrier(2)
+
+    async def waits(completions):
+        await asyncio.wait_for(both.wait(), scaled(10))
         return [1.0] * len(completions)
 
-    started = time.monotonic()
-    answers = await asyncio.gather(invoke(sleeps, payload()), invoke(sleeps, payload()))
-    assert time.monotonic() - started < 0.35
+    answers = await asyncio.gather(invoke(waits, payload()), invoke(waits, payload()))
     assert [answer["values"] for answer in answers] == [[1, 1], [1, 1]]
 
 

@@ -14,6 +14,7 @@ from rollout.reward_worker import RewardWorker
 from shared.errors import InputError
 from tests.conftest import ROOT
 from tests.fakes import FakeActor, fake_ray, write_rows
+from tests.pace import scaled
 
 CODE = """
 def lengths(completions, **kwargs): return [float(len(c)) for c in completions]
@@ -173,7 +174,12 @@ def test_with_ray_the_last_line_holds_the_rewards_and_a_hanging_row_is_null(tmp_
     rows = write_rows(tmp_path / "rows.jsonl", [{"completion": text} for text in ("a", "hang", "none", "ccc")])
     command = [sys.executable, "-m", "launch.score", "--reward", f"{tmp_path / 'r.py'}:hangs", "--data", str(rows)]
     done = subprocess.run(
-        [*command, "--json", "--timeout-s", "0.5"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [*command, "--json", "--timeout-s", "0.5"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=scaled(120),
+        check=False,
     )
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"rewards": [1, None, None, 3], "failed": [1]}

@@ -26,6 +26,7 @@ from rollout.reward_calls import CallFailed, invoke
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from shared.errors import InputError, InputErrors
 from tests.fakes import fake_ray, make_config, write_config, write_model, write_rows
+from tests.pace import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
 PROVED_ELSEWHERE = {
@@ -287,7 +288,7 @@ def test_what_torchs_switch_would_do(place, off):
     file, name = poison(place / "model", place / "canary"), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     environment = os.environ | ({name: "1"} if off else cluster.worker_environment())
     code = f"import torch; torch.load({str(file)!r})"
-    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60, check=False)
+    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=scaled(60), check=False)
     assert (place / "canary").exists() is off
 
 

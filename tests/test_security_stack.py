@@ -17,6 +17,7 @@ import pytest
 
 from launch.cluster import worker_environment
 from rollout.reward_models import is_loopback
+from tests.pace import scaled
 
 pytestmark = pytest.mark.stack
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,7 +115,7 @@ def start(session):
         started.append(process)
         assert process.stdout is not None
         assert process.stdout.readline().strip()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + scaled(20)
         while time.monotonic() < deadline and not {
             port for name, _, port in listeners(session) if name.startswith(AGENT)
         }:
@@ -123,7 +124,7 @@ def start(session):
 
     yield begin
     for process in started:
-        process.communicate(timeout=60)
+        process.communicate(timeout=scaled(60))
 
 
 def jobs_status(found: set[tuple[str, str, int]], authorization: str = "") -> set[int]:
@@ -199,7 +200,7 @@ def watched(tmp_path_factory):
     with output.open("wb") as stream:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         found, tokens, commands = set(), set(), set()
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + scaled(200)
         while process.poll() is None and time.monotonic() < deadline:
             found |= listeners(session)
             for one in processes_of(session):
@@ -248,6 +249,6 @@ def test_vllm_takes_no_functions_over_its_wire_in_an_actors_environment(off):
     environment = os.environ | worker_environment() | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if off else {})
     code = "from vllm.v1.serial_utils import MsgpackEncoder; MsgpackEncoder().encode([lambda: 1]); print('sent')"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=scaled(120), check=False)
     assert ("sent" in done.stdout) is off, done.stderr[-500:]
     assert ("is not serializable" in done.stderr) is not off

@@ -15,6 +15,7 @@ from launch.run_folder import RunFolder
 from launch.sinks import SINKS, Sinks, check_sinks, prometheus_name
 from shared.errors import InputError
 from tests.fakes import make_config, make_group
+from tests.pace import scaled
 
 ROW = {"reward": 0.5, "time/engine-0/generate": 2.0, "eval/pass@4": 0.25}
 GRAFANA = Path(__file__).parent.parent / "launch" / "grafana.json"
@@ -204,11 +205,11 @@ with socket.socket() as free:
     port = free.getsockname()[1]
 ray.init(num_cpus=1, include_dashboard=True, _metrics_export_port=port, logging_level="error")
 sinks = Sinks(make_config(**{"run.sinks": ["prometheus"]}), Path("mine"))
-until = time.monotonic() + 60
+until = time.monotonic() + 120
 while time.monotonic() < until:
     sinks.write(3, {"reward": 0.5, "time/engine-0/generate": 2.0})
     try:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=15).read().decode()
     except OSError:
         text = ""
     found = [line for line in text.splitlines() if line.startswith("ray_millrace")]
@@ -219,7 +220,7 @@ print("\\n".join(found))
 """
     root = Path(__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=150, check=False
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=scaled(150), check=False
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("ray_millrace")]
     assert any(

@@ -18,6 +18,7 @@ from rollout.weight_relay import WeightRelay
 from shared.actors import ActorDied, ArgumentLost, Call
 from shared.weights import SHM_BACKEND, SHM_DIR, Canary, Publication, Segment, TensorMeta, digest, views
 from tests.fakes import FakeActor, FakeSlot
+from tests.pace import scaled
 
 SIZE = 1000
 TENSORS = (TensorMeta("a", "uint8", (600,), 0, 600), TensorMeta("b", "uint8", (360,), 640, 360))
@@ -417,7 +418,7 @@ async def test_nothing_is_carried_or_spawned_after_the_close(world):
     await world.relays.close()
     assert world.relays._carries == set()
     before = world.spawned.copy()
-    await asyncio.wait(bringing, timeout=1)
+    await asyncio.wait(bringing, timeout=scaled(1))
     assert all(task.cancelled() for task in bringing)
     for host in ("x", "z"):
         with pytest.raises(NotBrought, match="closed"):

@@ -1,0 +1,166 @@
+"""Hooks of pytest that keep the suite fast: a budget for every unmarked test, scaled timeouts, and tables of seconds.
+
+A test without a marker must take at most ``BUDGET_S``, its fixtures of function scope included; one that takes longer
+fails the whole run. Seconds for which the test waited for a core, and the first import of a heavy library, are not its
+own. ``tests/conftest.py`` imports the hooks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Generator, Iterable
+
+import pytest
+
+from tests.pace import PACE, scaled, waited_s
+
+BUDGET_S = 2.0
+COSTLY = ("stack", "process", "slow", "chaos")
+"""Markers of tests to which the budget does not apply."""
+HEAVY = (
+    "torch",
+    "transformers",
+    "vllm",
+    "ray",
+    "deepspeed",
+    "pyarrow",
+    "matplotlib",
+    "tokenizers",
+    "reasoning_gym",
+    "httpx",
+)
+"""Libraries whose first import is not charged to the test in which it happens."""
+IMPORT_S = 20.0
+TIMEOUT_S = 300.0
+"""Timeout of a test without a marker of its own; the same as in pyproject.toml."""
+
+seconds_of_file: dict[str, float] = defaultdict(float)
+seconds_of_fixture: dict[str, float] = defaultdict(float)
+starts_of_fixture: dict[str, int] = defaultdict(int)
+over_budget: list[tuple[str, float]] = []
+_shared_s = 0.0
+"""Seconds spent since the session began in fixtures that several tests share."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", action="store_true", help="print seconds by file and by fixture")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Scale timeouts; keep together what shares fixtures; begin with what takes longest."""
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit = marker.args[0] if marker else TIMEOUT_S
+        item.add_marker(pytest.mark.timeout(scaled(limit)), append=False)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=_rank)
+
+
+def _tier(item: pytest.Item) -> str:
+    return next((name for name in ("stack", "process") if item.get_closest_marker(name)), "light")
+
+
+def _group(item: pytest.Item) -> str:
+    """All of the stack in one process: two starts of vLLM at once are slower than one after the other."""
+    tier = _tier(item)
+    return tier if tier == "stack" else f"{item.path.stem}-{tier}"
+
+
+def _rank(item: pytest.Item) -> int:
+    return ("stack", "process", "light").index(_tier(item))
+
+
+# --- in the process that runs a test ---
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    global _shared_s
+    begun, inner = time.perf_counter(), _shared_s
+    try:
+        return (yield)
+    finally:
+        spent = time.perf_counter() - begun
+        if fixturedef.scope != "function":
+            _shared_s = inner + spent
+            name = f"{fixturedef.argname} ({request.node.name or 'session'})"
+            request.node.config.stash.setdefault(FIXTURES, []).append((name, spent))
+
+
+FIXTURES = pytest.StashKey[list]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    item.stash[BEGUN] = (time.perf_counter(), waited_s(), _shared_s, _heavy())
+    return (yield)
+
+
+BEGUN = pytest.StashKey[tuple]()
+
+
+def _heavy() -> int:
+    return sum(name in sys.modules for name in HEAVY)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note, at the end of a test, what it and the fixtures before it took; xdist carries the notes to the main process."""
+    report = yield
+    if call.when == "teardown":
+        begun, waited, shared, heavy = item.stash[BEGUN]
+        whole = time.perf_counter() - begun
+        own = whole - (waited_s() - waited) - (_shared_s - shared)
+        limit = scaled(BUDGET_S) + (scaled(IMPORT_S) if _heavy() > heavy else 0)
+        free = any(item.get_closest_marker(name) for name in COSTLY) or item.config.getoption("usepdb")
+        started = item.config.stash.get(FIXTURES, [])
+        report.cost = {"whole": whole, "over": None if free or own <= limit else own, "fixtures": list(started)}
+        started.clear()
+    return report
+
+
+# --- in the main process ---
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    cost = getattr(report, "cost", None)
+    if cost is None:
+        return
+    seconds_of_file[report.nodeid.partition("::")[0]] += cost["whole"]
+    for name, spent in cost["fixtures"]:
+        seconds_of_fixture[name] += spent
+        starts_of_fixture[name] += 1
+    if cost["over"] is not None:
+        over_budget.append((report.nodeid, cost["over"]))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if over_budget and not hasattr(session.config, "workerinput"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    write = terminalreporter.write_line
+    for nodeid, spent in over_budget:
+        write(
+            f"OVER BUDGET {nodeid}: {spent:.1f} s, expected at most {scaled(BUDGET_S):.1f} s. Fix: make it faster, or mark it {', '.join(COSTLY[:3])}"
+        )
+    if config.getoption("times"):
+        write(f"pace of this machine: {PACE:.2f} (limits of time are multiplied by it)")
+        _table(write, "seconds by file, shared fixtures included", seconds_of_file.items())
+        named = ((f"{starts_of_fixture[name]} x {name}", spent) for name, spent in seconds_of_fixture.items())
+        _table(write, "seconds by shared fixture", named)
+
+
+def _table(write, title: str, rows: Iterable[tuple[str, float]]) -> None:
+    write(f"--- {title}")
+    for name, spent in sorted(rows, key=lambda row: -row[1]):
+        if spent >= 0.05:
+            write(f"{spent:8.2f}  {name}")
