@@ -24,6 +24,7 @@ from learner.choices import Choices
 from rollout.reward_loading import load_reward
 from shared.config import Config
 from shared.config_loader import config_of, load_config, shipped
+from tests import fork_server
 from tests.fakes import write_model
 from tests.pace import scaled
 
@@ -108,6 +109,9 @@ class Reader:
     def __post_init__(self) -> None:
         """With ``millrace`` on the path."""
         (self.folder / ".bin").mkdir()
+        if not self.stack:
+            fork_server.commands(self.folder / ".bin")
+            return
         program = "import sys; from launch.cli import main; sys.exit(main())"
         path = f'export PYTHONPATH="{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"'
         calls = {"millrace": f"{path}\nexec {sys.executable} -P -c '{program}'", "python": f"exec {sys.executable}"}
