@@ -81,6 +81,23 @@ def run_millrace():
     return run
 
 
+@pytest.fixture(scope="session")
+def ranks_of(tmp_path_factory):
+    """``ranks_of(count) -> Ranks``: learner ranks on real DeepSpeed that all tests of a session share."""
+    from tests.learner_groups import Ranks
+
+    made: dict[int, Ranks] = {}
+
+    def of(count: int) -> Ranks:
+        if count not in made:
+            made[count] = Ranks(tmp_path_factory.mktemp("ranks"), count)
+        return made[count]
+
+    yield of
+    for ranks in made.values():
+        ranks.close()
+
+
 @pytest.fixture
 async def make_pool(monkeypatch):
     """``make_pool(engines, **changes) -> (pool, world)`` of scripted engines; see ``tests/engine_worlds.py``."""

@@ -1,4 +1,4 @@
-"""Groups of random tokens, the same in a test and in the ranks that it starts; and those ranks."""
+"""Groups of random tokens, the same in a test and in the learner ranks that it starts; and those ranks."""
 
 import json
 import os
@@ -51,32 +51,29 @@ def learner_config(model_dir, ranks, model=None, algorithm=None, **learner):
 
 
 class Ranks:
-    """``count`` processes that run ``program``: one per rank, for DeepSpeed joins one process group per process.
+    """``count`` processes that run ``tests/learner_jobs.py``: one a rank, for DeepSpeed joins one process group a process.
 
-    Started without Ray on purpose. They stay and do one job after the other, a line of JSON each, and answer "done":
-    importing and joining take longer than most jobs.
+    Started without Ray on purpose. They stay for the whole session: importing and joining take longer than most jobs.
     """
 
-    def __init__(self, work: Path, count: int, program: str) -> None:
+    def __init__(self, work: Path, count: int) -> None:
         from learner.distributed import free_port
 
         self.port = free_port()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_LOG_LEVEL": "error"}
         self.logs = [work / f"rank-{count}-{rank}.log" for rank in range(count)]
         self.children = []
-        (work / "rank.py").write_text(program)
+        command = [sys.executable, "-m", "tests.learner_jobs"]
         for log in self.logs:
             with log.open("w") as stderr:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stderr, "text": True}
-                command = [sys.executable, str(work / "rank.py")]
-                self.children.append(subprocess.Popen(command, env=environment, **pipes))
+                self.children.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
 
-    def run(self, options: dict) -> None:
-        """The same job on every rank."""
+    def run(self, job: str, options: dict) -> None:
+        """The same job on every rank; ``options`` are those of the job's function."""
         for rank, child in enumerate(self.children):
-            child.stdin.write(
-                json.dumps(options | {"rank": rank, "ranks": len(self.children), "port": self.port}) + "\n"
-            )
+            given = options | {"job": job, "rank": rank, "ranks": len(self.children), "port": self.port}
+            child.stdin.write(json.dumps(given) + "\n")
             child.stdin.flush()
         for child, log in zip(self.children, self.logs, strict=True):
             said = iter(child.stdout.readline, "")

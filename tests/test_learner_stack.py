@@ -9,76 +9,22 @@ import numpy as np
 import pytest
 
 from learner.losses import AGGREGATIONS
-from tests.learner_groups import Ranks, learner_config, make_groups
+from tests.learner_groups import learner_config, make_groups
 
 pytestmark = pytest.mark.stack
 
-RANK = """
-import gc, json, sys
-import numpy as np
-from learner.learner import Learner
-from learner.weight_sender import full_tensors
-from shared.config import Config
-from shared.config_algorithm import Choice
-from tests.learner_groups import make_groups
-
-def gradients(config, options, aggregation, groups):
-    # Adam's first moment after one step is the gradient, scaled.
-    algorithm = config.algorithm.model_copy(update={"aggregation": Choice.model_validate(aggregation)})
-    learner = Learner(config.model_copy(update={"algorithm": algorithm}), options["rank"], options["ranks"])
-    learner.train_step(groups)
-    names = {id(p): n.removeprefix("model.") for n, p in learner.engine.module.named_parameters()}
-    scale = 1 - config.learner.betas[0]
-    return {f"{aggregation['name']}/{names[id(p)]}": (s["exp_avg"] / scale).numpy() for p, s in learner.optimizer.state.items()}
-
-def work(options):
-    config = Config.model_validate(options["config"])
-    learner = Learner(config, options["rank"], options["ranks"], ("127.0.0.1", options["port"]))
-    groups = make_groups(3)
-    if options.get("equal_rewards"):
-        for group in groups:
-            group.rewards[:] = 1.0
-    reports = []
-    for _ in range(options["steps"]):
-        report = learner.train_step(groups)
-        reports.append([report.policy_version, report.applied, report.metrics])
-    if options.get("aggregations"):
-        found = [gradients(config, options, aggregation, groups) for aggregation in options["aggregations"]]
-        np.savez(options["out"] + "-grad", **{name: value for part in found for name, value in part.items()})
-    state = {name: tensor.detach().float().numpy().copy() for name, tensor in full_tensors(learner.engine)}
-    if options["rank"] == 0:
-        np.savez(options["out"], **state)
-        json.dump(reports, open(options["out"] + ".json", "w"))
-    if options.get("save"):
-        learner.save(options["save"])
-
-for line in sys.stdin:
-    work(json.loads(line))
-    gc.collect()
-    print("done", flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory, model_dir):
+def train(tmp_path_factory, model_dir, ranks_of):
     """``train(ranks=1, learner={...}, algorithm={...}) -> (weights, reports)`` after two optimizer steps."""
-    work = tmp_path_factory.mktemp("learner")
-    groups: dict[int, Ranks] = {}
+    out = str(tmp_path_factory.mktemp("learner") / "weights")
 
     def run(ranks: int = 1, learner: dict | None = None, algorithm: dict | None = None, steps: int = 2, **options):
         config = learner_config(model_dir, ranks, options.pop("model", None), algorithm, **(learner or {}))
-        if ranks not in groups:
-            groups[ranks] = Ranks(work, ranks, RANK)
-        out = str(work / "weights")
-        groups[ranks].run({"config": config, "steps": steps, "out": out} | options)
-        if options.get("aggregations"):
-            return dict(np.load(out + "-grad.npz"))
-        weights = dict(np.load(out + ".npz"))
-        return weights, json.loads(Path(out + ".json").read_text())
+        ranks_of(ranks).run("train", {"config": config, "steps": steps, "out": out} | options)
+        return dict(np.load(out + ".npz")), json.loads(Path(out + ".json").read_text())
 
-    yield run
-    for group in groups.values():
-        group.close()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +72,14 @@ def textbook_gradient(model_dir, aggregation, groups):
 
 
 @pytest.mark.parametrize(("ranks", "budget"), [(1, 8192), (1, 16), (2, 24)])
-def test_the_gradient_is_the_textbooks(train, model_dir, ranks, budget):
+def test_the_gradient_is_the_textbooks(ranks_of, tmp_path, model_dir, ranks, budget):
     aggregations = [{"name": name} | ({"length": 8} if name == "constant" else {}) for name in AGGREGATIONS]
     algorithm = {"importance_sampling": {"level": "none"}}
     limits = {"max_grad_norm": 1e9, "max_tokens_per_microbatch": budget}
-    found = train(ranks, limits, algorithm, steps=0, aggregations=aggregations)
+    config = learner_config(model_dir, ranks, None, algorithm, **limits)
+    options = {"config": config, "aggregations": aggregations, "out": str(tmp_path / "gradients")}
+    ranks_of(ranks).run("gradients", options)
+    found = dict(np.load(tmp_path / "gradients.npz"))
     for name in AGGREGATIONS:
         expected = textbook_gradient(model_dir, name, make_groups(3))
         assert {key.partition("/")[2] for key in found if key.startswith(name + "/")} == expected.keys()

@@ -8,60 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.learner_groups import Ranks, learner_config
+from tests.learner_groups import learner_config
 
 pytestmark = pytest.mark.stack
 
-RANK = """
-import gc, json, sys
-import numpy as np
-from learner.learner import Learner
-from learner.weight_sender import full_tensors
-from shared.config import Config
-from tests.learner_groups import make_groups
-
-def work(options):
-    config = Config.model_validate(options["config"])
-    learner = Learner(config, options["rank"], options["ranks"], ("127.0.0.1", options["port"]))
-    if options.get("load"):
-        assert learner.load(options["load"]) == options["at"]
-    reports = []
-    for step in range(options["from"], options["to"]):
-        reports.append(learner.train_step(make_groups(step)).metrics)
-        if step + 1 == options.get("save_at"):
-            learner.save(options["save"])
-    state = {name: tensor.detach().float().numpy().copy() for name, tensor in full_tensors(learner.engine)}
-    if learner.reference is not None:
-        state |= {"reference/" + name: t.float().numpy().copy() for name, t in learner.reference.tensors()}
-    if options["rank"] == 0:
-        np.savez(options["out"], **state)
-        json.dump(reports, open(options["out"] + ".json", "w"))
-
-for line in sys.stdin:
-    work(json.loads(line))
-    gc.collect()
-    print("done", flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory, model_dir):
+def train(tmp_path_factory, model_dir, ranks_of):
     """``train(ranks, begin, end, ...) -> (weights, metrics)``: optimizer steps ``begin`` to ``end``, perhaps from a save."""
-    work = tmp_path_factory.mktemp("state")
-    groups: dict[int, Ranks] = {}
+    out = str(tmp_path_factory.mktemp("state") / "weights")
 
     def run(ranks: int, begin: int, end: int, learner: dict | None = None, algorithm: dict | None = None, **options):
         settings = {"lr": 1e-2, "weight_decay": 0.1} | (learner or {})
         config = learner_config(model_dir, ranks, options.pop("model", None), algorithm, **settings)
-        if ranks not in groups:
-            groups[ranks] = Ranks(work, ranks, RANK)
-        out = str(work / "weights")
-        groups[ranks].run({"config": config, "from": begin, "to": end, "out": out} | options)
+        ranks_of(ranks).run("resume", {"config": config, "from": begin, "to": end, "out": out} | options)
         return dict(np.load(out + ".npz")), json.loads(Path(out + ".json").read_text())
 
-    yield run
-    for group in groups.values():
-        group.close()
+    return run
 
 
 def same_bits(one, other):

@@ -1,0 +1,83 @@
+"""The program of a learner rank in tests: it does one job after the other, a line of JSON each, and answers "done"."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from learner.learner import Learner
+from learner.weight_sender import full_tensors
+from shared.config import Config
+from shared.config_algorithm import Choice
+from tests.learner_groups import make_groups
+
+
+def new_learner(options: dict[str, Any], **changes: Any) -> Learner:
+    config = Config.model_validate(options["config"]).model_copy(update=changes)
+    return Learner(config, options["rank"], options["ranks"], ("127.0.0.1", options["port"]))
+
+
+def write(
+    options: dict[str, Any], learner: Learner, reports: list[Any], more: dict[str, np.ndarray] | None = None
+) -> None:
+    """Gather the weights, which all ranks do together; rank 0 writes them, ``more`` tensors and the reports."""
+    state = {name: tensor.detach().float().numpy().copy() for name, tensor in full_tensors(learner.engine)}
+    if options["rank"] == 0:
+        np.savez(options["out"], **state, **(more or {}))
+        with open(options["out"] + ".json", "w", encoding="utf-8") as file:
+            json.dump(reports, file)
+
+
+def train(options: dict[str, Any]) -> None:
+    """The same groups again and again, for ``steps`` steps."""
+    learner, groups = new_learner(options), make_groups(3)
+    if options.get("equal_rewards"):
+        for group in groups:
+            group.rewards[:] = 1.0
+    reports = [learner.train_step(groups) for _ in range(options["steps"])]
+    write(options, learner, [[report.policy_version, report.applied, report.metrics] for report in reports])
+    if options.get("save"):
+        learner.save(options["save"])
+
+
+def gradients(options: dict[str, Any]) -> None:
+    """Gradients of one step for each of the ``aggregations``, read off Adam's first moment."""
+    found = {}
+    for aggregation in options["aggregations"]:
+        config = Config.model_validate(options["config"])
+        algorithm = config.algorithm.model_copy(update={"aggregation": Choice.model_validate(aggregation)})
+        learner = new_learner(options, algorithm=algorithm)
+        learner.train_step(make_groups(3))
+        names = {id(p): n.removeprefix("model.") for n, p in learner.engine.module.named_parameters()}
+        scale = 1 - config.learner.betas[0]
+        for parameter, state in learner.optimizer.state.items():
+            found[f"{aggregation['name']}/{names[id(parameter)]}"] = (state["exp_avg"] / scale).numpy()
+    if options["rank"] == 0:
+        np.savez(options["out"], **found)
+
+
+def resume(options: dict[str, Any]) -> None:
+    """Steps ``from`` to ``to``, each on groups of its own, from a checkpoint to another if they are named."""
+    learner = new_learner(options)
+    if options.get("load"):
+        assert learner.load(options["load"]) == options["at"]
+    reports = []
+    for step in range(options["from"], options["to"]):
+        reports.append(learner.train_step(make_groups(step)).metrics)
+        if step + 1 == options.get("save_at"):
+            learner.save(options["save"])
+    reference = learner.reference.tensors() if learner.reference is not None else ()
+    write(options, learner, reports, {f"reference/{name}": t.float().numpy().copy() for name, t in reference})
+
+
+if __name__ == "__main__":
+    JOBS = {"train": train, "gradients": gradients, "resume": resume}
+    for line in sys.stdin:
+        job = json.loads(line)
+        JOBS[job["job"]](job)
+        gc.collect()
+        print("done", flush=True)
