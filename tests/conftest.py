@@ -82,6 +82,14 @@ def run_millrace():
 
 
 @pytest.fixture(scope="session")
+def quickstart(tmp_path_factory):
+    """A whole run of the quickstart that all tests of a session look at, a ``WatchedRun``."""
+    from tests.whole_run import watched_run
+
+    yield from watched_run(tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="session")
 def ranks_of(tmp_path_factory):
     """``ranks_of(count) -> Ranks``: learner ranks on real DeepSpeed that all tests of a session share."""
     from tests.learner_groups import Ranks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import shutil
@@ -12,45 +11,16 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from launch.cluster import worker_environment
 from rollout.reward_models import is_loopback
 from tests.pace import scaled
+from tests.whole_run import PLANTED, listeners_of, own_environment, processes_of
 
 pytestmark = pytest.mark.stack
 ROOT = Path(__file__).resolve().parent.parent
-PLANTED = "planted-s3cret-value"
 AGENT = "ray::DashboardAgent"
-
-
-def environment_of(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ()
-    except (psutil.Error, OSError):
-        return {}
-
-
-def processes_of(session: str) -> set[psutil.Process]:
-    """Those whose Ray lives in ``session``, and their children: some of Ray's overwrite their environment."""
-    found = set()
-    for process in psutil.process_iter():
-        if environment_of(process).get("RAY_TMPDIR") == session:
-            with contextlib.suppress(psutil.Error):
-                found |= {process, *process.children(recursive=True)}
-    return found
-
-
-def listeners(session: str) -> set[tuple[str, str, int]]:
-    """``(process, address, port)`` of every listening socket of those processes; an actor without its method."""
-    found = set()
-    for process in processes_of(session):
-        with contextlib.suppress(psutil.Error, OSError):
-            sockets = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-            name = process.name().strip().partition(".")[0]
-            found |= {(name, c.laddr.ip, c.laddr.port) for c in sockets}
-    return found
 
 
 def open_to_others(found: set[tuple[str, str, int]]) -> set[str]:
@@ -79,11 +49,6 @@ def session():
     folder = tempfile.mkdtemp(prefix="ms-")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def own_environment(session: str, **more: str) -> dict[str, str]:
-    """As a user's shell has it: without what tests in this process have set for Ray."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_TMPDIR": session} | more
 
 
 # --- a Ray by itself ---
@@ -117,10 +82,10 @@ def start(session):
         assert process.stdout.readline().strip()
         deadline = time.monotonic() + scaled(20)
         while time.monotonic() < deadline and not {
-            port for name, _, port in listeners(session) if name.startswith(AGENT)
+            port for name, _, port in listeners_of(processes_of(session)) if name.startswith(AGENT)
         }:
             time.sleep(0.2)
-        return listeners(session)
+        return listeners_of(processes_of(session))
 
     yield begin
     for process in started:
@@ -128,24 +93,29 @@ def start(session):
 
 
 def jobs_status(found: set[tuple[str, str, int]], authorization: str = "") -> set[int]:
-    """What the job servers among the listeners answer to a request for the list of jobs."""
-    statuses = set()
-    for name, address, port in found:
-        if not name.startswith(AGENT):
-            continue
-        connection = http.client.HTTPConnection(
-            address.removeprefix("::ffff:").replace("::", "127.0.0.1"), port, timeout=5
-        )
-        try:
-            connection.request("GET", "/api/job_agent/jobs/x/logs", headers={"Authorization": authorization})
-            answer = connection.getresponse()
-            if not answer.read().startswith(b"# HELP"):  # The port of its metrics gives them for any path.
-                statuses.add(answer.status)
-        except (OSError, http.client.HTTPException):
-            continue  # One of its ports speaks gRPC.
-        finally:
-            connection.close()
+    """What the job servers among the listeners answer to a request for the list of jobs, once one of them answers."""
+    deadline = time.monotonic() + scaled(30)
+    statuses: set[int] = set()
+    while not statuses and time.monotonic() < deadline:
+        agents = [(address, port) for name, address, port in found if name.startswith(AGENT)]
+        answers = (job_server_status(address, port, authorization) for address, port in agents)
+        statuses = {status for status in answers if status is not None}
     return statuses
+
+
+def job_server_status(address: str, port: int, authorization: str) -> int | None:
+    """None where something else than a job server answers, or nothing."""
+    address = address.removeprefix("::ffff:").replace("::", "127.0.0.1")
+    connection = http.client.HTTPConnection(address, port, timeout=scaled(5))
+    try:
+        connection.request("GET", "/api/job_agent/jobs/x/logs", headers={"Authorization": authorization})
+        answer = connection.getresponse()
+        # The port of its metrics gives them for any path.
+        return None if answer.read().startswith(b"# HELP") else answer.status
+    except (OSError, http.client.HTTPException):
+        return None  # One of its ports speaks gRPC.
+    finally:
+        connection.close()
 
 
 def test_a_private_ray_listens_on_loopback_and_answers_nobody_without_its_token(start):
@@ -168,87 +138,53 @@ def test_without_authentication_its_job_server_answers(start):
 
 # --- a whole run ---
 
-REWARD = """
-import os
-def accuracy(completions, answer, **kwargs):
-    assert os.environ["JUDGE_API_KEY"]  # A function of the user may need it ...
-    return [float(a == b) for a, b in zip(completions, answer)]
-"""
-
-
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """A short quickstart with planted secrets: its output, folder, Ray's folder, listeners, tokens, command lines."""
-    session, folder = tempfile.mkdtemp(prefix="ms-"), tmp_path_factory.mktemp("run")
-    (folder / "reward.py").write_text(REWARD)
-    spec = f'[[reward.functions]]\nfunction = "{folder}/reward.py:accuracy"\n'
-    (folder / "own.toml").write_text(spec)
-    changes = [
-        "--run.output_dir",
-        str(folder / "run"),
-        "--run.steps",
-        "3",
-        "--eval.max_rows",
-        "8",
-        "--run.samples_every",
-        "1",
-    ]
-    command = [sys.executable, "launch/run.py", "launch/configs/quickstart.toml", str(folder / "own.toml"), *changes]
-    planted = {"HF_TOKEN": PLANTED, "JUDGE_API_KEY": PLANTED, "DB_PASSWORD": PLANTED, "MILLRACE_WORKER_LOGS": "1"}
-    environment = own_environment(session, **planted)
-    output = folder / "output"
-    with output.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-        found, tokens, commands = set(), set(), set()
-        deadline = time.monotonic() + scaled(200)
-        while process.poll() is None and time.monotonic() < deadline:
-            found |= listeners(session)
-            for one in processes_of(session):
-                tokens |= {environment_of(one).get("RAY_AUTH_TOKEN", "")} - {""}
-                with contextlib.suppress(psutil.Error):
-                    commands |= set(one.cmdline())
-            time.sleep(1.0)
-        process.kill()
-        process.wait()
-    yield process.returncode, output.read_text(), folder, Path(session), found, tokens, " ".join(commands)
-    shutil.rmtree(session, ignore_errors=True)
-
 
 @pytest.mark.timeout(300)
-def test_no_process_of_a_local_run_listens_to_others(watched):
-    code, output, *_, found, _, _ = watched
-    assert code == 0, output[-3000:]
-    names = {name for name, *_ in found}
+def test_no_process_of_a_local_run_listens_to_others(quickstart):
+    assert quickstart.code == 0, quickstart.output[-3000:]
+    names = {name for name, *_ in quickstart.listeners}
     assert {"gcs_server", "raylet", "ray::Engine", "ray::Learner", "ray::RewardWorker"} <= names
-    assert open_to_others(found) == set()
+    assert open_to_others(quickstart.listeners) == set()
 
 
-def test_a_secret_of_the_environment_is_in_no_file_and_no_output(watched):
-    _, output, folder, session, *_ = watched
-    assert PLANTED not in output
-    assert files_with(folder, PLANTED) == []
-    assert files_with(session, PLANTED) == []  # Ray's own logs.
-    (folder / "canary").write_text(f"... {PLANTED} ...")
-    assert files_with(folder, PLANTED) == [str(folder / "canary")]
+def test_a_secret_of_the_environment_is_in_no_file_and_no_output(quickstart):
+    place = quickstart.folder.parent
+    assert PLANTED not in quickstart.output
+    assert files_with(place, PLANTED) == []
+    assert files_with(quickstart.session, PLANTED) == []  # Ray's own logs.
+    (place / "canary").write_text(f"... {PLANTED} ...")
+    assert files_with(place, PLANTED) == [str(place / "canary")]
+    (place / "canary").unlink()
 
 
-def test_nor_is_the_token_of_its_ray(watched):
-    _, output, folder, session, _, tokens, commands = watched
-    (token,) = tokens
+def test_nor_is_the_token_of_its_ray(quickstart):
+    (token,) = quickstart.tokens
     assert len(token) == 64
-    assert token not in output
-    assert token not in commands
-    assert files_with(folder, token) == files_with(session, token) == []
+    assert token not in quickstart.output
+    assert token not in quickstart.commands
+    assert files_with(quickstart.folder.parent, token) == files_with(quickstart.session, token) == []
 
 
 # --- vLLM ---
 
 
-@pytest.mark.parametrize("off", [False, True])
-def test_vllm_takes_no_functions_over_its_wire_in_an_actors_environment(off):
-    environment = os.environ | worker_environment() | ({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if off else {})
-    code = "from vllm.v1.serial_utils import MsgpackEncoder; MsgpackEncoder().encode([lambda: 1]); print('sent')"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=scaled(120), check=False)
-    assert ("sent" in done.stdout) is off, done.stderr[-500:]
-    assert ("is not serializable" in done.stderr) is not off
+WIRE = """
+import os
+from vllm.v1.serial_utils import MsgpackEncoder
+for wanted in ("as it is", "1"):
+    if wanted == "1":
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = wanted
+    try:
+        MsgpackEncoder().encode([lambda: 1])
+        print("sent")
+    except TypeError as error:
+        print("refused" if "is not serializable" in str(error) else error)
+"""
+
+
+def test_vllm_takes_no_functions_over_its_wire_in_an_actors_environment():
+    environment = os.environ | worker_environment()
+    done = subprocess.run(
+        [sys.executable, "-c", WIRE], env=environment, capture_output=True, text=True, timeout=scaled(120), check=False
+    )
+    assert done.stdout.split() == ["refused", "sent"], done.stderr[-500:]
