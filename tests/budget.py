@@ -2,7 +2,7 @@
 
 A test without a marker must take at most ``BUDGET_S``, its fixtures of function scope included; one that takes longer
 fails the whole run. Seconds for which the test waited for a core, and the first import of a heavy library, are not its
-own. ``tests/conftest.py`` imports the hooks.
+own. ``tests/conftest.py`` registers this module as a plugin.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _shared_s = 0.0
 """Seconds spent since the session began in fixtures that several tests share."""
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def add_options(parser: pytest.Parser) -> None:
+    """The options of this module; pytest asks for them before a plugin can be registered."""
     parser.addoption("--times", action="store_true", help="print seconds by file and by fixture")
 
 

@@ -11,15 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests import budget
-from tests.budget import (  # noqa: F401 - pytest finds hooks by their names in this file
-    pytest_addoption,
-    pytest_collection_modifyitems,
-    pytest_fixture_setup,
-    pytest_runtest_logreport,
-    pytest_runtest_makereport,
-    pytest_runtest_protocol,
-    pytest_terminal_summary,
-)
 from tests.pace import scaled
 
 # Set before any library is imported: nothing may reach a hub, a cluster or a home folder that is not ours.
@@ -32,14 +23,23 @@ for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCHINDUCTOR_
     os.environ.pop(variable, None)
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(PRIVATE / "inductor")
 (PRIVATE / "home").mkdir()
+(PRIVATE / "home" / "letter").write_text("private")
 # With xdist the first process of a session makes the folder, and all of them share what is made once in it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["MILLRACE_CACHE"] = str(PRIVATE / "cache")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_sessionfinish(session: pytest.Session):
-    budget.pytest_sessionfinish(session)
+def pytest_addoption(parser: pytest.Parser):
+    budget.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config):
+    # Hooks of this file would not be called for fixtures of the session, which belong to the folder above.
+    config.pluginmanager.register(budget, "budget")
+
+
+def pytest_sessionfinish():
     shutil.rmtree(PRIVATE, ignore_errors=True)
 
 

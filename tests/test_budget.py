@@ -13,7 +13,14 @@ from tests.pace import VARIABLE
 
 pytestmark = pytest.mark.process
 
-CONFTEST = "from tests.budget import *\nfrom tests import budget\nbudget.BUDGET_S = 0.3\n"
+CONFTEST = """
+from tests import budget
+budget.BUDGET_S = 0.3
+def pytest_addoption(parser):
+    budget.add_options(parser)
+def pytest_configure(config):
+    config.pluginmanager.register(budget, "budget")
+"""
 QUICK = "def test_quick(): pass\n"
 SLEEPS = "import time\ndef test_sleeps(): time.sleep(0.5)\n"
 MARKED = "import pytest, time\n@pytest.mark.process\ndef test_marked(): time.sleep(0.5)\n"
