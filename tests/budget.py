@@ -70,8 +70,8 @@ def _group(item: pytest.Item) -> str:
     return tier if tier == "stack" else f"{item.path.stem}-{tier}"
 
 
-def _rank(item: pytest.Item) -> int:
-    return ("stack", "process", "light").index(_tier(item))
+def _rank(item: pytest.Item) -> tuple[int, bool]:
+    return ("stack", "process", "light").index(_tier(item)), "private_ray" not in getattr(item, "fixturenames", ())
 
 
 # --- in the process that runs a test ---

@@ -81,6 +81,18 @@ def run_millrace():
     return run
 
 
+@pytest.fixture
+def private_ray():
+    """Ray in this process with two counted GPUs. Tests that use it run one after the other, and none of them ends it."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address="local", num_cpus=8, num_gpus=2, include_dashboard=False, namespace="tests", log_to_driver=False
+        )
+    return ray
+
+
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
     """A whole run of the quickstart that all tests of a session look at, a ``WatchedRun``."""

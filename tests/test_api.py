@@ -259,6 +259,7 @@ print([row["step"] for row in run.metrics if "reward" in row], run.model.name)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.stack
 def test_a_script_leaves_early_and_goes_on_to_the_end(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.replace("OUT", str(tmp_path / "out")))

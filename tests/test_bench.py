@@ -137,6 +137,7 @@ def test_a_ratio_that_fell_is_named():
     assert set(json.loads(bench_check.STORED.read_text())) == set(bench_check.MEASURES)
 
 
+@pytest.mark.slow
 @pytest.mark.stack
 def test_the_loops_of_the_learner_bench_train_on_the_same_tokens(tmp_path):
     chosen = options(bench_learner, "--shape", "short", "--dtype", "float32")
@@ -146,6 +147,7 @@ def test_the_loops_of_the_learner_bench_train_on_the_same_tokens(tmp_path):
     assert min(min(values) for values in seconds.values()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.stack
 def test_rollouts_are_measured_beside_raw_vllm(tmp_path):
     from launch import bench_rollout

@@ -164,6 +164,7 @@ def test_one_node_is_the_head_and_the_others_join_it(place):
     assert sorted(log(place)[-3:]) == ["ended n1", "ended n2", "ended n3"]
 
 
+@pytest.mark.slow
 def test_one_node_alone_is_enough(place):
     run = batch(place, nodes="n1")
     assert ended(place, run) == (0, "")
@@ -171,6 +172,7 @@ def test_one_node_alone_is_enough(place):
     assert "driver launch/run.py launch/configs/gsm8k.toml at" in log(place)[1]
 
 
+@pytest.mark.slow
 def test_a_token_that_others_could_read_is_not_used(place):
     token = place / "home" / ".ray" / "token-4711"
     token.parent.mkdir()
@@ -180,6 +182,7 @@ def test_a_token_that_others_could_read_is_not_used(place):
     assert "token 600 65" in log(place)[1]
 
 
+@pytest.mark.slow
 def test_the_exit_code_is_the_driver_s(place):
     assert ended(place, batch(place, CODE="2")) == (2, "")
 
@@ -191,6 +194,7 @@ def terminate(run: subprocess.Popen[str], there: Path) -> None:
     run.send_signal(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_sigterm_before_there_is_a_driver_ends_the_job(place):
     run = batch(place, LATE="n2")
     terminate(run, place / "up" / "n1")
@@ -206,6 +210,7 @@ def test_sigterm_ends_the_driver_first(place):
     assert sorted(log(place)[-2:]) == ["ended n1", "ended n2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["0", "1"])
 def test_a_node_that_cannot_start_ray_ends_the_job_at_once(place, code):
     started = time.monotonic()
@@ -215,6 +220,7 @@ def test_a_node_that_cannot_start_ray_ends_the_job_at_once(place, code):
     assert not [line for line in log(place) if line.startswith("driver")]
 
 
+@pytest.mark.slow
 def test_a_node_that_never_joins_ends_the_job_at_the_deadline(place):
     script = re.sub(r"^READY_S=\d+$", "READY_S=1", TEXTS["slurm.sh"], flags=re.M)
     code, said = ended(place, batch(place, LATE="n2", script=script))
@@ -222,6 +228,7 @@ def test_a_node_that_never_joins_ends_the_job_at_the_deadline(place):
     assert not [line for line in log(place) if line.startswith("driver")]
 
 
+@pytest.mark.slow
 def test_slurm_reads_all_of_its_options():
     lines = (DEPLOY / "slurm.sh").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
@@ -247,6 +254,7 @@ def test_the_recipe_without_slurm_brings_token_and_ray_to_every_machine(place):
     assert all("mode=token" in call for call in calls)
 
 
+@pytest.mark.slow
 def test_the_recipe_without_slurm_leaves_no_ray_and_no_token(place):
     blocks = shell_blocks(TEXTS["bare-metal.md"])
     run = begin(place, "set -eu\n" + "\n".join(blocks[name] for name in ("Start", "Stop")))

@@ -69,6 +69,7 @@ def test_a_reader_can_do_what_a_page_says(page, tmp_path, monkeypatch):
     assert follow(page, tmp_path) == blocks_of(page)
 
 
+@pytest.mark.slow
 @pytest.mark.stack
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", ON_STACK)
@@ -193,6 +194,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_the_site_has_every_page(site):
     there = {str(path.relative_to(site).with_suffix(".md")) for path in site.rglob("*.html")}
@@ -201,6 +203,7 @@ def test_the_site_has_every_page(site):
     assert "<!-- generated" not in "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.html"))
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_every_link_and_anchor_leads_somewhere(site):
     pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
@@ -217,6 +220,7 @@ def test_every_link_and_anchor_leads_somewhere(site):
     assert lost == []
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_nothing_on_the_site_comes_from_the_network(site):
     for path in site.rglob("*.html"):

@@ -157,6 +157,8 @@ async def fleet(model_dir):
             "rollout.vllm": {"enforce_eager": True},
         }
     )
+    if ray.is_initialized():  # By the tests before; this one is ended.
+        ray.shutdown()
     patch = pytest.MonkeyPatch()
     patch.setattr(lives, "PROBE_LIMIT_S", 1.0)
     start = Replica.start

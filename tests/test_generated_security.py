@@ -154,7 +154,8 @@ def heavy(chance: random.Random) -> list[str]:
 
 
 @has_wall
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [pytest.param(i, marks=pytest.mark.xdist_group(f"hostile-{i}")) for i in range(PARTS)])
 def test_hostile_answers_to_every_allowed_task_give_numbers_or_a_typed_failure(tmp_path, part):
     from reasoning_gym.factory import DATASETS
 

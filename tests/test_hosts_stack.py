@@ -100,6 +100,7 @@ def test_a_job_on_three_hosts_survives_the_loss_of_one(hosts, tmp_path):
     assert int(said.group(2).replace(",", "")) == trained
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_the_learner_s_ranks_meet_over_the_network(hosts, tmp_path):
     """Also where no host knows another's name."""
@@ -119,18 +120,10 @@ def test_the_learner_s_ranks_meet_over_the_network(hosts, tmp_path):
     assert job.wait(60) == "SUCCEEDED"
 
 
-def test_a_name_is_held_once_on_a_cluster(monkeypatch, tmp_path):
-    import ray
-
-    ray.init(address="local", num_cpus=1, include_dashboard=False, namespace="one")
+def test_a_name_is_held_once_on_a_cluster(private_ray, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", "here")
-    try:
-        held = launch_cluster.claim(tmp_path / "run")
-        assert held is not None
-        with pytest.raises(
-            InputError, match=r"run is live — run.output_dir = .*/run. Found pid \d+ on .* in this cluster"
-        ):
-            launch_cluster.claim(tmp_path / "run")
-        assert launch_cluster.claim(tmp_path / "other") is not None
-    finally:
-        ray.shutdown()
+    held = launch_cluster.claim(tmp_path / "run")
+    assert held is not None
+    with pytest.raises(InputError, match=r"run is live — run.output_dir = .*/run. Found pid \d+ on .* in this cluster"):
+        launch_cluster.claim(tmp_path / "run")
+    assert launch_cluster.claim(tmp_path / "other") is not None

@@ -14,7 +14,7 @@ from learner.passes import plan_batch
 from shared.types import Completion, Prompt, RolloutGroup
 from tests.fakes import make_config
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 VOCABULARY, TOKENS, PROMPT = 150_000, 8192, 16
 SLACK = 1.15
 

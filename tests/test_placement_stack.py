@@ -17,19 +17,11 @@ pytestmark = pytest.mark.stack
 E, TP = "rollout.num_engines", "rollout.tensor_parallel_size"
 RANKS, COLOCATE = "learner.num_ranks", "rollout.colocate"
 H100, A100 = "H100", "A100"
-
-
-@pytest.fixture(scope="module")
-def ray_with_two_gpus():
-    import ray
-
-    ray.init(address="local", num_cpus=8, num_gpus=2, include_dashboard=False)
-    yield ray
-    ray.shutdown()
+SMALL = {"object_store_memory": 80 << 20}
 
 
 @pytest.mark.parametrize("colocated", [True, False])
-def test_an_engine_shares_its_gpu_with_the_rank_of_its_number(ray_with_two_gpus, colocated):
+def test_an_engine_shares_its_gpu_with_the_rank_of_its_number(private_ray, colocated):
     number = 2 if colocated else 1
     changes = {"rollout.colocate": colocated, "rollout.num_engines": number, "learner.num_ranks": number}
     reservation = asyncio.run(reserve(Needs.of(make_config(**changes), on_gpu=True)))
@@ -54,36 +46,42 @@ def test_an_engine_shares_its_gpu_with_the_rank_of_its_number(ray_with_two_gpus,
     assert (gpus[:number] == gpus[number:]) == colocated
 
 
-def test_what_has_no_place_at_all_is_not_waited_for(ray_with_two_gpus):
+def test_what_has_no_place_at_all_is_not_waited_for(private_ray):
     with pytest.raises(InputError, match="no arrangement of engines and ranks"):
         asyncio.run(reserve(Needs.of(make_config(**{E: 2, RANKS: 1}), on_gpu=True)))
 
 
-@pytest.fixture
-def hosts():
-    """Starts a Ray of several nodes, each given as CPUs, GPUs and their type. They are counted, not used."""
+@pytest.fixture(scope="module")
+def head():
+    """A Ray whose head has nothing to give: the tests add the nodes that they need."""
     import ray
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": 80 << 20}
-    made = []
+    if ray.is_initialized():  # Of the tests before.
+        ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0} | SMALL)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def hosts(head):
+    """Adds nodes, each given as CPUs, GPUs and their type, for one test. They are counted, not used."""
+    added = []
 
     def start(*sizes):
-        if ray.is_initialized():  # Of the tests before.
-            ray.shutdown()
-        made.append(Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0} | small))
-        added = []
         for number, count, kind in sizes:
             marks = {f"accelerator_type:{kind}": 1.0} if kind else {}
-            added.append(made[0].add_node(num_cpus=number, num_gpus=count, resources=marks, **small))
-        ray.init(address=made[0].address, log_to_driver=False, logging_level="error")
-        made[0].wait_for_nodes()
-        return made[0], added
+            added.append(head.add_node(num_cpus=number, num_gpus=count, resources=marks, wait=False, **SMALL))
+        head.wait_for_nodes()
+        return head, added
 
     yield start
-    ray.shutdown()
-    for one in made:
-        one.shutdown()
+    for node in added:
+        if node in head.worker_nodes:
+            head.remove_node(node)
 
 
 def homes(group):
@@ -116,7 +114,8 @@ async def placed(changes):
 def test_what_fits_is_placed_at_once(hosts, sizes, changes):
     _, added = hosts(*sizes)
     begun = time.monotonic()
-    _, engines, ranks = asyncio.run(placed(changes))
+    reservation, engines, ranks = asyncio.run(placed(changes))
+    reservation.release()
     assert time.monotonic() - begun < scaled(30)  # 0.02 s on a quiet machine; without a place it would wait for 60.
     kinds = {node.node_id: kind for node, (_, _, kind) in zip(added, sizes, strict=True)}
     assert len({kinds[node] for node in ranks}) == 1
@@ -148,3 +147,4 @@ def test_other_jobs_are_gone_around_and_a_lost_host_is_left(hosts, monkeypatch):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert set(homes(moved)) == {added[0].node_id}
+    reservation.release()

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -118,9 +119,15 @@ def test_shared_cores_bound_the_whole():
     assert shared.step_s > 1.2 * (TRAIN + 2.0) + 0.3 > alone.step_s
 
 
-@pytest.mark.parametrize("cores", [0, 1, 2])
-@pytest.mark.parametrize("staleness", [0, 1, 4])
-@pytest.mark.parametrize("factor", [0.7, 1.0, 1.4])
+def mostly_slow(cases, fast):
+    """All ``cases`` as parameters; those that are not ``fast`` too take long together and are marked slow."""
+    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("cores", "staleness", "factor"),
+    mostly_slow(product([0, 1, 2], [0, 1, 4], [0.7, 1.0, 1.4]), [(0, 0, 0.7), (1, 1, 1.4), (2, 4, 1.0)]),
+)
 def test_a_real_loop_calibrates_what_is_predicted(cores, staleness, factor):
     run, timings = config(staleness=staleness), replace(EVEN, cores=cores)
     measured = factor * predict(run, timings, 1, 1).step_s
@@ -197,7 +204,7 @@ def test_lengths_have_the_mean_that_was_asked_for_once_they_are_cut(mean, longes
 
 @pytest.mark.parametrize(
     ("engines", "ranks", "staleness", "mean"),
-    [(4, 2, 0, 128), (4, 2, 1, 128), (8, 2, 2, 400), (8, 8, 4, 128)],
+    mostly_slow([(4, 2, 0, 128), (4, 2, 1, 128), (8, 2, 2, 400), (8, 8, 4, 128)], [(4, 2, 1, 128)]),
 )
 def test_the_simulator_agrees(engines, ranks, staleness, mean):
     timings = replace(Timings(), mean_length=float(mean), longest=2048)
@@ -212,7 +219,10 @@ def test_the_simulator_agrees(engines, ranks, staleness, mean):
 
 @pytest.mark.parametrize(
     ("engines", "staleness", "workers", "score_s", "longest"),
-    [(4, 0, 2, 0.1, 2048), (4, 0, 1, 0.02, 48), (4, 2, 4, 0.1, 2048), (4, 2, 1, 0.02, 48), (1, 1, 1, 0.1, 200)],
+    mostly_slow(
+        [(4, 0, 2, 0.1, 2048), (4, 0, 1, 0.02, 48), (4, 2, 4, 0.1, 2048), (4, 2, 1, 0.02, 48), (1, 1, 1, 0.1, 200)],
+        [(1, 1, 1, 0.1, 200)],
+    ),
 )
 def test_the_simulator_agrees_where_rewards_are_slow(engines, staleness, workers, score_s, longest):
     given = {"mean_length": min(128.0, 0.9 * longest), "longest": longest, "score_s": score_s}
@@ -224,7 +234,9 @@ def test_the_simulator_agrees_where_rewards_are_slow(engines, staleness, workers
     assert predict(whole, timings, engines, 2).step_s == pytest.approx(simulated["simulated_step_s"], rel=0.12)
 
 
-@pytest.mark.parametrize(("staleness", "room"), [(0, 3), (0, 8), (0, 20), (1, 3), (1, 8), (4, 3), (4, 8)])
+@pytest.mark.parametrize(
+    ("staleness", "room"), mostly_slow([(0, 3), (0, 8), (0, 20), (1, 3), (1, 8), (4, 3), (4, 8)], [(1, 3)])
+)
 def test_the_simulator_agrees_where_memory_is_short(staleness, room):
     timings = replace(Timings(), mean_length=128.0, longest=2048, room=room)
     changes = {"rollout.num_engines": 4, "learner.num_ranks": 2, "run.steps": 30, "run.checkpoint_every": 0}

@@ -126,7 +126,9 @@ def test_eight_points_ship():
     assert " ".join(recipes()) == "cispo dapo dr_grpo grpo grpo_deepseek gspo ppo_kl_reward rloo"
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize(
+    "recipe", [name if name == "dapo" else pytest.param(name, marks=pytest.mark.slow) for name in recipes()]
+)
 def test_a_recipe_learns(stack, recipe):
     from launch.controller import Controller
 

@@ -469,6 +469,7 @@ def test_of_a_very_long_completion_the_middle_is_left_out(run, tmp_path):
 # --- size ---
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_of_eight_processes_fit_into_five_megabytes(tmp_path):
     folder = write_run(tmp_path / "run", 1000, 10, 200, engines=5, groups=8, pieces=10)
     page = build([folder])

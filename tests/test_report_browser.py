@@ -112,6 +112,7 @@ def test_every_section_draws_itself(shown):
     assert "asks no network" in page.locator("footer").inner_text()
 
 
+@pytest.mark.slow
 def test_a_run_with_little_to_show_still_makes_a_page(shown):
     page = shown("killed")
     assert page.locator(".pill").inner_text() == "ended early"
@@ -122,12 +123,14 @@ def test_a_run_with_little_to_show_still_makes_a_page(shown):
         page.keyboard.press(key)
 
 
+@pytest.mark.slow
 def test_without_a_configuration_that_fits_no_finding_is_made(shown):
     said = shown("spaced").locator("#overview").inner_text()
     assert "No findings were made" in said
     assert "Nothing stands out" not in said
 
 
+@pytest.mark.slow
 def test_landmarks_and_names_are_there_for_those_who_do_not_see(shown):
     page = shown()
     assert [page.locator(tag).count() for tag in ("main", "body > header", "footer", "nav[aria-label]")] == [1, 1, 1, 1]
@@ -153,6 +156,7 @@ def test_what_a_run_says_stays_text(shown):
 # --- curves ---
 
 
+@pytest.mark.slow
 def test_arrow_keys_read_a_curve_and_all_charts_follow(shown):
     page = shown()
     first, second = page.locator(".chart").nth(0), page.locator(".chart").nth(1)
@@ -169,6 +173,7 @@ def test_arrow_keys_read_a_curve_and_all_charts_follow(shown):
     assert "wide" in first.get_attribute("class")
 
 
+@pytest.mark.slow
 def test_arrow_keys_pass_a_step_without_a_value(shown):
     chart = shown("spaced").locator(".chart", has_text="KL to the reference")
     chart.locator(".frame").focus()
@@ -179,6 +184,7 @@ def test_arrow_keys_pass_a_step_without_a_value(shown):
     assert seen == [f"step {step}" for step in (4, 8, 12, 16, 12, 8)]
 
 
+@pytest.mark.slow
 def test_the_time_axis_has_the_seconds_of_the_rows(shown):
     page = shown("spaced")
     page.get_by_role("group", name="Horizontal axis").get_by_text("time").click()
@@ -188,6 +194,7 @@ def test_the_time_axis_has_the_seconds_of_the_rows(shown):
     assert chart.locator(".at").inner_text() == "3 min 0 s"  # 8 rows of 22.45 s.
 
 
+@pytest.mark.slow
 def test_what_never_changed_is_the_same_in_all_runs_and_several_steps(shown):
     told = " ".join(texts(shown("double"), ".constant"))
     assert "frac_reward_zero_std 0.2" in told
@@ -197,6 +204,7 @@ def test_what_never_changed_is_the_same_in_all_runs_and_several_steps(shown):
     assert page.locator(".chart circle.dot").count() >= 8
 
 
+@pytest.mark.slow
 def test_the_pointer_reads_a_curve(shown):
     page = shown()
     frame = page.locator(".chart .frame").first
@@ -206,6 +214,7 @@ def test_the_pointer_reads_a_curve(shown):
     assert re.fullmatch(r"step 1[3-8]", page.locator(".chart .at").first.inner_text())
 
 
+@pytest.mark.slow
 def test_smoothing_axis_and_scale_change_the_curves(shown):
     page = shown()
     path = page.locator(".chart path.line:not(.raw)").first
@@ -219,6 +228,7 @@ def test_smoothing_axis_and_scale_change_the_curves(shown):
     assert page.locator(".chart path.line").count() > 8
 
 
+@pytest.mark.slow
 def test_every_metric_is_found_and_drawn(shown):
     page = shown()
     page.keyboard.press("m")
@@ -235,6 +245,7 @@ def test_every_metric_is_found_and_drawn(shown):
 # --- time ---
 
 
+@pytest.mark.slow
 def test_bars_tell_their_seconds_and_the_table_repeats_them(shown):
     page = shown()
     bar = page.locator(".barrow", has_text="engine-0").locator("[role=img]")
@@ -245,6 +256,7 @@ def test_bars_tell_their_seconds_and_the_table_repeats_them(shown):
     assert page.locator("#time table tbody tr").count() == 4
 
 
+@pytest.mark.slow
 def test_a_press_keeps_focus_and_the_open_table(shown):
     page = shown()
     focused, opened = "document.activeElement.textContent", "document.querySelector('#time details').open"
@@ -259,6 +271,7 @@ def test_a_press_keeps_focus_and_the_open_table(shown):
     assert (page.evaluate(focused), page.evaluate(opened)) == ("the whole process", True)
 
 
+@pytest.mark.slow
 def test_the_keyboard_walks_the_timeline(shown):
     page = shown()
     canvas, status = page.locator("canvas").nth(1), page.locator("#time .readout").nth(1)
@@ -280,6 +293,7 @@ def test_the_keyboard_walks_the_timeline(shown):
 # --- completions ---
 
 
+@pytest.mark.slow
 def test_search_sort_and_filter_choose_completions(shown):
     page = shown()
     found = page.locator("#found")
@@ -307,6 +321,7 @@ def test_search_sort_and_filter_choose_completions(shown):
             page.click("#direction")
 
 
+@pytest.mark.slow
 def test_the_keyboard_walks_completions_and_their_tokens(shown):
     page = shown()
     page.locator("#entries").focus()
@@ -328,6 +343,7 @@ def test_the_keyboard_walks_completions_and_their_tokens(shown):
     assert page.locator("#tip").is_hidden()
 
 
+@pytest.mark.slow
 def test_enter_on_show_more_shows_more(shown):
     page = shown("spaced")
     assert page.locator(".entry").count() == 150
@@ -337,6 +353,7 @@ def test_enter_on_show_more_shows_more(shown):
     assert page.evaluate("document.activeElement.id") == "entries"
 
 
+@pytest.mark.slow
 def test_tokens_are_coloured_three_ways(shown):
     page = shown()
     coloured = (
@@ -354,6 +371,7 @@ def test_tokens_are_coloured_three_ways(shown):
     assert seen["plain"] == {""}
 
 
+@pytest.mark.slow
 def test_a_group_shows_every_completion_with_its_rewards_by_part(shown):
     page = shown()
     assert page.locator(".completion").count() == 4
@@ -364,6 +382,7 @@ def test_a_group_shows_every_completion_with_its_rewards_by_part(shown):
 # --- several runs ---
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared(shown):
     page = shown("double")
     assert page.locator("h1").inner_text() == "2 runs"
@@ -381,6 +400,7 @@ def test_two_runs_are_compared(shown):
     assert "60 tokens" not in " ".join(texts(page, ".entry-facts"))
 
 
+@pytest.mark.slow
 def test_runs_of_different_length_tell_how_many_steps_their_means_are_of(shown):
     assert "Means of the last 10 steps;" in shown("double").locator("#overview").inner_text()
     assert "Means of the last 3 to 10 steps;" in shown("uneven").locator("#overview").inner_text()
@@ -389,6 +409,7 @@ def test_runs_of_different_length_tell_how_many_steps_their_means_are_of(shown):
 # --- keyboard, colours, sizes ---
 
 
+@pytest.mark.slow
 def test_help_and_sections_by_key(shown):
     page = shown()
     page.keyboard.press("?")
@@ -401,6 +422,7 @@ def test_help_and_sections_by_key(shown):
     assert page.evaluate("Math.abs(document.getElementById('completions').getBoundingClientRect().top) < 100")
 
 
+@pytest.mark.slow
 def test_the_tab_key_reaches_everything_and_focus_is_seen(shown):
     page = shown()
     seen, unseen = set(), []
@@ -418,6 +440,7 @@ def test_the_tab_key_reaches_everything_and_focus_is_seen(shown):
     assert unseen == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_follows_the_system_and_the_switch(shown, scheme):
     page = shown(color_scheme=scheme)
@@ -456,6 +479,7 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_contrast(shown, scheme):
     page = shown("double", color_scheme=scheme)
@@ -470,6 +494,7 @@ def test_all_text_has_contrast(shown, scheme):
     assert page.evaluate(CONTRAST) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["single", "double"])
 def test_nothing_is_wider_than_a_phone(shown, name):
     page = shown(name, PHONE, has_touch=True)

@@ -12,6 +12,7 @@ from shared.actors import ActorDied
 from shared.errors import GroupFailed, RewardFailed
 from shared.types import Completion, Prompt
 from tests.fakes import FakeActor, FakeSlot, make_completion, make_config
+from tests.pace import scaled
 
 
 def completions(*texts: str) -> tuple[Completion, ...]:
@@ -235,17 +236,14 @@ def marked(completions, mode, number):
 
 
 @pytest.mark.stack
-async def test_with_ray_hangs_and_crashes_lose_nothing(tmp_path):
-    import ray
-
-    from launch.cluster import connect, worker_environment
+async def test_with_ray_hangs_and_crashes_lose_nothing(private_ray, tmp_path):
+    from launch.cluster import worker_environment
     from launch.ray_actors import RaySlot
 
     (tmp_path / "marked.py").write_text(CODE)
-    function = {"function": f"{tmp_path / 'marked.py'}:marked", "isolation": "subprocess", "timeout_s": 0.3}
+    function = {"function": f"{tmp_path / 'marked.py'}:marked", "isolation": "subprocess", "timeout_s": scaled(0.5)}
     config = make_config(**{"reward.functions": [function], "reward.workers": 2, "reward.retries": 0})
     modes = ["hang" if i % 20 == 3 else "crash" if i % 20 == 13 else "good" for i in range(200)]
-    connect(config)
     pool = RewardPool(config, [RaySlot({})] * 2, worker_environment())
 
     def ask(i: int, mode: str):
@@ -268,4 +266,3 @@ async def test_with_ray_hangs_and_crashes_lose_nothing(tmp_path):
         assert len(again) == 20
     finally:
         pool.close()
-        ray.shutdown()

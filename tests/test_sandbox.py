@@ -314,15 +314,26 @@ def targets(tmp_path_factory, function):
         }
 
 
+ALWAYS_TRIED = {
+    *("the home folder", "environment of every process", "a server on this machine", "fork", "a shell", "600 MB"),
+    *("a file of 2 MB", "its own function", "capabilities", "shared memory"),
+}
+"""Attacks that ``make test`` tries; ``make test-slow`` tries the others."""
+
+
+def attacks():
+    """One parameter set an attack."""
+    for name, attack in (ATTACKS | AS_ROOT | OUTSIDE_TMP).items():
+        marks = [] if name in ATTACKS else [root_only]
+        yield pytest.param(*attack, id=name, marks=marks if name in ALWAYS_TRIED else [*marks, pytest.mark.slow])
+
+
+def test_the_attacks_that_are_always_tried_exist():
+    assert {*ATTACKS, *AS_ROOT, *OUTSIDE_TMP} > ALWAYS_TRIED
+
+
 @has_wall
-@pytest.mark.parametrize(
-    ("program", "evidence"),
-    [
-        *(pytest.param(*attack, id=name) for name, attack in ATTACKS.items()),
-        *(pytest.param(*attack, id=name, marks=root_only) for name, attack in AS_ROOT.items()),
-        *(pytest.param(*attack, id=name, marks=root_only) for name, attack in OUTSIDE_TMP.items()),
-    ],
-)
+@pytest.mark.parametrize(("program", "evidence"), attacks())
 def test_an_attack_that_works_in_a_subprocess_fails_in_the_sandbox(pair, targets, program, evidence):
     bare, walled = pair(program.format(**targets))
     assert bare == evidence

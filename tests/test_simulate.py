@@ -155,6 +155,7 @@ def test_bad_options(arguments, capsys):
     assert capsys.readouterr().err.startswith("error[E10")
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_group_does_not_grow_with_the_fleet(capsys):
     """With its margin for a noisy machine; ``millrace simulate`` itself measures 1.1 to 1.2 from 10 to 1,000."""
     costs = {10: [], 300: []}

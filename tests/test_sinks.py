@@ -191,6 +191,7 @@ def run_metrics():
     return json.loads((Path(__file__).parent / "data" / "metric_names.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.stack
 def test_rays_own_exporter_tells_prometheus(tmp_path):
     """In a process of its own: Ray is started once a process."""
