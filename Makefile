@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox quickstart test test-fast test-slow test-times test-gpu plan-check chaos soak lint format lock bench-check docs clean
+.PHONY: install sandbox browser quickstart test test-fast test-slow test-times test-gpu plan-check chaos soak lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -13,6 +13,11 @@ install: $(VENV)/installed sandbox
 sandbox:
 	@command -v bwrap >/dev/null || (apt-get install -y -qq bubblewrap || (apt-get update -qq && apt-get install -y -qq bubblewrap)) >/dev/null 2>&1 \
 	  || echo "warning[W308] no bubblewrap: code rewards will be refused. Fix: install the package bubblewrap"
+
+# The report's page is tested in a real browser; without one those tests are skipped.
+browser:
+	@command -v chromium >/dev/null || (apt-get install -y -qq chromium || (apt-get update -qq && apt-get install -y -qq chromium)) >/dev/null 2>&1 \
+	  || echo "no chromium: the tests of the report's page are skipped"
 
 # --no-deps: the lock is complete, and resolving would pull in CUDA builds of torchvision and its like (see cpu.in).
 $(VENV)/installed: requirements/cpu.lock pyproject.toml
@@ -38,8 +43,9 @@ test-fast: install
 	$(PYTEST) -m "not stack and not process and not slow"
 
 # What is long by nature: CI runs it after `make test`.
-test-slow: install
+test-slow: install browser
 	$(PYTEST) -m "slow and not chaos"
+	$(PYTEST) -m "hypothesis and not slow and not chaos" --hypothesis-profile=thorough
 
 # Seconds of `make test` by file and by shared fixture, of imports and of cold starts.
 test-times: install

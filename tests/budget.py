@@ -32,6 +32,8 @@ HEAVY = (
     "httpx",
 )
 """Libraries whose first import is not charged to the test in which it happens."""
+UNLIMITED = ("usepdb", "--hypothesis-profile")
+"""Options of a session that has no budget."""
 IMPORT_S = 20.0
 TIMEOUT_S = 300.0
 """Timeout of a test without a marker of its own; the same as in pyproject.toml."""
@@ -120,7 +122,7 @@ def pytest_runtest_makereport(
         whole = time.perf_counter() - begun
         own = whole - (waited_s() - waited) - (_shared_s - shared)
         limit = scaled(BUDGET_S) + (scaled(IMPORT_S) if _heavy() > heavy else 0)
-        free = any(item.get_closest_marker(name) for name in COSTLY) or item.config.getoption("usepdb")
+        free = any(item.get_closest_marker(name) for name in COSTLY) or any(map(item.config.getoption, UNLIMITED))
         started = item.config.stash.get(FIXTURES, [])
         report.cost = {"whole": whole, "over": None if free or own <= limit else own, "fixtures": list(started)}
         started.clear()

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import budget
 from tests.pace import scaled
@@ -29,9 +30,19 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["MILLRACE_CACHE"] = str(PRIVATE / "cache")
 ROOT = Path(__file__).resolve().parent.parent
 
+# `make test` tries properties on a few examples, `make test-slow` on many (--hypothesis-profile=thorough).
+settings.register_profile("quick", max_examples=15, deadline=None)
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.load_profile("quick")
+
 
 def pytest_addoption(parser: pytest.Parser):
     budget.add_options(parser)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that are of the stack as a whole where its tests are not asked for: to import vLLM takes seconds."""
+    return True if collection_path.name.endswith("_stack.py") and "not stack" in config.option.markexpr else None
 
 
 def pytest_configure(config: pytest.Config):

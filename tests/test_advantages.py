@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantages import ADVANTAGES, normalize_then_sum
@@ -159,7 +159,6 @@ def test_grpo_refuses_an_unknown_scale():
 
 
 @every_entry
-@settings(max_examples=25, deadline=None)
 @given(rewards=REWARDS, data=st.data())
 def test_permuting_completions_permutes_advantages(name, args, rewards, data):
     rewards = torch.tensor(rewards)
@@ -175,7 +174,6 @@ def test_permuting_completions_permutes_advantages(name, args, rewards, data):
     [(name, args, [5, 5, 5] if name == "reinforce_pp" or args == {"scale": "batch"} else [5, -3, 40])
      for name, args in ALL if name != "maxrl"],
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
 @given(rewards=REWARDS)
 def test_shifting_rewards_changes_nothing(name, args, shifts, rewards):
     rewards = torch.tensor(rewards)
@@ -185,14 +183,12 @@ def test_shifting_rewards_changes_nothing(name, args, shifts, rewards):
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "maxrl"])
-@settings(max_examples=25, deadline=None)
 @given(rewards=REWARDS)
 def test_each_group_sums_to_zero(name, rewards):
     close(advantages(name, {}, rewards).sum(1), torch.zeros(len(rewards)), atol=1e-4)
 
 
 @every_entry
-@settings(max_examples=40, deadline=None)
 @given(
     rewards=st.lists(
         st.lists(st.one_of(st.floats(0, 2.0**50, width=32), st.just(NAN)), min_size=3, max_size=3),
@@ -208,14 +204,12 @@ def test_extreme_rewards_stay_finite_and_nan_gives_zero(name, args, rewards):
 
 
 @every_group_relative
-@settings(max_examples=25, deadline=None)
 @given(rewards=st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=6))
 def test_a_group_of_one_gives_exactly_zero(name, args, rewards):
     assert torch.equal(advantages(name, args, [[reward] for reward in rewards]), torch.zeros(len(rewards), 1))
 
 
 @every_group_relative
-@settings(max_examples=25, deadline=None)
 @given(
     level=st.floats(0, 1e6, width=32),
     gaps=st.lists(st.booleans(), min_size=2, max_size=9),
@@ -261,7 +255,6 @@ PARTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
 @given(parts=PARTS, order=st.permutations(range(4)), shift=st.integers(-5, 5))
 def test_by_part_permutes_with_completions_and_ignores_shifts(parts, order, shift):
     parts = torch.tensor(parts)

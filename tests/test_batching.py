@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantages import grpo
@@ -192,7 +192,6 @@ def test_steps_are_whole_groups_and_each_sequence_is_in_one(count, groups, ranks
 # --- split ---
 
 
-@settings(max_examples=150, deadline=None)
 @given(step=STEPS, budget=st.integers(LONGEST, 60), ranks=st.integers(1, 4))
 def test_split_keeps_its_promises(step, budget, ranks):
     rows = rows_of(groups_of(step))

@@ -215,7 +215,7 @@ class Simulation:
         await trainer
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     seed=st.integers(0, 2**32),
     groups_per_step=st.integers(1, 4),

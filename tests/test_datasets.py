@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.builtin import TASKS, make_tokenizer
@@ -237,7 +237,6 @@ def test_without_shuffling_sources_are_interleaved_by_their_shares():
     assert order(stream, 0, 8) == [0, 1, 4, 2, 3, 0, 5, 1]  # Six of the first, two of the second.
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.1, 10), min_size=4, max_size=4),

@@ -128,6 +128,7 @@ def test_what_is_lost_between_ranks_is_found(monkeypatch):
     assert (found.together, found.ranks_together) == (1, pytest.approx(1, abs=0.05))
 
 
+@pytest.mark.slow
 def test_the_first_loop_alone_says_what_the_driver_takes(monkeypatch):
     one = SimpleNamespace(count=lambda resource: 0)
     for known, kept in ((replace(KNOWN, control_s=0.123), 0.123), (KNOWN, None)):

@@ -441,7 +441,7 @@ async def test_with_another_batch_size_every_waiting_group_is_made_again_within_
     assert learners.order == sorted(set(learners.order))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     seed=st.integers(0, 2**32),
     staleness=st.integers(0, 3),

@@ -110,7 +110,7 @@ class Life:
             self.ledger.check(self.ledger.open)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(seed=st.integers(0, 2**32), before=st.integers(0, 40), after=st.integers(0, 40))
 def test_a_mark_brings_everything_back(tmp_path_factory, seed, before, after):
     path = tmp_path_factory.mktemp("ledger") / "samples.jsonl"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from learner import logprobs as under_test
@@ -98,7 +98,6 @@ def test_what_a_filter_keeps(filters, kept):
 
 
 @every_filter
-@settings(max_examples=60, deadline=None)
 @given(logits=st.lists(st.floats(-9, 9), min_size=2, max_size=12, unique_by=lambda x: round(x, 3)))
 def test_filters_equal_a_naive_copy_of_vllm(filters, logits):
     expected = naive(logits, **filters)

@@ -109,7 +109,7 @@ def test_a_run_of_many_engines_keeps_the_books(capsys):
 
 
 def test_the_same_seed_gives_the_same_run(capsys):
-    first, second = (quiet(capsys, "--engines", "5", "--steps", "6") for _ in range(2))
+    first, second = (quiet(capsys, "--engines", "5", "--steps", "3") for _ in range(2))
     keys = [key for key in first if key.startswith(("simulated", "staleness"))]
     assert [first[key] for key in keys] == [second[key] for key in keys]
 

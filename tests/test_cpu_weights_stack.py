@@ -16,6 +16,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from rollout import cpu_weights, weight_receiver
 from rollout.cpu_weights import make_ready, plan, put_in_place
 
+pytestmark = pytest.mark.stack
+
 
 class Model(nn.Module):
     """Two joined layers, a plain one and a norm."""
