@@ -74,6 +74,7 @@ def test_a_checkpoint_names_every_file_with_its_size_and_hash(parent):
     assert all(len(facts["sha256"]) == 64 for facts in manifest["files"].values())
 
 
+@pytest.mark.process
 @settings(derandomize=True)
 @given(
     point=st.sampled_from(["after_write", "after_manifest", "before_rename", "after_rename"]),
@@ -92,6 +93,7 @@ def test_a_writer_killed_at_any_point_leaves_the_old_or_the_new(tmp_path_factory
     assert list(parent.glob("tmp.*")) == []
 
 
+@pytest.mark.process
 @settings(derandomize=True)
 @given(milliseconds=st.integers(0, 60))
 def test_a_writer_killed_at_any_moment_leaves_whole_ones_alone(tmp_path_factory, milliseconds):
