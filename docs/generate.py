@@ -167,7 +167,7 @@ def choices() -> str:
 
 
 def _arguments(entry: Callable[..., Any]) -> str:
-    from learner.choices import SUPPLIED
+    from shared.choices import SUPPLIED
 
     told = []
     for name, p in inspect.signature(entry).parameters.items():

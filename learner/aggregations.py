@@ -53,7 +53,7 @@ def token_sum(lengths: Tensor) -> Tensor:
 
 
 def batch_token_mean(lengths: Tensor, *, batch_tokens: float | None = None) -> Tensor:
-    """``1 / `` the mean tokens of a step of the batch: ``token_mean``, but for steps that one batch is cut into.
+    """``token_mean`` for a batch that is cut into several steps: divide by the mean number of tokens of its steps.
 
     Every token of the batch is then equal, in whichever step it is.
     """
@@ -61,7 +61,7 @@ def batch_token_mean(lengths: Tensor, *, batch_tokens: float | None = None) -> T
 
 
 def chunk_token_mean(lengths: Tensor, *, sequences: int = 8) -> Tensor:
-    """The mean of token means over chunks of so many sequences, in their order (BNPO by micro-batch).
+    """The mean of the token means of chunks of ``sequences`` sequences, in their order (BNPO by micro-batch).
 
     ``1 / (C n_chunk)`` for C chunks. A token weighs more in a chunk of short sequences.
     """

@@ -27,7 +27,7 @@ from shared.errors import LearnerFailed
 from shared.ledger import TimeLedger
 from shared.types import RolloutGroup
 
-ROUNDING = 32
+ROUNDING = 256
 """Most that two entropies of one context differ by, in steps of the model's number format."""
 Forward = Callable[..., tuple[Tensor, ...]]
 

@@ -64,7 +64,7 @@ def _by_ratio(unit: str, what: str) -> Callable[..., Tensor]:
         ratio = bounded_exp(_over(unit, _k1(old, rollout, mask), mask))
         return (ratio >= low) & (ratio <= high)
 
-    keep.__doc__ = f"Keep where {what} old/rollout lies from ``low`` to ``high``."
+    keep.__doc__ = f"Keep {what} old/rollout lies from ``low`` to ``high``."
     return keep
 
 
@@ -72,7 +72,7 @@ def _by_divergence(unit: str, measure: Measure, what: str, usual: float) -> Call
     def keep(old: Tensor, rollout: Tensor, mask: Tensor, *, high: float = usual) -> Tensor:
         return _over(unit, measure(old, rollout, mask), mask) <= high
 
-    keep.__doc__ = f"Keep where {what} is at most ``high``."
+    keep.__doc__ = f"Keep {what} is at most ``high``."
     return keep
 
 
@@ -82,24 +82,24 @@ def none(old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
 
 
 DIVERGENCES: dict[str, tuple[Measure, str, float]] = {
-    "k2": (_k2, "half the squared log-ratio", 2.0),
+    "k2": (_k2, "k2 (half the squared log-ratio)", 2.0),
     "k3": (_k3, "k3 (ratio - 1 - log-ratio)", 2.0),
-    "tv": (_tv, "the distance of the token's two probabilities", 0.2),
-    "binary_kl": (_binary_kl, "the KL of 'this token or another' from engine to learner", 0.05),
+    "tv": (_tv, "tv (distance between the two probabilities)", 0.2),
+    "binary_kl": (_binary_kl, "binary_kl (KL of 'this token or another' from engine to learner)", 0.05),
 }
 UNITS = {
-    "token": "the token's: ",
-    "seq_sum": "the sequence's sum of ",
-    "seq_mean": "the sequence's mean of ",
-    "seq_max": "the sequence's largest of ",
+    "token": "tokens whose {}",
+    "seq_sum": "sequences whose sum over tokens of {}",
+    "seq_mean": "sequences whose mean over tokens of {}",
+    "seq_max": "sequences whose largest over tokens of {}",
 }
 REJECTIONS: dict[str, Callable[..., Tensor]] = {
     "none": none,
-    "token_k1": _by_ratio("token", "the token's ratio"),
-    "seq_sum_k1": _by_ratio("seq_sum", "the sequence's ratio (the product of its tokens')"),
-    "seq_mean_k1": _by_ratio("seq_mean", "the geometric mean of the sequence's ratios"),
+    "token_k1": _by_ratio("token", "tokens whose ratio"),
+    "seq_sum_k1": _by_ratio("seq_sum", "sequences whose product of ratios"),
+    "seq_mean_k1": _by_ratio("seq_mean", "sequences whose geometric mean of ratios"),
     **{
-        f"{unit}_{name}": _by_divergence(unit, measure, UNITS[unit] + what, usual)
+        f"{unit}_{name}": _by_divergence(unit, measure, UNITS[unit].format(what), usual)
         for unit in UNITS
         for name, (measure, what, usual) in DIVERGENCES.items()
     },
