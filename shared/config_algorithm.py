@@ -49,10 +49,10 @@ class Kl(Section):
     """Weight of the KL term in the loss, beta. With it and reward_coef at 0 no reference model is loaded."""
     estimator: str = "k3"
     """KL in the loss: name in the KL_ESTIMATORS table, or full (over the whole vocabulary)."""
-    corrected: bool | Literal["token", "sequence"] = False
+    corrected: Literal[False, True, "token", "sequence"] = False
     """KL in the loss: multiply by the importance ratio current/old. token: the token's; sequence: the geometric mean of the
     sequence's; true: what the policy loss takes (sequence_clip, gspo_token, gmpo, and with unit = "sequence": the sequence's)."""
-    straight_through: bool | Literal["corrected"] = False
+    straight_through: Literal[False, True, "corrected"] = False
     """KL in the loss: keep the estimator's value, take k2's gradient (true) or that of the corrected estimator (corrected)."""
     reward_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL subtracted from the reward before the group statistics, eta."""

@@ -149,7 +149,7 @@ def test_what_a_message_says_is_followed_through_names_and_branches():
         ("rollout.max_staleness", "integer, at least 0"),
         ("run.sinks", "list of a name, or a table of name and arguments"),
         ("eval.max_new_tokens", "integer, at least 1, or left out"),
-        ("algorithm.kl.corrected", '`true` or `false` or `"token"` or `"sequence"`'),
+        ("algorithm.kl.corrected", '`false` or `true` or `"token"` or `"sequence"`'),
         ("model.dtype", '`"float32"` or `"bfloat16"` or `"float16"`'),
     ],
 )
