@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.losses import KL_ESTIMATORS, POLICY_LOSSES, LossInputs, LossSettings, grpo_loss
+from learner.advantages import ADVANTAGES
+from learner.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES, LossInputs, LossSettings, grpo_loss
 from learner.rejection import REJECTIONS, binary_kl
 
 NAN, INF = float("nan"), float("inf")
@@ -174,6 +176,37 @@ def test_survivors_of_a_sequence_gate_keep_the_weights_of_their_tokens():
     loss, _ = grpo_loss(x, chosen)
     gradient = torch.autograd.grad(loss, logprobs)[0]
     assert gradient.flatten().tolist() == pytest.approx([-math.exp(0.5), -math.exp(-0.3), 0, 0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_trust_region_by_sequence_is_a_point_of_the_choices(seed):
+    """FlashREINFORCE: token ratios as weights, sequences admitted by their mean binary KL, every sequence equal."""
+    random = np.random.default_rng(seed)
+    rewards, shape = random.normal(size=(4, 1)), (4, 6)
+    lengths = random.integers(1, 7, 4)
+    mask = np.arange(6) < lengths[:, None]
+    current = np.log(random.uniform(0.05, 0.9, shape))
+    rollout = np.log(np.clip(np.exp(current) + random.normal(0, 0.1, shape), 0.02, 0.95))
+    p, q = np.exp(rollout), np.exp(current)
+    divergence = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    mean = (divergence * mask).sum(1, keepdims=True) / lengths[:, None]
+    delta = float(np.sort(mean.flatten())[1:3].mean())
+    advantage = rewards - rewards.mean()
+    by_hand = -1.0 * (mean <= delta) * mask * advantage * (q / p) / (4 * lengths[:, None])
+
+    logprobs = f64(current).requires_grad_()
+    advantages = ADVANTAGES["batch_mean"](torch.tensor(rewards, dtype=torch.float32)).double()
+    weights = AGGREGATIONS["sequence_mean"](torch.tensor(lengths)).double()[:, None]
+    chosen = LossSettings(
+        POLICY_LOSSES["reinforce"], KL_ESTIMATORS["k3"],
+        importance_sampling={"level": "token", "mode": "truncate", "low": None, "high": None},
+        rejection=functools.partial(REJECTIONS["seq_mean_binary_kl"], high=delta),
+    )  # fmt: skip
+    x = LossInputs(logprobs, logprobs.detach(), f64(rollout), None, advantages, weights, torch.tensor(mask))
+    loss, metrics = grpo_loss(x, chosen)
+    gradient = torch.autograd.grad(loss, logprobs)[0]
+    assert np.allclose(gradient.numpy(), by_hand, atol=1e-6)
+    assert 0 < metrics["rejection/kept_frac_sum"] < lengths.sum()
 
 
 def test_broken_weights_are_not_rejected_in_silence():
