@@ -849,6 +849,16 @@ def test_settings_that_no_run_accepts(settings, error, capsys):
     assert refused(capsys, "a.json").startswith(error)
 
 
+def test_an_asynchronous_trainer_is_told_by_what_differs():
+    _, text = from_script(
+        F + "args = AsyncGRPOConfig('x', learning_rate=1e-5)\n"
+        "AsyncGRPOTrainer('m', f, AsyncGRPOConfig('x'), load_dataset('json', data_files='rows.jsonl', split='train'))\n"
+    )
+    assert "- train.py:4: AsyncGRPOTrainer is not GRPOTrainer: what it overrides has no equal" in text
+    assert "- train.py:4: AsyncGRPOConfig is not GRPOConfig and is not read: TRL's defaults stand here" in text
+    assert '- write algorithm.advantage = { name = "grpo", ddof = 0, eps = 1e-8 }: AsyncGRPOTrainer divides' in text
+
+
 def test_no_other_file_is_written_over(capsys):
     Path("my.toml").write_text("[run]\n")
     options = [str(SAMPLES / "minimal.py"), "--output", "my.toml"]
