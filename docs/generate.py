@@ -141,7 +141,7 @@ def choices() -> str:
     """What the settings that are chosen by name can be, with the arguments of each and their defaults."""
     from launch.early_stopping import EARLY_STOPPING
     from launch.sinks import SINKS
-    from learner import advantages, coefficients, kl, losses, policy_losses, schedules
+    from learner import advantages, coefficients, kl, losses, policy_losses, rejection, schedules
     from rollout.rewards import BUILTINS
 
     tables: list[tuple[str, str, Mapping[str, Callable[..., Any]]]] = [
@@ -150,6 +150,7 @@ def choices() -> str:
         ("Aggregations", "algorithm.aggregation", losses.AGGREGATIONS),
         ("KL estimators", "algorithm.kl.estimator", kl.KL_ESTIMATORS),
         ("KL controls", "algorithm.kl.control", coefficients.KL_CONTROLS),
+        ("Rejections", "algorithm.rejection", rejection.REJECTIONS),
         ("Entropy bonuses", "algorithm.entropy", coefficients.ENTROPY_BONUSES),
         ("Schedules", "learner.schedule", schedules.SCHEDULES),
         ("Early stopping", "eval.early_stopping", EARLY_STOPPING),

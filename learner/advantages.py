@@ -29,10 +29,10 @@ def _stats(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return valid, clean, mean, centred
 
 
-def _deviation(centred: Tensor, count: Tensor) -> Tensor:
-    """Standard deviation with Bessel's correction along the last dimension, kept; 0 for fewer than two entries."""
+def _deviation(centred: Tensor, count: Tensor, ddof: int = 1) -> Tensor:
+    """Standard deviation along the last dimension, kept; its squares are divided by ``count - ddof``, at least 1."""
     squares = (centred * centred).sum(-1, keepdim=True)
-    return torch.sqrt(squares / (count - 1).clamp(min=1))
+    return torch.sqrt(squares / (count - ddof).clamp(min=1))
 
 
 def whiten(values: Tensor, valid: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -63,20 +63,26 @@ def normalize_then_sum(parts: Tensor, weights: Tensor, *, eps: float = 1e-4) -> 
     return centred / (_deviation(centred.flatten(), count) + eps)
 
 
-def grpo(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
+def grpo(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4, ddof: int = 1) -> Tensor:
     """Z-score: ``(R - group mean) / (deviation + eps)``; ``scale`` is group, batch or none (arXiv 2402.03300).
 
-    ``batch`` divides by the deviation of all raw rewards of the step.
+    ``batch`` divides by the deviation of all raw rewards of the step. ``ddof`` 0 is the population's deviation.
     """
+    centred = _stats(rewards)[3]
+    return torch.where(centred != 0, centred / _divisor(rewards, scale, eps, ddof), 0.0)
+
+
+def _divisor(rewards: Tensor, scale: str, eps: float, ddof: int = 1) -> Tensor:
+    """What a difference of rewards is divided by, ``[N, 1]`` or ``[1]``; 1 for ``scale`` none."""
     valid, clean, _, centred = _stats(rewards)
     if scale == "none":
-        return centred
+        return torch.ones(1)
     if scale == "group":
-        return centred / (_deviation(centred, valid.sum(1, keepdim=True)) + eps)
+        return _deviation(centred, valid.sum(1, keepdim=True), ddof) + eps
     if scale == "batch":
         count = valid.sum()
         around = torch.where(valid, clean - clean.sum() / count.clamp(min=1), 0.0).flatten()
-        return centred / (_deviation(around, count) + eps)
+        return _deviation(around, count, ddof) + eps
     raise ValueError(f"scale must be group, batch or none, found {scale!r}")
 
 
@@ -100,20 +106,62 @@ def maxrl(rewards: Tensor) -> Tensor:
     return torch.where(mean > 0, centred / torch.where(mean > 0, mean, 1.0), 0.0)
 
 
-def reinforce_pp(rewards: Tensor) -> Tensor:
-    """Rewards whitened over the step, no group baseline (REINFORCE++, arXiv 2501.03262)."""
+def grpo_passk(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """The best of a group by its lead over the second, the others 0 (for pass@k, arXiv 2503.19595).
+
+    ``scale`` as in ``grpo``. Two equal best completions lead by 0.
+    """
+    valid, clean, _, _ = _stats(rewards)
+    if rewards.shape[1] < 2:
+        return torch.zeros_like(clean)
+    best = torch.where(valid, clean, -torch.inf).topk(2, dim=1)
+    lead = best.values[:, :1] - best.values[:, 1:]
+    lead = torch.where(torch.isfinite(lead), lead, 0.0)  # Fewer than two rewards.
+    lead = torch.where(lead > 0, lead / _divisor(rewards, scale, eps), 0.0)
+    return torch.zeros_like(clean).scatter(1, best.indices[:, :1], lead)
+
+
+def reinforce_pp(rewards: Tensor, *, lengths: Tensor | None = None, unit: str = "token") -> Tensor:
+    """Rewards whitened over the step, no group baseline (REINFORCE++, arXiv 2501.03262).
+
+    With ``unit`` token a reward counts once for each token of its completion (``lengths [N, G]``), as where rewards are
+    whitened token by token; with sequence, or without lengths, once.
+    """
+    valid, clean, _, _ = _stats(rewards)
+    valid, lengths = _weighing(valid, lengths, unit)
+    known = clean[valid]
+    if not known.numel() or known.min() == known.max():
+        return torch.zeros_like(clean)
+    return whiten(clean, valid, lengths)
+
+
+def reinforce_pp_baseline(rewards: Tensor, *, lengths: Tensor | None = None, unit: str = "token") -> Tensor:
+    """Group-centred rewards whitened over the step (arXiv 2501.03262); ``unit`` as in ``reinforce_pp``.
+
+    A group without variance gets 0 even where the step's mean is not 0.
+    """
+    valid, _, _, centred = _stats(rewards)
+    varied = (centred != 0).any(1, keepdim=True)
+    valid, lengths = _weighing(valid, lengths, unit)
+    return torch.where(varied, whiten(centred, valid, lengths), 0.0)
+
+
+def _weighing(valid: Tensor, lengths: Tensor | None, unit: str) -> tuple[Tensor, Tensor | None]:
+    """Which rewards are whitened, and by what they weigh: those of completions without tokens are not, by token."""
+    if unit not in ("token", "sequence"):
+        raise ValueError(f"unit must be token or sequence, found {unit!r}")
+    if unit == "sequence" or lengths is None:
+        return valid, None
+    return valid & (lengths > 0), lengths
+
+
+def batch_mean(rewards: Tensor) -> Tensor:
+    """``R`` minus the mean of the step: no group, so one completion of a prompt is enough."""
     valid, clean, _, _ = _stats(rewards)
     known = clean[valid]
     if not known.numel() or known.min() == known.max():
         return torch.zeros_like(clean)
-    return whiten(clean, valid)
-
-
-def reinforce_pp_baseline(rewards: Tensor) -> Tensor:
-    """Group-centred rewards whitened over the step (arXiv 2501.03262)."""
-    valid, _, _, centred = _stats(rewards)
-    varied = (centred != 0).any(1, keepdim=True)
-    return torch.where(varied, whiten(centred, valid), 0.0)
+    return torch.where(valid, clean - known.mean(), 0.0)
 
 
 def opo(rewards: Tensor, *, lengths: Tensor) -> Tensor:
@@ -133,4 +181,6 @@ ADVANTAGES: dict[str, Callable[..., Tensor]] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "opo": opo,
+    "grpo_passk": grpo_passk,
+    "batch_mean": batch_mean,
 }

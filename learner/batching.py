@@ -63,6 +63,8 @@ class MicroBatch:
     """``[B, 1] float32``."""
     weights: Tensor | None = None
     """``[B, 1] float32``: factor on the row's token losses (see AGGREGATIONS)."""
+    importance_scale: float = 1.0
+    """Factor on the step's importance weights, 1 / their mean if they are normalised."""
 
     def pick(self, values: Tensor) -> Tensor:
         """``[B, 1]`` of ``values [M]``, which belong to all sequences of the batch; 0 for a filler."""
@@ -107,6 +109,8 @@ class Step:
     lengths: Tensor
     """``[M] int64``: trainable tokens of each."""
     batches: tuple[MicroBatch, ...]
+    rows: tuple[Row, ...] = ()
+    """The sequences themselves, those of other ranks included."""
     entropy_tokens: int = 0
     """Tokens that an entropy bonus covers."""
 
@@ -124,6 +128,7 @@ def plan_steps(rows: list[Row], count: int, budget: int, rank: int, num_ranks: i
                 groups=torch.tensor([row.group - int(chosen[0]) for row in members], dtype=torch.int64),
                 lengths=torch.tensor([row.trainable for row in members], dtype=torch.int64),
                 batches=tuple(collate(part, device) for part in mine),
+                rows=tuple(members),
             )
         )
     return steps

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from learner.off_policy import bounded_exp, masked
+from learner.off_policy import LOG_RATIO_LIMIT, bounded_exp, masked
 
 # --- estimators: (logprobs [B, T], ref_logprobs [B, T]) -> [B, T], tokens sampled from the policy ---
 
@@ -59,6 +59,11 @@ def straight_through(value: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> T
     """``value`` as a number, with ``k2``'s gradient."""
     surrogate = k2(logprobs, ref_logprobs)
     return surrogate - surrogate.detach() + value.detach()
+
+
+def within_reach(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """``ref_logprobs``, at most 20 nats below the policy's where the reference's own filter leaves a token out (-inf)."""
+    return torch.where(ref_logprobs == -torch.inf, logprobs.detach() - LOG_RATIO_LIMIT, ref_logprobs)
 
 
 def penalised_rewards(kl: Tensor, mask: Tensor, score: Tensor, eta: float) -> Tensor:

@@ -206,6 +206,7 @@ class Learner:
             entropy=entropy,
             entropy_keep=batch.entropy_keep,
             entropy_weight=entropy_weight,
+            importance_scale=batch.importance_scale,
         )
         loss, metrics = grpo_loss(inputs, settings)
         # The loss is already a sum weighted over the whole step. DeepSpeed averages gradients over the ranks and would
@@ -215,7 +216,7 @@ class Learner:
         self._ledger.enter("plan")
         metrics |= {
             "loss": loss.detach(),
-            "entropy_sum": (entropy.detach() * batch.mask).sum(),
+            "entropy_sum": torch.where(batch.mask, entropy.detach(), 0.0).sum(),
             "tokens": batch.mask.sum(),
         }
         return logprobs.detach(), {name: float(value) for name, value in metrics.items()}

@@ -14,65 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.kl import KL_ESTIMATORS, straight_through
+from learner.aggregations import AGGREGATIONS
+from learner.kl import KL_ESTIMATORS, straight_through, within_reach
 from learner.off_policy import LOG_RATIO_LIMIT, bounded_exp, importance_weights, masked, off_policy_keep, weight_metrics
-from learner.policy_losses import POLICY_LOSSES, SEQUENCE_LEVEL, row_lengths
+from learner.policy_losses import POLICY_LOSSES, ROW_RATIO, SEQUENCE_LEVEL, row_ratio
 
 __all__ = [
     "AGGREGATIONS",
     "KL_ESTIMATORS",
     "POLICY_LOSSES",
+    "ROW_RATIO",
     "SEQUENCE_LEVEL",
     "LossInputs",
     "LossSettings",
     "grpo_loss",
 ]
-
-
-# --- aggregations: lengths [M] of all sequences of the optimizer step -> weights [M]; the loss is their weighted sum ---
-
-
-def token_mean(lengths: Tensor) -> Tensor:
-    """``1 / sum(n)``: every token equal (DAPO, arXiv 2503.14476)."""
-    return _where_tokens(lengths, 1.0 / lengths.sum().clamp(min=1))
-
-
-def sequence_mean(lengths: Tensor) -> Tensor:
-    """``1 / (M n_i)``: every sequence equal (GRPO, arXiv 2402.03300)."""
-    return _where_tokens(lengths, 1.0 / (len(lengths) * lengths.clamp(min=1)))
-
-
-def constant(lengths: Tensor, *, length: int) -> Tensor:
-    """``1 / (M length)``: no length in the weight (Dr. GRPO, arXiv 2503.20783)."""
-    return _where_tokens(lengths, torch.tensor(1.0 / (len(lengths) * length)))
-
-
-def sequence_sum(lengths: Tensor) -> Tensor:
-    """``1 / M``: sum over tokens, mean over sequences."""
-    return _where_tokens(lengths, torch.tensor(1.0 / max(len(lengths), 1)))
-
-
-def prompt_mean(lengths: Tensor, *, groups: Tensor) -> Tensor:
-    """``1 / (N n_group)``: every prompt equal; ``groups [M]`` numbers the row's group from 0 to N - 1."""
-    count = int(groups.max()) + 1
-    tokens = torch.zeros(count, dtype=torch.float32).index_add(0, groups, lengths.float())
-    return _where_tokens(lengths, 1.0 / (count * tokens[groups].clamp(min=1)))
-
-
-def _where_tokens(lengths: Tensor, weights: Tensor) -> Tensor:
-    return torch.where(lengths > 0, weights.float(), 0.0)
-
-
-AGGREGATIONS: dict[str, Callable[..., Tensor]] = {
-    "token_mean": token_mean,
-    "sequence_mean": sequence_mean,
-    "constant": constant,
-    "sequence_sum": sequence_sum,
-    "prompt_mean": prompt_mean,
-}
-
-
-# --- composition ---
 
 
 @dataclass(frozen=True)
@@ -94,6 +50,8 @@ class LossInputs:
     """``[B, T]`` bool: tokens whose policy term counts; none: all."""
     entropy_weight: float = 0.0
     """1 / tokens of the whole step that the entropy bonus covers."""
+    importance_scale: float = 1.0
+    """Factor on the importance weights, after their bounds."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +62,13 @@ class LossSettings:
     kl_estimator: Callable[..., Tensor]
     kl_coef: float = 0.0
     kl_corrected: bool = False
-    kl_straight_through: bool = False
+    kl_straight_through: bool | str = False
+    """True: k2's gradient. "corrected": the plain value with the corrected estimator's gradient."""
+    kl_by_row: bool | None = None
+    """A corrected KL takes the row's ratio, not the token's; none: as ``sequence_level``."""
     importance_sampling: dict[str, Any] | None = None
+    rejection: Callable[..., Tensor] | None = None
+    """``(old, rollout, mask) -> keep``, an entry of ``REJECTIONS``; none: all are kept."""
     off_policy_threshold: float | None = None
     entropy_coef: float = 0.0
     sequence_level: bool = False
@@ -130,19 +93,13 @@ def grpo_loss(x: LossInputs, settings: LossSettings) -> tuple[Tensor, dict[str, 
     given = {"logprobs": masked(x.logprobs, mask)}
     folded = settings.folds_weights and (settings.importance_sampling or {}).get("level") == "token"
     if folded and weight is not None:
-        given["log_weights"] = weight.log()
+        given["log_weights"] = (weight * x.importance_scale).log()
     token_loss = masked(settings.policy_loss(log_ratio, x.advantages, mask, **given), mask)
     metrics = {"policy_loss": (token_loss * x.weights).sum().detach()}
     metrics |= _ratio_metrics(x, settings, log_ratio.detach(), mask)
-    if settings.off_policy_threshold is not None:
-        keep = off_policy_keep(x.logprobs, x.rollout_logprobs, x.advantages, mask, settings.off_policy_threshold)
-        token_loss = token_loss * keep
-        metrics["off_policy/kept_frac_sum"] = masked(keep.expand_as(token_loss), mask).sum()
-    if x.entropy_keep is not None:
-        token_loss = masked(token_loss, x.entropy_keep)
-        metrics["entropy_kept_frac_sum"] = (x.entropy_keep & mask).sum().float()
+    token_loss = _kept(x, settings, token_loss, mask, metrics)
     if weight is not None:
-        token_loss = token_loss if folded else token_loss * weight
+        token_loss = token_loss if folded else token_loss * (weight * x.importance_scale)
         metrics |= weight_metrics(weight, x.old_logprobs, x.rollout_logprobs, mask, settings.importance_sampling or {})
     if settings.kl_coef > 0:
         kl = _kl(x, settings, log_ratio, mask)
@@ -155,29 +112,48 @@ def grpo_loss(x: LossInputs, settings: LossSettings) -> tuple[Tensor, dict[str, 
     return loss, metrics
 
 
-def _row_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """The row's geometric-mean ratio in every column, ``[B, T]``."""
-    return bounded_exp(log_ratio.sum(1, keepdim=True) / row_lengths(mask)).expand_as(log_ratio)
+def _kept(
+    x: LossInputs, settings: LossSettings, token_loss: Tensor, mask: Tensor, metrics: dict[str, Tensor]
+) -> Tensor:
+    """The policy terms of the tokens that no filter drops; the shares that each filter keeps go into ``metrics``."""
+    if settings.off_policy_threshold is not None:
+        keep = off_policy_keep(x.logprobs, x.rollout_logprobs, x.advantages, mask, settings.off_policy_threshold)
+        token_loss = token_loss * keep
+        metrics["off_policy/kept_frac_sum"] = masked(keep.expand_as(token_loss), mask).sum()
+    if settings.rejection is not None:
+        inside = settings.rejection(x.old_logprobs, x.rollout_logprobs, mask).expand_as(mask) & mask
+        token_loss = masked(token_loss, inside)
+        metrics["rejection/kept_frac_sum"] = inside.sum().float()
+    if x.entropy_keep is not None:
+        token_loss = masked(token_loss, x.entropy_keep)
+        metrics["entropy_kept_frac_sum"] = (x.entropy_keep & mask).sum().float()
+    return token_loss
 
 
 def _kl(x: LossInputs, settings: LossSettings, log_ratio: Tensor, mask: Tensor) -> Tensor:
     logprobs = masked(x.logprobs, mask)
+    reference = None if x.ref_logprobs is None else within_reach(logprobs, masked(x.ref_logprobs, mask))
     if settings.kl_estimator is KL_ESTIMATORS["full"]:
         assert x.full_kl is not None
         kl = x.full_kl
     else:
-        assert x.ref_logprobs is not None, "a KL term needs reference log-probs"
-        kl = settings.kl_estimator(logprobs, masked(x.ref_logprobs, mask))
+        assert reference is not None, "a KL term needs reference log-probs"
+        kl = settings.kl_estimator(logprobs, reference)
+    by_row = settings.sequence_level if settings.kl_by_row is None else settings.kl_by_row
+    ratio = row_ratio(log_ratio, mask) if by_row else bounded_exp(log_ratio)
+    if settings.kl_straight_through == "corrected":
+        surrogate = kl * ratio
+        return surrogate - surrogate.detach() + (surrogate if settings.kl_corrected else kl).detach()
     if settings.kl_corrected:
-        kl = kl * (_row_ratio(log_ratio, mask) if settings.sequence_level else bounded_exp(log_ratio))
-    if settings.kl_straight_through and x.ref_logprobs is not None:
-        kl = straight_through(kl, logprobs, masked(x.ref_logprobs, mask))
+        kl = kl * ratio
+    if settings.kl_straight_through and reference is not None:
+        kl = straight_through(kl, logprobs, reference)
     return kl
 
 
 def _ratio_metrics(x: LossInputs, settings: LossSettings, log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Clip shares of current/old, and how far the tokens are from the learner's own: log-prob gap, sums for the ESS."""
-    ratio = _row_ratio(log_ratio, mask) if settings.sequence_level else bounded_exp(log_ratio)
+    ratio = row_ratio(log_ratio, mask) if settings.sequence_level else bounded_exp(log_ratio)
     low = (ratio < 1 - settings.clip_low) & (x.advantages < 0) & mask
     high = (ratio > 1 + settings.clip_high) & (x.advantages > 0) & mask
     gap = masked(x.old_logprobs.detach() - x.rollout_logprobs, mask)

@@ -23,6 +23,12 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), x, 0.0)
 
 
+def gap(old: Tensor, rollout: Tensor, mask: Tensor) -> Tensor:
+    """``old - rollout`` on the mask, detached; 0 where either is no finite number."""
+    difference = masked(old - rollout, mask).detach()
+    return torch.where(torch.isfinite(difference), difference, 0.0)
+
+
 def importance_weights(
     old: Tensor, rollout: Tensor, mask: Tensor, *, level: str, mode: str, low: float | None, high: float | None
 ) -> Tensor:
@@ -31,8 +37,7 @@ def importance_weights(
     Truncated importance sampling: ``truncate`` clamps to ``[low, high]``, ``mask`` sets weights outside to 0. A
     non-finite difference counts as 0, that is weight 1.
     """
-    difference = masked(old - rollout, mask).detach()
-    difference = torch.where(torch.isfinite(difference), difference, 0.0)
+    difference = gap(old, rollout, mask)
     if level != "token":
         difference = difference.sum(1, keepdim=True)
     if level == "sequence_geometric":
@@ -64,8 +69,10 @@ def weight_metrics(
 def off_policy_keep(logprobs: Tensor, rollout: Tensor, advantages: Tensor, mask: Tensor, threshold: float) -> Tensor:
     """``[B, 1]``: 0 where ``A < 0`` and the mean of ``rollout - current`` exceeds ``threshold``, else 1 (DeepSeek-V3.2).
 
-    A sequence that the policy has already moved away from is not pushed further.
+    A sequence that the policy has already moved away from is not pushed further. A token for which the engine gave no
+    number counts as one that has not drifted.
     """
-    drift = masked(rollout - logprobs.detach(), mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    drift = torch.where(torch.isnan(drift), 0.0, drift)
+    drift = masked(rollout - logprobs.detach(), mask)
+    drift = torch.where(torch.isnan(drift) | (drift == -torch.inf), 0.0, drift)
+    drift = drift.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return ((advantages >= 0) | (drift <= threshold)).float()

@@ -17,16 +17,18 @@ from torch import Tensor
 
 from learner.batching import MicroBatch, Row, Step, build_rows, plan_steps
 from learner.choices import Choices
-from learner.distributed import gather_values, sum_over_ranks
-from learner.kl import KL_ESTIMATORS, penalised_rewards
-from learner.off_policy import masked
+from learner.distributed import sum_over_ranks
+from learner.kl import KL_ESTIMATORS, penalised_rewards, within_reach
+from learner.off_policy import importance_weights, masked
 from learner.reference import Reference
+from learner.top_entropy import mark
 from shared.config import Config
 from shared.errors import LearnerFailed
 from shared.ledger import TimeLedger
 from shared.types import RolloutGroup
 
-TIE = 1e-5
+ROUNDING = 256
+"""Most that two entropies of one context differ by, in steps of the model's number format."""
 Forward = Callable[..., tuple[Tensor, ...]]
 
 
@@ -125,6 +127,7 @@ class Passes:
         self._ledger = ledger
         algorithm = config.algorithm
         self._entropy_share = algorithm.top_entropy_quantile
+        self._rounding = ROUNDING * torch.finfo(getattr(torch, config.model.dtype)).eps
         self._filtered = config.rollout.truncated_sampling == "renormalise" and choices.truncates
         self._full = choices.full_in_loss or choices.full_in_reward
         self._kl_in_reward = algorithm.kl.reward_coef > 0
@@ -142,11 +145,15 @@ class Passes:
                     kl_sums -= batch.place(penalties, len(kl_sums)).cpu()
                 outside += (before.mask & ~batch.mask).sum().cpu()
             step = replace(step, batches=tuple(batch for batch, *_ in results))
-            prepared.append(self._keep_entropic(step, [entropy for _, entropy, _ in results]))
+            if self._entropy_share < 1 and step.batches:
+                step = mark(step, [entropy for _, entropy, _ in results], self._entropy_share, self._rounding)
+            prepared.append(self._normalise_importance(step))
         if self._filtered:
             scored.metrics["truncated_sampling/outside"] = float(sum_over_ranks(outside))
         if self._kl_in_reward:
             kl_sums = sum_over_ranks(kl_sums)
+            if not torch.isfinite(kl_sums).all():
+                raise LearnerFailed("the KL in the reward is not a number: policy or reference gave broken log-probs")
             scored.metrics["reward_kl"] = float(kl_sums.mean())
             scored.metrics["reward_kl_per_token"] = float(kl_sums.sum()) / max(scored.metrics["trainable_tokens"], 1.0)
             scored.rewards = scored.rewards - eta * kl_sums.float().view(scored.rewards.shape)
@@ -159,7 +166,11 @@ class Passes:
                 advantages[groups] = self._choices.advantages(*parts)
         scored.metrics["advantages/abs_mean"] = float(advantages.abs().mean())
         scored.advantages = dict(zip(scored.group_ids, advantages.tolist(), strict=True))
-        return [self._weigh(step, advantages.float().flatten()) for step in prepared]
+        lengths = [self._lengths(step, scored.rewards.numel()) for step in prepared]
+        trained = [int(each.sum()) for each in lengths if each.any()]
+        self._batch_tokens = sum(trained) / max(len(trained), 1)
+        pairs = zip(prepared, lengths, strict=True)
+        return [self._weigh(step, each, advantages.float().flatten()) for step, each in pairs]
 
     def _pass_needed(self, number: int, given: Given) -> bool:
         """Whether optimizer step ``number`` of the first epoch needs old log-probs from a pass of their own."""
@@ -202,37 +213,40 @@ class Passes:
             assert batch.old_logprobs is not None
             assert batch.ref_logprobs is not None
             known = batch.mask & torch.isfinite(batch.old_logprobs)  # The engine's may have gaps.
-            kl = masked(estimator(masked(batch.old_logprobs, known), masked(batch.ref_logprobs, known)), known)
+            old = masked(batch.old_logprobs, known)
+            kl = masked(estimator(old, within_reach(old, masked(batch.ref_logprobs, known))), known)
         return batch, entropy, kl
 
-    def _keep_entropic(self, step: Step, entropies: list[Tensor]) -> Step:
-        """Mark the tokens of the step whose entropy reaches the threshold (arXiv 2506.01939)."""
-        if self._entropy_share >= 1 or not step.batches:
+    def _normalise_importance(self, step: Step) -> Step:
+        """Scale the step's importance weights to a mean of 1: over its tokens, or its sequences where they are rows'."""
+        sampling = self._choices.loss.importance_sampling
+        if sampling is None or not self._config.algorithm.importance_sampling.normalise or not step.batches:
             return step
-        pairs = list(zip(step.batches, entropies, strict=True))
-        everywhere = gather_values(torch.cat([entropy[batch.mask] for batch, entropy in pairs])).sort().values
-        if not len(everywhere):  # The engine's filter left nothing; the update will be skipped.
-            return step
-        # torch.quantile's linear interpolation, without its limit of 2^24 elements.
-        place = (1 - self._entropy_share) * (len(everywhere) - 1)
-        low, high = everywhere[int(place)], everywhere[min(int(place) + 1, len(everywhere) - 1)]
-        # Tokens of one context have one entropy, up to rounding: a tie is kept or dropped as a whole.
-        threshold = (low + (high - low) * (place - int(place))) * (1 - TIE)
-        marked = tuple(replace(batch, entropy_keep=entropy >= threshold) for batch, entropy in pairs)
-        return replace(step, batches=marked, entropy_tokens=int((everywhere >= threshold).sum()))
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in step.batches:
+            assert batch.old_logprobs is not None
+            weight = importance_weights(batch.old_logprobs, batch.rollout_logprobs, batch.mask, **sampling)
+            counted = batch.mask if sampling["level"] == "token" else batch.mask.any(1, keepdim=True)
+            sums += torch.stack([masked(weight, counted).sum(), counted.sum()]).double().cpu()
+        total, count = sum_over_ranks(sums).tolist()
+        scale = count / total if total > 0 else 1.0
+        return replace(step, batches=tuple(replace(batch, importance_scale=scale) for batch in step.batches))
 
-    def _weigh(self, step: Step, advantages: Tensor) -> Step:
+    def _lengths(self, step: Step, total: int) -> Tensor:
+        """``[M] int64``: trainable tokens of the step's sequences, without those outside the engine's filter."""
+        if not self._filtered or not len(step.members):
+            return step.lengths
+        counts = torch.zeros(total, dtype=torch.float64)
+        for batch in step.batches:
+            counts += batch.place(batch.mask.sum(1), total).cpu()
+        return sum_over_ranks(counts)[step.members].long()
+
+    def _weigh(self, step: Step, lengths: Tensor, advantages: Tensor) -> Step:
         """Advantages and loss weights of one optimizer step; its sequences alone share the weights' normaliser."""
         if not len(step.members):
             return step
-        lengths = step.lengths
-        if self._filtered:
-            counts = torch.zeros(len(advantages), dtype=torch.float64)
-            for batch in step.batches:
-                counts += batch.place(batch.mask.sum(1), len(counts)).cpu()
-            lengths = sum_over_ranks(counts)[step.members].long()
         weights = torch.zeros_like(advantages)
-        weights[step.members] = self._choices.weights(lengths, step.groups)
+        weights[step.members] = self._choices.weights(lengths, step.groups, self._batch_tokens)
         weighed = tuple(replace(b, advantages=b.pick(advantages), weights=b.pick(weights)) for b in step.batches)
         covered = step.entropy_tokens if self._entropy_share < 1 else int(lengths.sum())
         return replace(step, batches=weighed, lengths=lengths, entropy_tokens=covered)

@@ -15,7 +15,7 @@ from typing import Any
 from shared.config_algorithm import Choice
 from shared.errors import InputError, nearest, one_line
 
-SUPPLIED = {"logprobs", "lengths", "groups", "log_weights"}
+SUPPLIED = {"logprobs", "lengths", "groups", "batch_tokens", "log_weights"}
 """Keyword arguments that the learner supplies, not the configuration."""
 
 BOUNDS: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
@@ -29,6 +29,9 @@ BOUNDS: dict[str, tuple[Callable[[Any, Mapping[str, Any]], bool], str]] = {
     "cap": (lambda value, _: value > 0, "a number > 0"),
     "floor": (lambda value, others: 0 <= value <= others["cap"], "a number from 0 to cap"),
     "length": (lambda value, _: value > 0, "a number > 0"),
+    "sequences": (lambda value, _: value >= 1 and not isinstance(value, float), "an integer >= 1"),
+    "skip_empty": (lambda value, _: isinstance(value, bool), "true or false"),
+    "ddof": (lambda value, _: value in (0, 1) and not isinstance(value, bool), "0 or 1"),
     "eps": (lambda value, _: value >= 0, "a number >= 0"),
     "tau_pos": (lambda value, _: value > 0, "a number > 0"),
     "tau_neg": (lambda value, _: value > 0, "a number > 0"),

@@ -49,10 +49,11 @@ class Kl(Section):
     """Weight of the KL term in the loss, beta. With it and reward_coef at 0 no reference model is loaded."""
     estimator: str = "k3"
     """KL in the loss: name in the KL_ESTIMATORS table, or full (over the whole vocabulary)."""
-    corrected: bool = False
-    """KL in the loss: multiply by the importance ratio current/old (the row's ratio for sequence-level losses)."""
-    straight_through: bool = False
-    """KL in the loss: keep the estimator's value, take k2's gradient."""
+    corrected: Literal[False, True, "token", "sequence"] = False
+    """KL in the loss: multiply by the importance ratio current/old. token: the token's; sequence: the geometric mean of the
+    sequence's; true: what the policy loss takes (sequence_clip, gspo_token, gmpo, and with unit = "sequence": the sequence's)."""
+    straight_through: Literal[False, True, "corrected"] = False
+    """KL in the loss: keep the estimator's value, take k2's gradient (true) or that of the corrected estimator (corrected)."""
     reward_coef: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL subtracted from the reward before the group statistics, eta."""
     reward_estimator: Literal["k1", "abs", "mse", "full"] = "k1"
@@ -74,6 +75,8 @@ class ImportanceSampling(Section):
     """Lower bound; none: unbounded."""
     high: Annotated[float, Field(gt=0)] | None = 3.0
     """Upper bound; none: unbounded."""
+    normalise: bool = False
+    """Divide the weights, after their bounds, by their mean over the step: over its tokens, or over its sequences."""
     max_nonfinite: Share = 0.01
     """Share of a step's rollout log-probs that may be NaN or infinite (their weight is 1) before the run ends."""
 
@@ -103,6 +106,9 @@ class Algorithm(Section):
     (rollout), or auto: current where that is exact, else recompute."""
     importance_sampling: ImportanceSampling = ImportanceSampling()
     """Correction for the gap between engine and learner log-probs."""
+    rejection: Choice = Choice(name="none")
+    """Policy term without the tokens or sequences whose engine and learner disagree too much: an entry of the REJECTIONS
+    table. It leaves the importance weights of the others, and every denominator, as they are."""
     off_policy_threshold: Annotated[float, Field(gt=0)] | None = None
     """Drop the policy term of sequences with a negative advantage whose mean log-prob fell by more than this."""
     entropy: Choice = Choice(name="none")

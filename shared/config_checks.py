@@ -76,7 +76,7 @@ def _shared_cores(config: Config, origin: str) -> list[str]:
 
 
 def _sizes(c: Config, refuse: Refuse, disagree: Refuse) -> None:
-    if c.rollout.group_size < 2 and c.algorithm.advantage.name != "reinforce_pp":
+    if c.rollout.group_size < 2 and c.algorithm.advantage.name not in ("reinforce_pp", "batch_mean"):
         fix = "set 8; one completion has no group to compare with"
         refuse("E103", "group too small", "rollout.group_size", c.rollout.group_size, ">= 2", fix)
     sequences, ranks = c.completions_per_step, c.learner.num_ranks
@@ -156,6 +156,13 @@ def _old_logprobs(c: Config, disagree: Refuse) -> None:
             'algorithm.importance_sampling.level = "none"',
         )
         disagree(f"{key}, algorithm.importance_sampling.level", f"rollout with {level}", expected, fix)
+    if mode == "rollout" and c.algorithm.rejection.name != "none":
+        expected, fix = "old log-probs of the learner, to compare with the engine's", f'{key} = "auto"'
+        disagree(f"{key}, algorithm.rejection", f"rollout with {c.algorithm.rejection.name}", expected, fix)
+    if level == "none" and c.algorithm.importance_sampling.normalise:
+        keys = "algorithm.importance_sampling.normalise, algorithm.importance_sampling.level"
+        fix = "algorithm.importance_sampling.normalise = false"
+        disagree(keys, "normalise without weights", "a level of weights", fix)
     truncates = c.rollout.top_p < 1 or c.rollout.top_k > 0 or c.rollout.min_p > 0
     needs_pass = [
         ("learner.steps_per_batch, learner.epochs_per_batch", c.updates_per_batch > 1 and mode == "current"),
@@ -163,6 +170,7 @@ def _old_logprobs(c: Config, disagree: Refuse) -> None:
         ("algorithm.top_entropy_quantile", c.algorithm.top_entropy_quantile < 1 and mode in ("current", "rollout")),
         ("algorithm.kl.reward_estimator", _full_in_reward(c) and mode in ("current", "rollout")),
         ("rollout.truncated_sampling", truncates and mode in ("current", "rollout")),
+        ("algorithm.importance_sampling.normalise", c.algorithm.importance_sampling.normalise and mode == "current"),
     ]
     for other, wrong in needs_pass:
         if wrong:

@@ -1,5 +1,6 @@
 """Advantages: the worked values, the exact zeros, NaN and infinity, and what may not change them."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -30,6 +31,62 @@ WORKED = [
     ("reinforce_pp", {}, TWO_GROUPS, [[-0.519121, *[-0.980562] * 3], [*[0.403761] * 2, *[1.326643] * 2]]),
     ("opo", {"lengths": [[10, 20, 30]]}, [[1, 0, 4]], [[-1.166667, -2.166667, 1.833333]]),
     ("opo", {"lengths": [[10, 20, 30]]}, [[1, 0, NAN]], [[0.666667, -0.333333, 0]]),
+    ("grpo", {"ddof": 0}, [[2, 4, 4, 6]], [[-1.414114, 0, 0, 1.414114]]),
+    (
+        "grpo",
+        {"ddof": 0, "scale": "batch"},
+        TWO_GROUPS,
+        [[0.369958, *[-0.123319] * 3], [*[-0.493277] * 2, *[0.493277] * 2]],
+    ),
+    # 3 tokens of 1, 1 of 0, 2 of 0, 2 of 1: mean 5/8, squares 5 (3/8)^2 + 3 (5/8)^2 = 1.875, deviation sqrt(1.875/7).
+    ("reinforce_pp", {"lengths": [[3, 1], [2, 2]]}, [[1, 0], [0, 1]], [[0.724569, -1.207615], [-1.207615, 0.724569]]),
+    (
+        "reinforce_pp",
+        {"lengths": [[3, 1], [2, 2]], "unit": "sequence"},
+        [[1, 0], [0, 1]],
+        [[0.866025, -0.866025], [-0.866025, 0.866025]],
+    ),
+    # The third has no tokens: it moves nothing.
+    (
+        "reinforce_pp",
+        {"lengths": [[3, 1, 0], [2, 2, 0]]},
+        [[1, 0, 9], [0, 1, NAN]],
+        [[0.724569, -1.207615, 0], [-1.207615, 0.724569, 0]],
+    ),
+    # Centred +-0.5 and +-1; by token their mean is 1/8, their squares 4.875, the deviation sqrt(4.875/7).
+    (
+        "reinforce_pp_baseline",
+        {"lengths": [[3, 1], [2, 2]]},
+        [[1, 0], [3, 1]],
+        [[0.449358, -0.748931], [1.048503, -1.348075]],
+    ),
+    (
+        "reinforce_pp_baseline",
+        {"lengths": [[3, 1], [2, 2]], "unit": "sequence"},
+        [[1, 0], [3, 1]],
+        [[0.547723, -0.547723], [1.095445, -1.095445]],
+    ),
+    (
+        "reinforce_pp_baseline",
+        {"lengths": [[3, 1], [2, 2], [7, 7]]},
+        [[1, 0], [3, 1], [5, 5]],
+        [[0.935804, -1.122965], [1.965189, -2.152350], [0, 0]],
+    ),
+    (
+        "grpo_passk",
+        {},
+        [[1, 0, 0, 0], [0, 2, 5, NAN], [5, 3, 5, 1]],
+        [[1.999600, 0, 0, 0], [0, 0, 1.192032, 0], [0] * 4],
+    ),
+    (
+        "grpo_passk",
+        {"scale": "none"},
+        [[1, 0, 0, 0], [0, 2, 5, NAN], [5, 3, 5, 1]],
+        [[1, 0, 0, 0], [0, 0, 3, 0], [0] * 4],
+    ),
+    ("grpo_passk", {"scale": "batch"}, TWO_GROUPS, [[0.461420, 0, 0, 0], [0] * 4]),
+    ("batch_mean", {}, TWO_GROUPS, [[-1.125, *[-2.125] * 3], [*[0.875] * 2, *[2.875] * 2]]),
+    ("batch_mean", {}, [[1], [NAN], [0]], [[0.5], [0], [-0.5]]),
 ]
 
 # normalize_then_sum, by hand from section 3; row 5 first. (parts by completion, one group a line; weights, advantages)
@@ -56,11 +113,12 @@ GROUP_RELATIVE = [
     ("maxrl", {}),
     ("reinforce_pp_baseline", {}),
     ("opo", {}),
+    ("grpo_passk", {}),
 ]
-ALL = [*GROUP_RELATIVE, ("reinforce_pp", {})]
+ALL = [*GROUP_RELATIVE, ("reinforce_pp", {}), ("batch_mean", {})]
 ids = [f"{name}-{'-'.join(map(str, args.values()))}".strip("-") for name, args in ALL]
 every_entry = pytest.mark.parametrize(("name", "args"), ALL, ids=ids)
-every_group_relative = pytest.mark.parametrize(("name", "args"), GROUP_RELATIVE, ids=ids[:-1])
+every_group_relative = pytest.mark.parametrize(("name", "args"), GROUP_RELATIVE, ids=ids[:-2])
 
 # Quarters up to 8 in a step of up to 3 groups of up to 6: sums are exact in float32, so tolerances can be tight.
 REWARDS = st.tuples(st.integers(1, 3), st.integers(2, 6)).flatmap(
@@ -75,9 +133,9 @@ REWARDS = st.tuples(st.integers(1, 3), st.integers(2, 6)).flatmap(
 def advantages(name, args, rewards, lengths=None):
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     lengths = args.get("lengths", lengths)
-    if name == "opo":
+    if name in ("opo", "reinforce_pp", "reinforce_pp_baseline"):
         lengths = torch.ones_like(rewards) if lengths is None else torch.as_tensor(lengths)
-        args = {"lengths": lengths}
+        args = args | {"lengths": lengths}
     return ADVANTAGES[name](rewards, **args)
 
 
@@ -110,7 +168,7 @@ def test_equal_rewards_give_exactly_zero(name, args, reward, size):
 @every_group_relative
 def test_equal_rewards_give_exactly_zero_beside_groups_with_variance(name, args):
     found = advantages(name, args, [[0.1] * 7, [0.1, 0.2, 0.7, 0.3, 0.9, 0.4, 1 / 3]])
-    assert found[1].abs().min() > 1e-3
+    assert found[1].abs().max() > 1e-3
     assert torch.equal(found[0], torch.zeros(7))
 
 
@@ -136,9 +194,38 @@ def test_a_completion_without_reward_gets_zero_and_leaves_the_others_alone(name,
 
 
 # Without a group baseline no group stands out, so nothing may be left of the rounding of their mean either.
+@pytest.mark.parametrize("name", ["reinforce_pp", "batch_mean"])
 @pytest.mark.parametrize("rewards", [[[0.1] * 7], [[0.1] * 3, [0.1, NAN, 0.1]], [[1000.1]] * 30, [[NAN, NAN]], [[2.0]]])
-def test_reinforce_pp_of_an_all_equal_step_is_exactly_zero(rewards):
-    assert torch.equal(advantages("reinforce_pp", {}, rewards), torch.zeros(len(rewards), len(rewards[0])))
+def test_without_a_group_baseline_an_all_equal_step_is_exactly_zero(name, rewards):
+    lengths = lengths_like(torch.as_tensor(rewards))
+    assert torch.equal(advantages(name, {}, rewards, lengths), torch.zeros(len(rewards), len(rewards[0])))
+
+
+@pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline"])
+@pytest.mark.parametrize("seed", range(4))
+def test_by_token_the_advantage_is_that_of_a_whitened_tensor_of_tokens(name, seed):
+    random = np.random.default_rng(seed)
+    rewards, lengths = random.normal(size=(5, 4)).astype(np.float32), random.integers(0, 9, (5, 4))
+    values = rewards - rewards.mean(1, keepdims=True) if "baseline" in name else rewards
+    tokens = np.repeat(values.flatten().astype(np.float64), lengths.flatten())
+    expected = (values - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8)
+    found = advantages(name, {}, rewards, lengths).numpy()
+    assert np.allclose(found[lengths > 0], expected[lengths > 0], atol=2e-6)
+    assert not np.allclose(found, advantages(name, {"unit": "sequence"}, rewards, lengths), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_without_lengths_every_completion_weighs_one(name):
+    rewards = torch.tensor(TWO_GROUPS, dtype=torch.float32)
+    assert torch.equal(ADVANTAGES[name](rewards), ADVANTAGES[name](rewards, unit="sequence"))
+    with pytest.raises(ValueError, match="'row'"):
+        ADVANTAGES[name](rewards, unit="row")
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_passk"])
+def test_without_an_epsilon_equal_rewards_still_give_zero(name):
+    found = advantages(name, {"eps": 0.0}, [[0.1] * 7, [NAN, 1.0, *[NAN] * 5]])
+    assert torch.equal(found, torch.zeros(2, 7))
 
 
 @every_entry
@@ -171,7 +258,7 @@ def test_permuting_completions_permutes_advantages(name, args, rewards, data):
 # maxrl divides by the mean; scale="batch" sees the raw rewards, so only one shift for the whole step leaves it alone.
 @pytest.mark.parametrize(
     ("name", "args", "shifts"),
-    [(name, args, [5, 5, 5] if name == "reinforce_pp" or args == {"scale": "batch"} else [5, -3, 40])
+    [(name, args, [5, 5, 5] if name in ("reinforce_pp", "batch_mean") or args == {"scale": "batch"} else [5, -3, 40])
      for name, args in ALL if name != "maxrl"],
 )  # fmt: skip
 @given(rewards=REWARDS)

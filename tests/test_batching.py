@@ -25,6 +25,14 @@ AGGREGATION_ROWS = [
     ("constant", {"length": 9}, lambda n, group, rows, groups, tokens: 1 / (rows * 9)),
     ("sequence_sum", {}, lambda n, group, rows, groups, tokens: 1 / rows),
     ("prompt_mean", {}, lambda n, group, rows, groups, tokens: 1 / (groups * group)),
+    ("token_sum", {}, lambda n, group, rows, groups, tokens: 1),
+    ("batch_token_mean", {"batch_tokens": 50.0}, lambda n, group, rows, groups, tokens: 1 / 50),
+    (
+        "chunk_token_mean",
+        {"sequences": 3},
+        lambda n, group, rows, groups, tokens: 1 / (groups * group),
+    ),  # A group each.
+    ("sequence_mean", {"skip_empty": True}, lambda n, group, rows, groups, tokens: 1 / (8 * n)),  # 8 of 12 have tokens.
 ]
 
 # Prompt length and completion lengths of each group; a negative length is a truncated completion, 0 an empty one.

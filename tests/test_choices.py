@@ -9,6 +9,7 @@ from learner.advantages import ADVANTAGES, normalize_then_sum
 from learner.choices import Choices
 from learner.coefficients import ENTROPY_BONUSES, KL_CONTROLS, AdaptiveKl
 from learner.losses import AGGREGATIONS, KL_ESTIMATORS, POLICY_LOSSES
+from learner.rejection import REJECTIONS
 from learner.schedules import SCHEDULES
 from shared.choices import SUPPLIED, bind
 from shared.config import Choice, Config
@@ -22,6 +23,7 @@ TABLES = {
     "kl": KL_ESTIMATORS,
     "kl_control": KL_CONTROLS,
     "entropy": ENTROPY_BONUSES,
+    "rejection": REJECTIONS,
 }
 REQUIRED = {
     ("aggregation", "constant"): {"length": 8},
@@ -55,6 +57,8 @@ WRONG = [
     ("policy_loss", {"name": "math:nope"}, "algorithm.policy_loss.name", "has no attribute 'nope'",
      "an importable function", "correct the name"),
     ("kl", {"estimator": "k33"}, "algorithm.kl.estimator", "k33", "one of k1, k2", '"k3"'),
+    ("rejection", {"name": "tokenk1"}, "algorithm.rejection.name", "tokenk1", "one of none, token_k1", '"token_k1"'),
+    ("rejection", {"name": "seq_max_k2", "low": 0.5}, "algorithm.rejection.low", "low", "one of high", "remove it"),
 ]  # fmt: skip
 
 OWN_FUNCTIONS = """
@@ -238,6 +242,10 @@ def test_parts_are_weighed_and_normalised_with_the_advantages_own_eps():
         ({"name": "sequence_clip"}, 3e-4, 4e-4, True, False),
         ({"name": "gmpo"}, 0.2, 0.2, True, False),
         ({"name": "vespo"}, 0.2, 0.2, True, True),
+        ({"name": "cispo", "unit": "sequence"}, 1.0, 4.0, True, False),
+        ({"name": "sapo", "unit": "sequence"}, 0.2, 0.2, True, False),
+        ({"name": "gspo_token"}, 3e-4, 4e-4, True, False),
+        ({"name": "dppo_tv"}, 0.2, 0.2, False, False),
     ],
 )
 def test_the_loss_is_told_what_its_policy_loss_is_like(chosen, low, high, sequence_level, folds):
@@ -247,12 +255,49 @@ def test_the_loss_is_told_what_its_policy_loss_is_like(chosen, low, high, sequen
 
 
 @pytest.mark.parametrize(
+    ("policy_loss", "corrected", "by_row"),
+    [
+        ("clip", True, False),
+        ("sequence_clip", True, True),
+        ("gspo_token", True, True),
+        ("gmpo", True, True),
+        ("vespo", True, False),  # The KL of a token is corrected by its own ratio.
+        ("vespo", "sequence", True),
+        ("sequence_clip", "token", False),
+        ("clip", "sequence", True),
+        ({"name": "cispo", "unit": "sequence"}, True, True),
+        ("cispo", True, False),
+    ],
+)
+def test_a_corrected_kl_takes_the_ratio_that_is_asked_for(policy_loss, corrected, by_row):
+    loss = Choices(config(policy_loss=policy_loss, kl={"coef": 0.1, "corrected": corrected})).loss
+    assert (loss.kl_corrected, loss.kl_by_row) == (True, by_row)
+
+
+def test_a_rejection_is_bound_and_none_is_none():
+    assert Choices(config()).loss.rejection is None
+    keep = Choices(config(rejection={"name": "token_k1", "low": 0.9, "high": 1.5})).loss.rejection
+    gaps = torch.tensor([[0.3, 0.5, -0.2]])
+    assert keep(gaps, torch.zeros(1, 3), torch.ones(1, 3)).tolist() == [[True, False, False]]
+
+
+def test_lengths_reach_whitening_and_tokens_of_the_batch_the_weights():
+    choices = Choices(config(advantage={"name": "reinforce_pp"}, aggregation={"name": "batch_token_mean"}))
+    rewards, lengths = torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[3, 1], [2, 2]])
+    found = choices.advantages(rewards, rewards[..., None], lengths)
+    assert found.flatten().tolist() == pytest.approx([0.724569, -1.207615, -1.207615, 0.724569], abs=1e-6)
+    assert choices.weights(torch.tensor([2, 3]), torch.zeros(2), 20.0).tolist() == pytest.approx([0.05, 0.05])
+
+
+@pytest.mark.parametrize(
     ("algorithm", "rollout", "truncates", "needed"),
     [
         ({}, {}, False, False),
         ({"top_entropy_quantile": 0.5}, {}, False, True),
         ({"kl": {"reward_coef": 0.1}}, {}, False, True),
         ({"kl": {"coef": 0.1}}, {}, False, False),
+        ({"importance_sampling": {"normalise": True}}, {}, False, True),
+        ({"rejection": {"name": "token_k1"}}, {}, False, False),  # The training pass has them.
         ({}, {"top_p": 0.9}, True, True),
         ({}, {"top_k": 3}, True, True),
         ({}, {"min_p": 0.1}, True, True),
@@ -272,6 +317,12 @@ def test_what_needs_a_pass_before_the_first_update(algorithm, rollout, truncates
         ("clip", {"high": 0.28, "delta": 1.28}, "delta"),
         ("dual_clip", {"c": 1.0}, "c"),
         ("cispo", {"cap": 0.0}, "cap"),
+        ("cispo", {"unit": "row"}, "unit"),
+        ("sapo", {"unit": "batch"}, "unit"),
+        ("gspo_token", {"low": 1.0}, "low"),
+        ("dppo_tv", {"high": -0.1}, "high"),
+        ("dppo_kl", {"low": 1.5}, "low"),
+        ("dppo_kl", {"cap": 0.0}, "cap"),
     ],
 )
 def test_arguments_without_meaning_are_refused(name, args, key):
@@ -293,6 +344,16 @@ def test_arguments_without_meaning_are_refused(name, args, key):
         ("entropy", {"name": "adaptive", "delta": 0.0}, "algorithm.entropy.delta"),
         ("entropy", {"name": "adaptive", "lowest": 0.5, "highest": 0.4}, "algorithm.entropy.highest"),
         ("entropy", {"name": "bonsu"}, "algorithm.entropy.name"),
+        ("rejection", {"name": "token_k1", "low": 1.5}, "algorithm.rejection.low"),
+        ("rejection", {"name": "seq_max_k2", "high": -1.0}, "algorithm.rejection.high"),
+        ("rejection", {"name": "seq_max_k2", "high": "a"}, "algorithm.rejection.high"),
+        ("aggregation", {"name": "chunk_token_mean", "sequences": 0}, "algorithm.aggregation.sequences"),
+        ("aggregation", {"name": "chunk_token_mean", "sequences": 2.0}, "algorithm.aggregation.sequences"),
+        ("aggregation", {"name": "sequence_mean", "skip_empty": 1}, "algorithm.aggregation.skip_empty"),
+        ("advantage", {"name": "grpo", "ddof": 2}, "algorithm.advantage.ddof"),
+        ("advantage", {"name": "grpo", "ddof": True}, "algorithm.advantage.ddof"),
+        ("advantage", {"name": "reinforce_pp", "unit": "group"}, "algorithm.advantage.unit"),
+        ("advantage", {"name": "grpo_passk", "scale": "row"}, "algorithm.advantage.scale"),
     ],
 )
 def test_coefficients_are_checked_before_the_run(section, value, place):

@@ -23,6 +23,7 @@ OLD, AUTO = "algorithm.old_logprobs", 'algorithm.old_logprobs = "auto"'
 NO_KL, SOME_KL = "algorithm.kl.reward_coef = 0.0", "algorithm.kl.coef = 0.001"
 OR_FILTER = 'remove it, or rollout.truncated_sampling = "renormalise"'
 K3 = 'algorithm.kl.estimator = "k3", or rollout.top_p at its default'
+NORMALISE = "algorithm.importance_sampling.normalise"
 
 # (settings, keys, what was found, fix)
 DISAGREE = [
@@ -60,6 +61,10 @@ DISAGREE = [
      "rollout", AUTO),
     (CURRENT | NUCLEUS, f"{OLD}, rollout.truncated_sampling", "current", AUTO),
     (ROLLOUT | NUCLEUS, f"{OLD}, rollout.truncated_sampling", "rollout", AUTO),
+    (CURRENT | {NORMALISE: True}, f"{OLD}, {NORMALISE}", "current", AUTO),
+    (ROLLOUT | {"algorithm.rejection.name": "token_k1"}, f"{OLD}, algorithm.rejection", "rollout with token_k1", AUTO),
+    ({NORMALISE: True, "algorithm.importance_sampling.level": "none"},
+     f"{NORMALISE}, algorithm.importance_sampling.level", "normalise without weights", f"{NORMALISE} = false"),
     (LOSS_KL | ADAPTIVE | {"algorithm.kl.schedule.name": "linear"}, "algorithm.kl.control, algorithm.kl.schedule",
      "adaptive with linear", 'algorithm.kl.schedule.name = "constant"'),
     ({"algorithm.reference_sync_steps": 5}, "algorithm.reference_sync_steps, algorithm.kl.coef", "no reference model",
@@ -92,6 +97,10 @@ AGREE = [
     REWARD_KL | ADAPTIVE,
     LOSS_KL | {"algorithm.kl.schedule.name": "linear", "algorithm.reference_sync_steps": 5},
     LOSS_KL | {"algorithm.kl.corrected": True, "algorithm.kl.straight_through": True},
+    LOSS_KL | {"algorithm.kl.corrected": "token", "algorithm.kl.straight_through": "corrected"},
+    {NORMALISE: True, "algorithm.rejection.name": "token_k1"},
+    CURRENT | {"algorithm.rejection.name": "seq_mean_k1"},
+    {"rollout.group_size": 1, "algorithm.advantage.name": "batch_mean"},
     PATIENCE | {"eval.every_steps": 5, "data.eval": "rows.jsonl"},
 ]
 

@@ -152,12 +152,23 @@ def test_what_a_message_says_is_followed_through_names_and_branches():
         ("rollout.max_staleness", "integer, at least 0"),
         ("run.sinks", "list of a name, or a table of name and arguments"),
         ("eval.max_new_tokens", "integer, at least 1, or left out"),
+        ("algorithm.kl.corrected", '`false` or `true` or `"token"` or `"sequence"`'),
         ("model.dtype", '`"float32"` or `"bfloat16"` or `"float16"`'),
     ],
 )
 def test_a_type_is_told_in_words(kind, words):
     field = generate.all_settings()[kind]
     assert generate.kind_of(field.annotation, field.metadata) == words
+
+
+def test_every_choice_is_on_the_page_of_choices():
+    from learner.losses import AGGREGATIONS, POLICY_LOSSES
+    from learner.rejection import REJECTIONS
+
+    page = generate.choices()
+    names = [*AGGREGATIONS, *POLICY_LOSSES, *REJECTIONS]
+    assert [name for name in names if f"| `{name}` |" not in page] == []
+    assert "batch_tokens" not in page  # What the learner supplies is no argument of the configuration.
 
 
 # --- the site ---

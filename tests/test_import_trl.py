@@ -367,10 +367,69 @@ def test_every_loss_type_is_translated(kind, level):
     config, text = from_settings({"loss_type": kind, "importance_sampling_level": level, "epsilon_high": 0.3})
     policy = config.algorithm.policy_loss
     by_row = level == "sequence" and kind not in ("cispo", "sapo", "vespo")
-    assert policy.name == ("sequence_clip" if by_row else LOSSES[kind][0] or "clip")
-    assert ("has one ratio a token" in text) == (level == "sequence" and kind in ("cispo", "sapo"))
+    assert policy.name == ("sequence_clip" if by_row else LOSSES[kind][0])
+    assert policy.args.get("unit") == ("sequence" if level == "sequence" and kind in ("cispo", "sapo") else None)
+    assert "No equal" not in text
     if policy.name in ("clip", "sequence_clip"):
         assert policy.args == {"low": 0.2, "high": 0.3}
+
+
+# (loss_type, importance_sampling_level) -> whether a corrected KL takes the row's ratio: TRL's is that of the level.
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_corrected_kl_takes_the_ratio_of_the_level(kind, level):
+    settings = {"loss_type": kind, "importance_sampling_level": level, "beta": 0.1}
+    config, _ = from_settings(settings)
+    loss = Choices(config).loss
+    assert (loss.kl_corrected, loss.kl_by_row) == (True, level == "sequence")
+    plain, _ = from_settings(settings | {"use_bias_correction_kl": False})
+    assert not Choices(plain).loss.kl_corrected
+
+
+def test_a_level_that_trl_has_not_is_said():
+    _, text = from_settings({"importance_sampling_level": "sequence_token"})
+    assert "- importance_sampling_level = 'sequence_token': token and sequence are there; written as token" in text
+
+
+CUT = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "args"),
+    [
+        ({"loss_type": "dapo"}, "token_mean", {}),
+        ({"loss_type": "dapo"} | CUT, "batch_token_mean", {}),
+        ({"loss_type": "cispo"} | CUT, "batch_token_mean", {}),
+        ({"loss_type": "vespo"} | CUT, "batch_token_mean", {}),
+        ({"loss_type": "grpo"} | CUT, "sequence_mean", {}),
+        ({"loss_type": "bnpo"} | CUT, "chunk_token_mean", {"sequences": 8}),
+        ({"loss_type": "bnpo", "per_device_train_batch_size": 16}, "chunk_token_mean", {"sequences": 16}),
+        ({"loss_type": "dr_grpo", "max_completion_length": 99}, "constant", {"length": 99}),
+    ],
+)
+def test_a_mean_is_over_what_trl_divides_by(settings, name, args):
+    config, _ = from_settings(settings)
+    assert (config.algorithm.aggregation.name, config.algorithm.aggregation.args) == (name, args)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss_type": "bnpo"}, "loss_type: bnpo averages micro-batches of shuffled sequences; here a chunk holds"),
+        (
+            {"top_entropy_quantile": 0.2},
+            "top_entropy_quantile: threshold of the whole step; there of every micro-batch",
+        ),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions: TRL's number of tokens goes on counting"),
+    ],
+)
+def test_what_is_averaged_otherwise_is_said(settings, said):
+    assert f"- {said}" in from_settings(settings)[1].partition("Means something else")[2]
+    assert said not in from_settings({})[1]
+
+
+def test_where_nothing_is_counted_in_tokens_masked_completions_mean_the_same():
+    assert "goes on counting" not in from_settings({"loss_type": "grpo", "mask_truncated_completions": True})[1]
 
 
 def test_arguments_of_a_loss():
@@ -788,6 +847,16 @@ def test_a_missing_file_and_a_wrong_encoding(capsys):
 def test_settings_that_no_run_accepts(settings, error, capsys):
     Path("a.json").write_text(json.dumps(REST | settings))
     assert refused(capsys, "a.json").startswith(error)
+
+
+def test_an_asynchronous_trainer_is_told_by_what_differs():
+    _, text = from_script(
+        F + "args = AsyncGRPOConfig('x', learning_rate=1e-5)\n"
+        "AsyncGRPOTrainer('m', f, AsyncGRPOConfig('x'), load_dataset('json', data_files='rows.jsonl', split='train'))\n"
+    )
+    assert "- train.py:4: AsyncGRPOTrainer is not GRPOTrainer: what it overrides has no equal" in text
+    assert "- train.py:4: AsyncGRPOConfig is not GRPOConfig and is not read: TRL's defaults stand here" in text
+    assert '- write algorithm.advantage = { name = "grpo", ddof = 0, eps = 1e-8 }: AsyncGRPOTrainer divides' in text
 
 
 def test_no_other_file_is_written_over(capsys):

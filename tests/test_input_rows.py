@@ -383,7 +383,8 @@ TABLE: dict[int, list[Case]] = {
         Case(
             {"algorithm.policy_loss": {"name": "clipp"}},
             "error[E107] unknown policy loss — run.toml:algorithm.policy_loss.name. "
-            "Found clipp, expected one of clip, dual_clip, reinforce, cispo, sapo, sequence_clip, gmpo, vespo. "
+            "Found clipp, expected one of clip, dual_clip, reinforce, cispo, sapo, sequence_clip, gmpo, vespo, gspo_token, "
+            "dppo_tv, dppo_kl. "
             'Fix: "clip"',
         ),
         Case(
@@ -395,7 +396,8 @@ TABLE: dict[int, list[Case]] = {
         Case(
             {"algorithm.aggregation": {"name": "mean"}},
             "error[E107] unknown aggregation — run.toml:algorithm.aggregation.name. "
-            "Found mean, expected one of token_mean, sequence_mean, constant, sequence_sum, prompt_mean. "
+            "Found mean, expected one of token_mean, sequence_mean, constant, sequence_sum, prompt_mean, token_sum, "
+            "batch_token_mean, chunk_token_mean. "
             'Fix: "token_mean"',
         ),
         Case(

@@ -47,7 +47,9 @@ def textbook_gradient(model_dir, aggregation, groups):
 
     count = sum(len(g.completions) for g in groups)
     tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
-    loss = torch.zeros((), dtype=torch.float64)
+    lengths = [len(c.token_ids) for g in groups for c in g.completions]
+    chunks = [lengths[start : start + 8] for start in range(0, count, 8)]
+    loss, seen = torch.zeros((), dtype=torch.float64), 0
     for group in groups:
         rewards = group.rewards.astype(np.float64)
         advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
@@ -60,7 +62,11 @@ def textbook_gradient(model_dir, aggregation, groups):
                 "constant": 1 / (count * 8),
                 "sequence_sum": 1 / count,
                 "prompt_mean": 1 / (len(groups) * of_group),
+                "token_sum": 1.0,
+                "batch_token_mean": 1 / tokens,
+                "chunk_token_mean": 1 / (len(chunks) * sum(chunks[seen // 8])),
             }[aggregation]
+            seen += 1
             current = logprobs(policy, group.prompt.token_ids, completion.token_ids)
             with torch.no_grad():
                 gap = current - logprobs(reference, group.prompt.token_ids, completion.token_ids)
@@ -152,6 +158,37 @@ def test_what_depends_on_all_sequences_is_the_same_for_any_split(train, everythi
     assert difference(weights, everything[0]) < 5e-5  # Eight Adam steps amplify rounding where gradients are tiny.
     for name in ("loss", "kl", "reward_kl", "kl_coef", "entropy", "advantages/abs_mean", "entropy_kept_frac"):
         assert reports[1][2][name] == pytest.approx(everything[1][1][2][name], rel=1e-3, abs=1e-6), name
+
+
+# The rest of what has to be known of all sequences, or of all steps of the batch.
+MORE = {
+    "kl": {"coef": 0.05, "corrected": True, "straight_through": "corrected"},
+    "advantage": {"name": "reinforce_pp"},
+    "policy_loss": {"name": "gspo_token", "low": 0.2, "high": 0.2},
+    "aggregation": {"name": "batch_token_mean"},
+    "importance_sampling": {"level": "token", "normalise": True},
+    "rejection": {"name": "token_binary_kl", "high": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def more(train):
+    return train(learner=UPDATES, algorithm=MORE)
+
+
+def test_normalised_and_rejected_tokens_train(more):
+    metrics = more[1][-1][2]
+    assert 0 < metrics["rejection/kept_frac"] < 1
+    assert metrics["kl"] > 0
+    assert metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("ranks", "learner"), [(1, {"max_tokens_per_microbatch": 24}), (2, {"zero_stage": 2})])
+def test_more_of_what_depends_on_all_sequences_is_the_same_for_any_split(train, more, ranks, learner):
+    weights, reports = train(ranks, UPDATES | learner, MORE)
+    assert difference(weights, more[0]) < 5e-5
+    for name in ("loss", "kl", "importance_sampling/mean", "advantages/abs_mean", "rejection/kept_frac"):
+        assert reports[1][2][name] == pytest.approx(more[1][1][2][name], rel=1e-3, abs=1e-6), name
 
 
 def test_a_reference_that_follows_changes_what_is_learned(train, everything):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import tensor
 
-from learner.losses import KL_ESTIMATORS, POLICY_LOSSES, SEQUENCE_LEVEL, LossInputs, LossSettings, grpo_loss
+from learner.losses import KL_ESTIMATORS, POLICY_LOSSES, ROW_RATIO, SEQUENCE_LEVEL, LossInputs, LossSettings, grpo_loss
 
 SAMPLING = {"level": "token", "mode": "truncate", "low": None, "high": 3.0}
 
@@ -116,9 +116,61 @@ def test_a_corrected_kl_takes_the_rows_ratio_where_the_policy_loss_does():
     close(gradient, [[0.5 * math.exp(0.3), 0.5 * math.exp(0.1)], [0.5 * t, 0]])  # Exactly rho d.
 
 
+@pytest.mark.parametrize(("by_row", "value"), [(False, [0.3, 0.1]), (True, [0.2, 0.2])])
+def test_whose_ratio_corrects_a_kl_is_a_choice_of_its_own(by_row, value):
+    """vespo's policy term is of the row; its KL is corrected by the token's ratio, as each token's estimate needs it."""
+    old = f64([[-1.3, -1.1]])
+    settings = VESPO | {"kl_coef": 1.0, "kl_corrected": True, "sequence_level": True, "kl_by_row": by_row}
+    loss, gradient, _ = evaluate([[-1.0, -1.0]], settings, old_logprobs=old, advantages=f64([[0.0]]))
+    ratios = [math.exp(x) for x in value]
+    close(loss, KL * sum(ratios))
+    if not by_row:
+        close(gradient, [[0.5 * ratio for ratio in ratios]])  # Exactly rho d.
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_the_gradient_of_a_corrected_kl_is_the_finite_difference(by_row):
+    ref, old, mask = f64([[-1.5, -0.4, -2.0]]), f64([[-1.2, -0.7, -3.0]]), tensor([[1, 1, 0]])
+
+    def loss(logprobs):
+        x = LossInputs(logprobs, old, old, ref, f64([[0.0]]), f64([[1.0]]), mask)
+        chosen = LossSettings(POLICY_LOSSES["clip"], KL_ESTIMATORS["k3"], 1.0, kl_corrected=True, kl_by_row=by_row)
+        return grpo_loss(x, chosen)[0]
+
+    assert torch.autograd.gradcheck(loss, f64([[-1.0, -1.1, -0.3]]).requires_grad_())
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_plain_kl_can_have_the_gradient_of_the_corrected_one(name, corrected):
+    given = {"advantages": f64([[0.0]]), "old_logprobs": f64([[-1.2, -0.7]])}
+    settings = {"kl_estimator": KL_ESTIMATORS[name], "kl_coef": 0.1}
+    plain, _, _ = evaluate([[-1.0, -1.0]], settings | {"kl_corrected": corrected}, **given)
+    _, exact, _ = evaluate([[-1.0, -1.0]], settings | {"kl_corrected": True}, **given)
+    mixed = settings | {"kl_corrected": corrected, "kl_straight_through": "corrected"}
+    loss, gradient, metrics = evaluate([[-1.0, -1.0]], mixed, **given)
+    close(loss, plain)
+    close(gradient, exact)
+    close(metrics["kl_sum"], 10 * plain)
+    if name == "k3":
+        close(gradient, [[0.1 * 0.5 * math.exp(0.2), 0.1 * 0.5 * math.exp(-0.3)]])  # rho d.
+
+
+@pytest.mark.parametrize(("name", "value", "slope"), [("k1", 20, 1), ("k2", 200, 20), ("k3", 19, 1), ("abs", 20, 1)])
+def test_a_token_that_the_references_filter_leaves_out_is_twenty_nats_away(name, value, slope):
+    settings = {"kl_estimator": KL_ESTIMATORS[name], "kl_coef": 1.0}
+    given = {"ref_logprobs": f64([[-1.0, -math.inf]]), "advantages": f64([[0.0]])}
+    loss, gradient, _ = evaluate([[-1.0, -1.0]], settings, **given)
+    close(loss, value)
+    close(gradient[0, 1], slope)
+    broken, _, _ = evaluate([[-1.0, -1.0]], settings, **given | {"ref_logprobs": f64([[-1.0, math.nan]])})
+    assert broken.isnan()  # No filter does that: the update is not made.
+
+
 def test_sequence_level_losses_are_those_with_one_ratio_per_row():
-    assert {"sequence_clip", "gmpo", "vespo"} == SEQUENCE_LEVEL
+    assert {"sequence_clip", "gspo_token", "gmpo", "vespo"} == SEQUENCE_LEVEL
     assert set(POLICY_LOSSES) >= SEQUENCE_LEVEL
+    assert SEQUENCE_LEVEL - {"vespo"} == ROW_RATIO
 
 
 @pytest.mark.parametrize(
@@ -182,6 +234,27 @@ def test_token_weights_enter_vespos_ratio_and_are_not_multiplied_on(rollout, cha
     close(loss, 2 * gamma(s))  # -phi A logprob, with log-probs of -1.
     close(gradient, [[-gamma(s)] * 2])
     assert ("importance_sampling/mean_sum" in metrics) is (changes is not None)
+
+
+def test_a_token_without_a_number_does_not_take_its_row_out_of_vespo():
+    """Its ratio counts as 1; only a log-prob of the policy itself that is no number is the update's end."""
+    given = OFF | {"old_logprobs": f64([[-1.1, math.nan]])}
+    loss, gradient, _ = evaluate([[-1.0, -1.0]], VESPO, **given)
+    close(loss, 2 * gamma(0.1))
+    close(gradient, [[-gamma(0.1)] * 2])
+    broken, _, _ = evaluate([[-1.0, math.nan]], VESPO, **OFF)
+    assert broken.isnan()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_normalised_weights_are_scaled_after_their_bounds(scale):
+    sampling, changes = {"importance_sampling": SAMPLING}, {"rollout_logprobs": f64([[-1.2, -3.0]])}
+    loss, gradient, metrics = evaluate([[-1.0, -1.0]], sampling, importance_scale=scale, **changes)
+    close(gradient, [[scale * math.exp(0.2), scale * 3]])
+    close(loss, scale * (math.exp(0.2) + 3))
+    close(metrics["importance_sampling/mean_sum"], math.exp(0.2) + 3)  # As they were.
+    folded, _, _ = evaluate([[-1.0, -1.0]], VESPO | sampling, importance_scale=scale, **OFF)
+    close(folded, 2 * gamma(0.3 - 0.3 + 2 * math.log(scale)))  # The ratios 0.1 and 0.2, the weights -0.1 and -0.2.
 
 
 @pytest.mark.parametrize("level", ["sequence", "sequence_geometric"])

@@ -35,6 +35,23 @@ TOKEN = [
     ("sapo", {}, 1, -1, 1.904762, 1),
     ("sapo", {}, 2, 1, -2.924234, -1.572895),
     ("sapo", {}, 2, -1, 2.822000, 1.536220),
+    # p = 0.496585; the old probability 0.331057, 0.248293, 0.993171 for rho 1.5, 2, 0.5.
+    ("dppo_tv", {}, 1.5, 2, 2.1, -3),  # Moved by 0.1655.
+    ("dppo_tv", {}, 2, 2, 0, 0),  # By 0.2483.
+    ("dppo_tv", {"high": 0.25}, 2, 2, 2.8, -4),
+    ("dppo_tv", {}, 2, -2, -2.8, 4),  # Back again: never gated.
+    ("dppo_tv", {}, 0.5, -2, 0, 0),  # By -0.4966.
+    ("dppo_tv", {}, 0.5, 2, 0.7, -1),
+    ("dppo_tv", {"low": 0.5}, 0.5, -2, -0.7, 1),
+    ("dppo_tv", {"cap": 1.2}, 1.5, 2, 1.68, -2.4),
+    ("dppo_kl", {}, 1.2, 2, 1.68, -2.4),  # KL 0.4138 ln(0.4138/0.4966) + 0.5862 ln(0.5862/0.5034) = 0.013772.
+    ("dppo_kl", {"high": 0.0137}, 1.2, 2, 0, 0),
+    ("dppo_kl", {"high": 0.0138}, 1.2, 2, 1.68, -2.4),
+    ("dppo_kl", {}, 2, 2, 0, 0),  # 0.129245.
+    ("dppo_kl", {}, 2, -2, -2.8, 4),
+    ("dppo_kl", {}, 0.5, -2, 0, 0),  # 0.659047.
+    ("dppo_kl", {}, 0.5, 2, 0.7, -1),
+    ("dppo_kl", {"cap": 1.1}, 1.2, -2, -1.54, 2.2),
 ]  # fmt: skip
 
 # One sequence of log-probs -1, its columns averaged: (name, arguments, log_ratio, mask, A, loss, gradient). Rows 11-12.
@@ -47,6 +64,14 @@ SEQUENCE = [
     ("vespo", {}, [0.1, 0.2], [1, 1], -1, -1.221748, [0.610874, 0.610874]),
     ("gmpo", {"low": 0.4, "high": 0.4}, [0.5, -0.1], [1, 1], 1, -1.161834, [0, -0.580917]),
     ("gmpo", {"low": 0.4, "high": 0.4}, [0.5, -0.1], [1, 1], -1, 1.221403, [0.610701, 0.610701]),
+    ("gspo_token", {"low": 0.2, "high": 0.3}, [0.3, -0.1, 0.4, 9.9], [1, 1, 1, 0], 1.5, -1.832104,
+     [-0.610701, -0.610701, -0.610701, 0]),
+    ("gspo_token", {"low": 0.2, "high": 0.2}, [0.3, -0.1, 0.4], [1, 1, 1], 1.5, -1.8, [0, 0, 0]),
+    # The row's ratio exp(0.2) = 1.221403; sigmoid(0.221403) = 0.555126, of 1.05 times that 0.557858.
+    ("cispo", {"unit": "sequence"}, [0.3, -0.1, 0.4, 9.9], [1, 1, 1, 0], 1.5, 1.832104, [-0.610701] * 3 + [0]),
+    ("cispo", {"unit": "sequence", "cap": 1.1}, [0.3, -0.1, 0.4], [1, 1, 1], -1.5, -1.65, [0.55] * 3),
+    ("sapo", {"unit": "sequence"}, [0.3, -0.1, 0.4, 9.9], [1, 1, 1, 0], 1.5, -3.330754, [-0.603278] * 3 + [0]),
+    ("sapo", {"unit": "sequence"}, [0.3, -0.1, 0.4], [1, 1, 1], -1, 2.125173, [0.401683] * 3),
 ]  # fmt: skip
 
 # Row 13: log-prob -1 against -1.5. (name, corrected by rho = exp(0.2), value, gradient)
@@ -62,6 +87,15 @@ AGGREGATION = [
     ("constant", {"length": 8}, 0.666667, [1 / 24, 0, 1 / 24]),
     ("sequence_sum", {}, 5.333333, [1 / 3, 0, 1 / 3]),
     ("prompt_mean", {"groups": tensor([0, 1, 1])}, 1.5625, [1 / 4, 0, 1 / 6]),
+    ("sequence_mean", {"skip_empty": True}, 1.5, [1 / 4, 0, 1 / 6]),
+    ("constant", {"length": 8, "skip_empty": True}, 0.666667, [1 / 16, 0, 1 / 16]),
+    ("sequence_sum", {"skip_empty": True}, 5.333333, [1 / 2, 0, 1 / 2]),
+    ("token_sum", {}, 16, [1, 0, 1]),
+    ("batch_token_mean", {"batch_tokens": 20.0}, 0.8, [1 / 20, 0, 1 / 20]),
+    ("batch_token_mean", {}, 1.6, [1 / 5, 0, 1 / 5]),
+    ("chunk_token_mean", {"sequences": 1}, 1.5, [1 / 6, 0, 1 / 9]),
+    ("chunk_token_mean", {"sequences": 2}, 1.6, [1 / 4, 0, 1 / 6]),  # Chunks of 6/5 and 10/5.
+    ("chunk_token_mean", {"sequences": 8}, 1.6, [1 / 5, 0, 1 / 5]),
 ]
 
 # Row 16 and the bounds of section 9: differences 0.2, -0.1, 1.5. (level, mode, low, high, weights)
@@ -77,7 +111,7 @@ IMPORTANCE = [
 ]
 
 PER_TOKEN_KL = sorted(set(KL_ESTIMATORS) - {"full"})
-DETACHED = {"reinforce", "cispo", "vespo"}  # their ratio carries no gradient
+DETACHED = {"reinforce", "cispo", "vespo", "dppo_tv", "dppo_kl"}  # their ratio carries no gradient
 GARBAGE = [1e9, -1e9, float("nan"), float("inf"), -float("inf")]
 every_loss = pytest.mark.parametrize("name", POLICY_LOSSES)
 
@@ -137,15 +171,22 @@ def test_every_entry_has_worked_values():
     assert {row[0] for row in AGGREGATION} == set(AGGREGATIONS)
 
 
-@every_loss
-def test_gradient_is_the_finite_difference(name):
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        *((name, {}) for name in POLICY_LOSSES if name != "gspo_token"),
+        ("cispo", {"unit": "sequence"}),
+        ("sapo", {"unit": "sequence"}),
+    ],
+)
+def test_gradient_is_the_finite_difference(name, args):
     mask = tensor([[1, 1, 1, 0, 1], [0, 1, 1, 1, 1]]).bool()
     log_ratio = f64([[-0.6, -0.1, 0.05, 3.0, 0.13], [0.7, 0.11, -0.5, 0.6, -0.04]]).requires_grad_()
     logprobs = f64([[-0.6, -1.1, -2.0, -3.0, -0.3], [-0.7, -0.1, -0.5, -1.6, -4.0]]).requires_grad_()
     advantages = f64([[1.5], [-0.8]])
 
     def loss(log_ratio, logprobs):
-        return torch.where(mask, POLICY_LOSSES[name](log_ratio, advantages, mask, logprobs=logprobs), 0.0)
+        return torch.where(mask, POLICY_LOSSES[name](log_ratio, advantages, mask, logprobs=logprobs, **args), 0.0)
 
     if name in DETACHED:
         assert torch.autograd.gradcheck(lambda x: loss(log_ratio.detach(), x), logprobs)
@@ -153,6 +194,23 @@ def test_gradient_is_the_finite_difference(name):
     else:
         assert torch.autograd.gradcheck(lambda x: loss(x, logprobs.detach()), log_ratio)
         assert not loss(log_ratio.detach(), logprobs).requires_grad
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("log_ratio", [[0.3, -0.1, 0.4, 9.9], [-0.3, -0.5, 0.1, 2.0], [3.0, 1.0, 0.5, 0.0]])
+def test_per_token_a_sequence_ratio_has_its_value_and_each_tokens_own_gradient(log_ratio, advantage):
+    """Summed over a row the gradients are equal; with a weight on one token alone, its own is what it gets."""
+    mask = tensor([[1, 1, 1, 0]]).bool()
+    found = []
+    for name in ("sequence_clip", "gspo_token"):
+        current = f64([log_ratio]).requires_grad_()
+        loss = POLICY_LOSSES[name](current, f64([[advantage]]), mask, low=0.2, high=0.3)
+        found.append((loss.detach(), *(torch.autograd.grad(loss[0, t], current, retain_graph=True)[0] for t in (0, 1))))
+    (by_row, first, _), (by_token, own, other) = found
+    close(by_token, by_row)
+    close(own, [[first.sum(), 0, 0, 0]])
+    close(other, [[0, first.sum(), 0, 0]])
+    close(first, [[first.sum() / 3] * 3 + [0]])
 
 
 @every_loss
@@ -184,7 +242,7 @@ def test_entries_outside_the_mask_have_no_influence(name, garbage):
     assert torch.equal(found[0], clean[0])
     assert torch.equal(found[1], clean[1])
     assert torch.equal(found[1][~mask], torch.zeros(6))
-    assert found[1][0, [0, 2]].abs().max() > 0 or name == "sequence_clip"
+    assert found[1][0, [0, 2]].abs().max() > 0 or name in ("sequence_clip", "gspo_token")
 
 
 @every_loss
@@ -244,6 +302,7 @@ def test_extreme_kl_stays_finite(name, gap):
 @pytest.mark.parametrize(("name", "args", "loss", "weights"), AGGREGATION)
 def test_aggregation(name, args, loss, weights):
     found = AGGREGATIONS[name](tensor([2, 3, 5]), **args)
+    assert found.shape == (3,)
     assert found.dtype == torch.float32
     close((found * tensor([3.0, 3.0, 10.0])).sum(), loss)
     if "groups" in args:

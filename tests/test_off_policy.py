@@ -28,9 +28,17 @@ def f64(values):
         ([0.4, 99.0], [1, 0], -1, 1),
         ([-5.0, -5.0], [1, 1], -1, 1),  # Likelier than before is no reason.
         ([0.6, NAN], [1, 0], -1, 0),
-        ([0.6, NAN], [1, 1], -1, 1),  # A mean that is NaN counts as 0.
+        # The engine gave no number for a token: it counts as 0, the others as they are.
+        ([0.6, NAN], [1, 1], -1, 1),
+        ([1.2, NAN], [1, 1], -1, 0),
+        ([NAN, 1.0], [1, 1], -1, 1),
+        ([NAN, 1.1], [1, 1], -1, 0),
+        ([1.1, -INF], [1, 1], -1, 0),
+        ([1.1, -INF], [1, 1], 1, 1),
+        ([NAN, NAN], [1, 1], -1, 1),
         ([9.0, 9.0], [0, 0], -1, 1),
         ([INF, 0.0], [1, 1], -1, 0),
+        ([INF, NAN], [1, 1], -1, 0),
     ],
 )
 def test_off_policy_keep(drift, mask, advantage, keep):
@@ -44,6 +52,12 @@ def test_rows_are_kept_one_by_one():
     drift, advantages = f64([[0.6, 0.6], [0.6, 0.6], [0.4, 0.4]]), f64([[-1.0], [1.0], [-1.0]])
     found = off_policy_keep(torch.zeros(3, 2), drift, advantages, torch.ones(3, 2), 0.5)
     assert found.tolist() == [[0], [1], [1]]
+
+
+def test_one_unknown_token_does_not_keep_a_sequence_that_has_drifted():
+    logprobs, rollout = f64([[-1.0, -2.0]]), f64([[NAN, -1.0]])
+    assert off_policy_keep(logprobs, rollout, f64([[-1.0]]), torch.ones(1, 2), 0.1).tolist() == [[0]]  # 0.5.
+    assert off_policy_keep(logprobs, rollout, f64([[-1.0]]), torch.ones(1, 2), 0.5).tolist() == [[1]]
 
 
 SAMPLING = {"level": "token", "mode": "truncate", "low": None, "high": 3.0}

@@ -142,3 +142,86 @@ def test_a_reference_moves_by_its_share_of_the_policy(alpha):
     assert torch.equal(bias, -torch.full((3,), 1 + 4 * alpha).bfloat16())
     assert not weight.requires_grad
     assert torch.equal(engine.module["model"].weight, torch.full((3, 2), 5.0).bfloat16())
+
+
+def test_tokens_of_every_step_of_a_batch_can_be_equal():
+    changes = {"learner.steps_per_batch": 2, "algorithm.aggregation.name": "batch_token_mean"}
+    steps, _, _ = prepare(**changes)
+    assert [int(step.lengths.sum()) for step in steps] == [16, 17]
+    assert [*columns(steps, "weights").values()] == pytest.approx([1 / 16.5] * len(columns(steps, "weights")))
+    steps, _, _ = prepare(**changes | {"learner.steps_per_batch": 1})
+    assert [*columns(steps, "weights").values()] == pytest.approx([1 / 33] * len(columns(steps, "weights")))
+
+
+def test_masked_and_filtered_tokens_are_none_of_the_batchs():
+    groups = groups_of()
+    numbers = Numbers(groups)
+    numbers.logprobs_[0][0][1] = -np.inf
+    changes = {"learner.steps_per_batch": 3, "algorithm.aggregation.name": "batch_token_mean"}
+    changes |= {"algorithm.mask_truncated": True, "rollout.top_p": 0.9, "rollout.truncated_sampling": "renormalise"}
+    steps, _, _ = prepare(groups, numbers=numbers, **changes)
+    left = 4 - 1 + 2 + 3, 1 + 5 + 2 + 2, 6 + 4
+    assert [int(step.lengths.sum()) for step in steps] == list(left)
+    assert [*columns(steps, "weights").values()] == pytest.approx([3 / sum(left)] * len(columns(steps, "weights")))
+
+
+@pytest.mark.parametrize("budget", [8, 12, 1000])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_geometric"])
+def test_normalised_weights_have_a_mean_of_one_over_the_step(level, budget):
+    groups = groups_of()
+    numbers = Numbers(groups)
+    changes = {"algorithm.importance_sampling": {"level": level, "high": 1.5, "normalise": True}}
+    changes |= {"learner.steps_per_batch": 2, "learner.max_tokens_per_microbatch": budget}
+    steps, _, _ = prepare(groups, numbers=numbers, **changes)
+    old, rollout = flat(numbers.logprobs_), [c.logprobs for g in groups for c in g.completions]
+    for step, members in zip(steps, (range(6), range(6, 12)), strict=True):
+        gaps = [old[i].astype(np.float64) - rollout[i] for i in members if len(old[i])]
+        if level != "token":
+            gaps = [gap.sum(keepdims=True) / (1 if level == "sequence" else len(gap)) for gap in gaps]
+        weights = np.minimum(np.exp(np.concatenate(gaps)), 1.5)
+        scales = [batch.importance_scale for batch in step.batches]
+        assert scales == pytest.approx([1 / weights.mean()] * len(scales), rel=1e-5)
+
+
+def test_without_normalising_weights_stay():
+    steps, _, _ = prepare(**{"algorithm.old_logprobs": "recompute"})
+    assert {batch.importance_scale for step in steps for batch in step.batches} == {1.0}
+
+
+def test_weights_that_are_all_masked_are_not_scaled_to_infinity():
+    sampling = {"mode": "mask", "high": 1e-6, "normalise": True}
+    steps, _, _ = prepare(**{"algorithm.importance_sampling": sampling})
+    assert {batch.importance_scale for step in steps for batch in step.batches} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["k1", "abs", "mse"])
+def test_a_token_outside_the_references_filter_is_twenty_nats_in_the_reward(name):
+    groups = groups_of()
+    numbers = Numbers(groups)
+    numbers.ref[0][0][1] = -np.inf
+    kl = {"reward_coef": 0.1, "reward_estimator": name}
+    _, scored, _ = prepare(groups, eta=0.1, numbers=numbers, **{"algorithm.kl": kl})
+    policy, ref = flat(numbers.logprobs_)[0].astype(np.float64), flat(numbers.ref)[0].astype(np.float64)
+    gaps = np.where(np.isinf(ref), 20.0, policy - ref)
+    by_hand = {"k1": gaps, "abs": np.abs(gaps), "mse": gaps**2 / 2}[name].sum()
+    assert float(scored.rewards[0, 0]) == pytest.approx(1.0 - 0.1 * by_hand, rel=1e-5)
+    assert torch.isfinite(scored.rewards).all()
+
+
+def test_a_broken_reference_ends_the_run_instead_of_taking_every_reward_away():
+    groups = groups_of()
+    numbers = Numbers(groups)
+    numbers.ref[2][1][3] = np.nan
+    with pytest.raises(LearnerFailed, match="KL in the reward is not a number"):
+        prepare(groups, eta=0.1, numbers=numbers, **{"algorithm.kl.reward_coef": 0.1})
+
+
+def test_whitening_by_token_sees_the_trainable_tokens():
+    changes = {"algorithm.advantage.name": "reinforce_pp", "algorithm.mask_truncated": True}
+    steps, scored, _ = prepare(groups_of([(1.0, 0.0), (0.0, 1.0)], [(3, 1), (2, 2)]), **changes)
+    assert columns(steps, "advantages") == pytest.approx(
+        {0: 0.724569, 1: -1.207615, 2: -1.207615, 3: 0.724569}, abs=1e-6
+    )
+    steps, scored, _ = prepare(groups_of([(1.0, 0.0, 9.0)], [(3, 1, -5)]), **changes)
+    assert scored.lengths.tolist() == [[3, 1, 0]]
+    assert columns(steps, "advantages") == pytest.approx({0: 0.5, 1: -1.5}, abs=1e-6)

@@ -20,7 +20,7 @@ from shared.errors import InputError, one_line
 # loss_type -> policy loss (clip: sequence_clip, by importance_sampling_level) and aggregation.
 LOSSES = {
     "grpo": ("clip", "sequence_mean"),
-    "bnpo": ("clip", "token_mean"),
+    "bnpo": ("clip", "chunk_token_mean"),
     "dapo": ("clip", "token_mean"),
     "dr_grpo": ("clip", "constant"),
     "luspo": ("clip", "sequence_sum"),
@@ -124,19 +124,21 @@ def _rewards(t: Translation) -> None:
 
 
 def _loss(t: Translation) -> None:
-    kind, by_row = t["loss_type"], t["importance_sampling_level"] == "sequence"
-    name, aggregation = LOSSES.get(kind, (kind, "token_mean"))
+    """The policy loss, how it is averaged, the scale of the advantages, and the entropy bonus."""
+    kind, level = t["loss_type"], t["importance_sampling_level"]
+    name, _ = LOSSES.get(kind, (kind, "token_mean"))
     arguments = ARGUMENTS.get(name, {})
     high = t["epsilon"] if t["epsilon_high"] is None else t["epsilon_high"]
     loss = {ours: high if theirs == "epsilon_high" else t[theirs] for ours, theirs in arguments.items()}
     if loss.get("delta", 0) is None:
         del loss["delta"]
-    if by_row and name in ("cispo", "sapo"):
-        t.lacks("importance_sampling_level", f"{name} has one ratio a token")
-    chosen = {"name": "sequence_clip" if by_row and name == "clip" else name} | loss
+    if level not in ("token", "sequence"):
+        t.lacks("importance_sampling_level", "token and sequence are there; written as token")
+    if level == "sequence" and name in ("cispo", "sapo"):
+        loss["unit"] = "sequence"
+    chosen = {"name": "sequence_clip" if level == "sequence" and name == "clip" else name} | loss
     t.put("algorithm.policy_loss", chosen, "loss_type", "importance_sampling_level", *arguments.values())
-    chosen = {"name": aggregation} | ({"length": t["max_completion_length"] or 512} if kind == "dr_grpo" else {})
-    t.put("algorithm.aggregation", chosen, "loss_type")
+    _aggregation(t)
     scale = {True: "group", False: "none"}.get(t["scale_rewards"], t["scale_rewards"])
     t.put("algorithm.advantage", {"name": "grpo"} | ({"scale": scale} if scale != "group" else {}), "scale_rewards")
     if t["use_adaptive_entropy"]:
@@ -146,11 +148,32 @@ def _loss(t: Translation) -> None:
         t.put("algorithm.entropy", {"name": "bonus", "coef": t["entropy_coef"]}, "entropy_coef")
 
 
+def _aggregation(t: Translation) -> None:
+    """What the loss is divided by: the step's, the generated batch's or each micro-batch's tokens or sequences."""
+    kind, cut = t["loss_type"], t.keys.get("learner.steps_per_batch", 1)
+    _, name = LOSSES.get(kind, (kind, "token_mean"))
+    if name == "token_mean" and cut > 1:  # There the tokens of the whole generated batch, divided by its steps.
+        name = "batch_token_mean"
+    arguments = {}
+    if name == "constant":
+        arguments = {"length": t["max_completion_length"] or 512}
+    if name == "chunk_token_mean":
+        arguments = {"sequences": max(1, t["per_device_train_batch_size"])}
+        t.differs("loss_type", "bnpo averages micro-batches of shuffled sequences; here a chunk holds neighbours")
+    t.put("algorithm.aggregation", {"name": name} | arguments, "loss_type")
+    if t["mask_truncated_completions"] and name in ("token_mean", "batch_token_mean"):
+        text = "TRL's number of tokens goes on counting those of masked completions; here they leave it"
+        t.differs("mask_truncated_completions", text)
+
+
 def _reference(t: Translation) -> None:
     if not t["beta"]:
         t.put("algorithm.kl", {"coef": 0.0}, "beta")
     else:
-        kl = {"coef": t["beta"], "estimator": "k3", "corrected": bool(t["use_bias_correction_kl"])}
+        corrected: bool | str = bool(t["use_bias_correction_kl"])
+        if corrected and t["loss_type"] == "vespo" and t["importance_sampling_level"] == "sequence":
+            corrected = "sequence"  # The level moves vespo's KL alone.
+        kl = {"coef": t["beta"], "estimator": "k3", "corrected": corrected}
         t.put("algorithm.kl", kl, "beta", "use_bias_correction_kl")
     if t["sync_ref_model"]:
         t.put("algorithm.reference_sync_steps", t["ref_model_sync_steps"], "sync_ref_model", "ref_model_sync_steps")

@@ -20,6 +20,8 @@ ORDER = ("model", "reward_funcs", "args", "train_dataset", "eval_dataset", "proc
 """GRPOTrainer's arguments by position."""
 HARMLESS = {"remove_columns", "select_columns", "with_format", "cast_column"}
 """What is done to rows without effect here."""
+ASYNC_ADVANTAGE = 'write algorithm.advantage = { name = "grpo", ddof = 0, eps = 1e-8 }'
+"""What AsyncGRPOTrainer's advantages are here."""
 SHUFFLED = "shuffled"
 """Marks a source on its way: its first rows are no longer the first of the file."""
 
@@ -37,6 +39,8 @@ def read_script(path: Path, text: str) -> Found:
         given = dict(zip(ORDER, call.args)) | {k.arg: k.value for k in call.keywords if k.arg}
         if script.last(call) != "GRPOTrainer":
             found.skip(call.lineno, f"{script.last(call)} is not GRPOTrainer: what it overrides has no equal")
+        if script.last(call) == "AsyncGRPOTrainer":
+            found.first.append(f"{ASYNC_ADVANTAGE}: AsyncGRPOTrainer divides by the population's deviation")
     for call in [*trainers[1:], *configs[1:]]:
         found.skip(call.lineno, f"a second {script.last(call)}: it is not read")
     _settings(script, found, given, configs[:1])
@@ -65,6 +69,8 @@ def _settings(script: Script, found: Found, given: dict[str, ast.expr], configs:
                 _setting(script, found, name, value)
     if "args" in given and not configs:
         text = "args come from the command line or a file: TRL's defaults stand here; import that file instead"
+        if isinstance(given["args"], ast.Call) and script.last(given["args"]).endswith("Config"):
+            text = f"{script.last(given['args'])} is not GRPOConfig and is not read: TRL's defaults stand here"
         found.skip(given["args"].lineno, text)
 
 
