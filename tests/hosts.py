@@ -115,6 +115,7 @@ class Cluster:
         if number == 0:
             command += ["--head", f"--port={self.port}", f"--dashboard-port={self.dashboard}"]
             command += [f"--dashboard-host={self.head}", f"--temp-dir={self.folder}/{number}"]
+            command += [] if self.sealed else [f"--dashboard-agent-listen-port={_free()}"]
         else:
             command += [f"--address={self.address}"]
         if self.sealed:

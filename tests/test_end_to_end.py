@@ -175,6 +175,8 @@ def cluster():
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path}
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
+    # The agent's usual port may be another Ray's; then this one would take no jobs.
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={os.environ['RAY_TMPDIR']}/c"]
     head = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -187,11 +189,14 @@ def cluster():
 def submit(cluster, *arguments: str) -> subprocess.CompletedProcess:
     environment, ray = cluster
     command = [ray, "job", "submit", "--working-dir", ".", "--", "python", "launch/run.py", *arguments]
-    for _ in range(20):  # The job server answers a few seconds after the head is up.
+    deadline = time.monotonic() + scaled(60)
+    while True:
         process = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=scaled(280), check=False
         )
-        if "Failed to connect" not in process.stderr + process.stdout:
+        # The job server answers some seconds after the head is up, and has an agent for jobs some seconds later.
+        waiting = ("Failed to connect", "No available agent")
+        if not any(words in process.stderr + process.stdout for words in waiting) or time.monotonic() > deadline:
             break
         time.sleep(1)
     return process

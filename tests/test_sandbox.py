@@ -333,7 +333,7 @@ def test_the_attacks_that_are_always_tried_exist():
 
 
 @has_wall
-@pytest.mark.parametrize(("program", "evidence"), attacks())
+@pytest.mark.parametrize(("program", "evidence"), list(attacks()))
 def test_an_attack_that_works_in_a_subprocess_fails_in_the_sandbox(pair, targets, program, evidence):
     bare, walled = pair(program.format(**targets))
     assert bare == evidence
