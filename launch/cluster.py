@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.environment import SAFE, refuse_open_dashboard
+from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
@@ -78,7 +78,8 @@ class Reservation:
 
 
 def connect(config: Config) -> None:
-    """Join the cluster that ``RAY_ADDRESS`` names, else start a private one. Raises ``InputError`` E502 or E704."""
+    """Join the cluster that ``RAY_ADDRESS`` names, else start a private one. Raises ``InputError`` E502, E503 or E704."""
+    check_temporary_folder()
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address and "ray" not in sys.modules:
