@@ -90,6 +90,12 @@ def _version(package: str) -> str | None:
     return None
 
 
+def temporary_folder() -> tuple[str, str]:
+    """The variable that names Ray's folder for temporary files, and that folder."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    return name, os.environ.get(name, "/tmp")
+
+
 def check_temporary_folder() -> None:
     """Raises ``InputError`` E503 if a private Ray cannot keep its sockets in the folder for temporary files.
 
@@ -97,8 +103,7 @@ def check_temporary_folder() -> None:
     """
     if os.environ.get("RAY_ADDRESS"):
         return
-    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "TMPDIR")
-    folder = os.environ.get(name, "/tmp")
+    name, folder = temporary_folder()
     longest = SOCKET_BYTES - RAY_BYTES - len(str(os.getpid()))
     expected, fix = f"at most {longest}: Ray keeps its sockets there", f"{name}=/tmp"
     if (size := len(os.fsencode(folder))) > longest:

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 
 from launch import parts, run
+from launch.cluster import connect
 from launch.parts import started
 from launch.placement import Needs
 from launch.shared_memory import check_hosts, shared_memory_bytes
-from shared.errors import InputErrors
+from shared.errors import InputErrors, MillraceError
 from tests.bad_input import write_run
 from tests.conftest import ROOT
-from tests.fakes import make_config, write_config
+from tests.fakes import fake_ray, make_config, write_config
 
 # --- the screen ---
 
@@ -100,6 +101,19 @@ def test_each_part_says_when_it_is_ready_if_the_run_has_a_folder(monkeypatch, tm
     asyncio.run(go())
     said = ["engines ready after 0 s", "learner ready after 0 s", "reward workers ready after 0 s"]
     assert sorted(capsys.readouterr().out.splitlines()) == (said if told else [])
+
+
+def test_a_private_ray_that_does_not_start_is_one_line_with_its_logs(monkeypatch):
+    def overloaded(**_):
+        raise Exception("The current node timed out during startup.\nThis could happen ...")
+
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    fake_ray(monkeypatch).init = overloaded
+    with pytest.raises(MillraceError) as caught:
+        connect(make_config())
+    assert caught.value.exit_code == 1
+    said = "a private Ray did not start: The current node timed out during startup. This could happen ..."
+    assert str(caught.value) == f"{said} (logs: /tmp/ray/session_latest/logs)"
 
 
 # --- shared memory on the hosts of a cluster ---
