@@ -27,7 +27,6 @@ $(VENV)/installed: requirements/cpu.lock pyproject.toml
 	$(PIP) uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --requirement requirements/cpu.lock
 	$(PIP) --no-build-isolation --editable .
-	$(BIN)/python -m launch.prebuild
 	@touch $@
 
 quickstart: install

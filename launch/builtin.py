@@ -15,13 +15,13 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.config import Config
-from shared.errors import InputError, nearest
+from shared.errors import InputError, nearest, one_line
 
 SCHEME = "builtin:"
 DATA = Path(__file__).parent / "data"
@@ -97,6 +97,8 @@ def resolve(config: Config, origin: str, make_model: bool = True) -> Config:
     """Replace every ``builtin:`` path of ``config`` by a real one, making model and data if the cache lacks them.
 
     Without ``make_model`` a model that is missing is one of the same shape that nobody has trained.
+
+    Raises ``InputError`` E201, E401 or E601.
     """
     model, data = config.model, config.data
     if model.path.startswith(SCHEME):
@@ -114,28 +116,20 @@ def resolve(config: Config, origin: str, make_model: bool = True) -> Config:
 
 def _task_name(path: str, origin: str, key: str) -> str:
     name = path.removeprefix(SCHEME)
-    if name not in TASKS:
-        guess = nearest(name, TASKS)
-        code = "E401" if key.startswith("model") else "E201"
-        fix = f'{key} = "{SCHEME}{guess}"' if guess else "choose one of these"
-        raise InputError(
-            code,
-            "unknown builtin",
-            f"{origin}:{key}",
-            f'"{path}"',
-            f"one of {', '.join(SCHEME + t for t in TASKS)}",
-            fix,
-        )
-    return name
+    if name in TASKS:
+        return name
+    guess, expected = nearest(name, TASKS), f"one of {', '.join(SCHEME + t for t in TASKS)}"
+    fix = f'{key} = "{SCHEME}{guess}"' if guess else "choose one of these"
+    code = "E401" if key.startswith("model") else "E201"
+    raise InputError(code, "unknown builtin", f"{origin}:{key}", f'"{path}"', expected, fix)
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("MILLRACE_CACHE", Path.home() / ".cache" / "millrace"))
+    return Path(os.path.expanduser(os.environ.get("MILLRACE_CACHE") or "~/.cache/millrace"))
 
 
 def _data(name: str, index: int) -> Path:
     path = _cache() / f"{name}-{('train', 'eval')[index]}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in TASKS[name].rows()[index])
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         _write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -148,14 +142,14 @@ def _model(name: str, make: bool) -> Path:
     if not path.exists() and not make:
         path = _cache() / f"{name}-{recipe}-untrained"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write = _make_model if make else _untrained_model
         _write_whole(path, lambda part: write(TASKS[name], name, part))
     return path
 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside ``path``, then rename: a cache entry is complete or absent."""
+    """Write beside ``path``, then rename: a cache entry is complete or absent. Raises ``InputError`` E601."""
+    _check_writable(path.parent)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     write(part)
     try:
@@ -165,25 +159,41 @@ def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             raise
 
 
+def _check_writable(folder: Path) -> None:
+    found = "no home folder" if str(folder).startswith("~") else ""
+    try:
+        if not found:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        found = one_line(error)
+    if found or not os.access(folder, os.W_OK):
+        expected, fix = "a writable folder for built-in models and rows", "MILLRACE_CACHE=/a/writable/folder"
+        raise InputError("E601", "cannot write the cache", str(folder), found or "no permission", expected, fix)
+
+
 def make_tokenizer(task: Task) -> Any:
     """A fast tokenizer with one token per character (or byte) of the task."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if task.alphabet is None:
-        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-        tokenizer = Tokenizer(models.BPE(vocab={s: i + len(SPECIAL) for i, s in enumerate(symbols)}, merges=[]))
+        vocabulary = _numbered(sorted(pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
     else:
-        vocabulary = {s: i for i, s in enumerate([*SPECIAL, *task.alphabet])}
-        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+        tokenizer = Tokenizer(models.WordLevel(_numbered(task.alphabet), unk_token=SPECIAL[0]))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
         tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(SPECIAL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
     fast.chat_template = task.chat_template
     return fast
+
+
+def _numbered(symbols: Iterable[str]) -> dict[str, int]:
+    """A vocabulary: special tokens are part of it, or they would be given ids that symbols have already."""
+    return {symbol: i for i, symbol in enumerate([*SPECIAL, *symbols])}
 
 
 def random_qwen2(tokenizer: Any, **shape: Any) -> Any:

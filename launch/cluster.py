@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.environment import SAFE, refuse_open_dashboard
+from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
 from shared.config import Config
-from shared.errors import InputError, one_line, raise_all
+from shared.errors import InputError, MillraceError, one_line, raise_all
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEMENT_TIMEOUT_S = 60.0
@@ -78,7 +78,8 @@ class Reservation:
 
 
 def connect(config: Config) -> None:
-    """Join the cluster that ``RAY_ADDRESS`` names, else start a private one. Raises ``InputError`` E502 or E704."""
+    """Join the cluster of ``RAY_ADDRESS``, else start one. Raises ``InputError`` E502, E503, E704 or ``MillraceError``."""
+    check_temporary_folder()
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address and "ray" not in sys.modules:
@@ -91,7 +92,11 @@ def connect(config: Config) -> None:
     if not address:
         # Threads of one machine may share cores; Ray's own count is only bookkeeping here.
         cpus = max(os.cpu_count() or 1, int(Needs.of(config, on_gpu=False).total("CPU")))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace=uuid.uuid4().hex, **quiet)
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace=uuid.uuid4().hex, **quiet)
+        except Exception as error:  # A busy machine, most often: Ray gives its processes 30 s.
+            logs = f"{temporary_folder()[1]}/ray/session_latest/logs"
+            raise MillraceError(f"a private Ray did not start: {one_line(error)} (logs: {logs})") from None
         return
     try:
         context = ray.init(address=address, namespace=uuid.uuid4().hex, **quiet)

@@ -56,7 +56,9 @@ def _doctor(arguments: list[str]) -> None:
 
     options, files, settings = parser().parse_config(arguments)
     source = config_file(files[-1])
-    prepared = prepare(load_config(files, settings), source.name, source.parent, probing=False)
+    config = load_config(files, settings)
+    # Of the model only the tokenizer is used, unless it is to answer: then a built-in one has to be trained.
+    prepared = prepare(config, source.name, source.parent, probing=False, rehearsal=not options.sample)
     prompts = prepared.train.prompts[:8]
     extra: dict[int, list[str]] = {}
     if options.completions:

@@ -10,13 +10,18 @@ import asyncio
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
+from launch.environment import check_temporary_folder
 from launch.hardware import Shape
 from launch.model_files import count_parameters
 from launch.placement import Needs, Node, check, table
+from launch.preflight import Prepared
 from launch.resume import Point
 from launch.run_folder import dump_config
+from launch.shared_memory import check_this_host, shared_memory_bytes
+from shared.checkpoints import all_of
 from shared.config import Config
 from shared.errors import InputError, raise_all
 
@@ -38,6 +43,13 @@ def dry_run(config: Config, origin: str, output: Path, point: Point | None) -> N
     print(f"{dump_config(config)}\n# {begin}, in {output}; placement:\n{table(needs, nodes)}")
     print("# memory, estimated:\n" + "\n".join(f"  {line}" for line in memory(config, needs.on_gpu)))
     print("# dry run: everything checked, nothing started", flush=True)
+
+
+def contents(prepared: Prepared) -> str:
+    """The model and the rows of a run, in a line."""
+    parameters = _count(count_parameters(Path(prepared.config.model.path)))
+    rows, held = len(prepared.train.prompts), len(prepared.held_out)
+    return f"model of {parameters} parameters, {rows:,} rows to train on, {held:,} to evaluate on"
 
 
 def this_machine(config: Config) -> Node:
@@ -89,11 +101,13 @@ def memory(config: Config, on_gpu: bool) -> list[str]:
         told += f", activations {_size(activations)}"
         tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
         longest = f", {_size(shape.kv_bytes * tokens)} for the longest sequence"
+    shared = shared_memory_bytes(config, on_gpu)
     return [
         f"model: {_count(parameters)} parameters",
         f"engine worker: weights {_size(size * parameters / rollout.workers_per_engine)}, {cache}{longest}",
         f"learner rank, ZeRO {stage}: {_size(states + activations)} ({told})",
-        f"checkpoint: {_size(checkpoint_bytes(config))}, up to {config.run.keep_checkpoints + 2} at a time",
+        f"checkpoint: {_size(checkpoint_bytes(config))}, up to {most_checkpoints(config)} at a time",
+        *([f"shared memory: {_size(shared)} in /dev/shm of every host that holds published weights"] if shared else []),
     ]
 
 
@@ -102,22 +116,36 @@ def checkpoint_bytes(config: Config) -> float:
     return count_parameters(Path(config.model.path)) * (ADAM_BYTES + _weight_bytes(config))
 
 
+def most_checkpoints(config: Config) -> int:
+    """Most checkpoints of a run on the disk at a time: those kept, the best one beside them, and the one being written."""
+    run, every = config.run, config.eval.every_steps
+    written = 1 + ((run.steps - 1) // run.checkpoint_every if run.checkpoint_every else 0)
+    if _keeps_best(config) and every:
+        written += (run.steps - 1) // every
+    return min(written, run.keep_checkpoints + _keeps_best(config) + 1)
+
+
+def _keeps_best(config: Config) -> bool:
+    return bool(config.data.eval) and config.eval.early_stopping.name != "none"
+
+
 def _weight_bytes(config: Config) -> int:
     return 4 if config.model.dtype == "float32" else 2
 
 
 def check_room(config: Config, output: Path, origin: str) -> None:
-    """Raises ``InputErrors``: E601 the run folder cannot be written or its disk has no room for a checkpoint, E504 no memory."""
+    """Raises ``InputErrors``: E601 the run folder cannot be written or its disk has no room for checkpoints, E503 no folder
+    for Ray's sockets, E504 no memory, E505 no shared memory.
+    """
     place = next(folder for folder in (output, *output.parents) if folder.exists())
     problems, where = [], f"run.output_dir = {output}"
     if not (place.is_dir() and os.access(place, os.W_OK)):
         found = f"{place}, which is {'not writable' if place.is_dir() else 'no directory'}"
         what, expected = "cannot write the run folder", "a writable directory"
         problems.append(InputError("E601", what, where, found, expected, "another place"))
-    free, needed = shutil.disk_usage(place).free, checkpoint_bytes(config)
-    if free < needed:
-        found, expected = f"{_size(free)} free", f"~{_size(needed)} for a checkpoint"
-        problems.append(InputError("E601", "not enough disk", where, found, expected, "another place, or make room"))
+    _collect(problems, lambda: _check_disk(config, output, place))
+    _collect(problems, check_temporary_folder)
+    _collect(problems, lambda: check_this_host(config, on_gpu=bool(_visible_gpus())))
     rollout, gib = config.rollout, free_memory() / 2**30
     cache = int(rollout.kv_cache_gib) * rollout.num_engines
     # Where the engines of a cluster will live, only their nodes know what is free.
@@ -130,6 +158,30 @@ def check_room(config: Config, output: Path, origin: str) -> None:
         place_kv, expected = f"{origin}:rollout.kv_cache_gib", f"together <= {gib:.1f} GiB, which are free"
         problems.append(InputError("E504", "bad KV size", place_kv, found, expected, fix))
     raise_all(problems)
+
+
+def _check_disk(config: Config, output: Path, place: Path) -> None:
+    """Raises ``InputError`` E601 if the disk of ``place`` has no room for the checkpoints that the run will keep.
+
+    Those in ``output`` already count as room: they are replaced by newer ones.
+    """
+    size, most = checkpoint_bytes(config), most_checkpoints(config)
+    there = sum(f.stat().st_size for one in all_of(output / "checkpoints") for f in one.rglob("*"))
+    free = shutil.disk_usage(place).free
+    if free >= max(size, size * most - there):
+        return
+    found = f"{_size(free)} free{f' beside checkpoints of {_size(there)}' if there else ''}"
+    expected = f"~{_size(size * most)} for {f'{most} checkpoints at a time' if most > 1 else 'a checkpoint'}"
+    fewer = int((free + there) / size) - 1 - _keeps_best(config) if free >= size else 0
+    fix = f"run.keep_checkpoints = {fewer}" if fewer > 0 else "another place, or make room"
+    raise InputError("E601", "not enough disk", f"run.output_dir = {output}", found, expected, fix)
+
+
+def _collect(problems: list[InputError], check: Callable[[], None]) -> None:
+    try:
+        check()
+    except InputError as problem:
+        problems.append(problem)
 
 
 def free_memory() -> float:

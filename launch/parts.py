@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cluster import addresses, check_files, reserve, worker_environment
 from launch.placement import Needs
+from launch.shared_memory import check_hosts
 from learner.learner_group import LearnerGroup
 from rollout.engine_pool import EnginePool
 from rollout.reward_pool import RewardPool
@@ -75,6 +77,7 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
     run_id = uuid.uuid4().hex[:12]
     try:
         reservation = await reserve(needs)
+        await check_hosts(config, reservation)
         if output is not None:
             await check_files(config, output, reservation)
         environment = worker_environment(output)
@@ -82,7 +85,8 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
         learners = LearnerGroup(config, run_id, reservation.ranks, environment)
         engines = EnginePool(config, reservation, environment)
         try:
-            await asyncio.gather(engines.start(), learners.start(), rewards.start())
+            starts = {"engines": engines.start(), "learner": learners.start(), "reward workers": rewards.start()}
+            await asyncio.gather(*(_ready(name, start, output is not None) for name, start in starts.items()))
             parts = Parts(engines, rewards, learners, backend_of(config, needs.on_gpu) == NCCL_BACKEND)
             await parts.link()
             yield parts
@@ -90,3 +94,11 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
             await engines.close()
     finally:
         remove_segments(run_id)
+
+
+async def _ready(name: str, start: Awaitable[None], told: bool) -> None:
+    """Wait for a part of the run; say how long it took if that is to be ``told``."""
+    began = time.monotonic()
+    await start
+    if told:
+        print(f"{name} ready after {time.monotonic() - began:.0f} s", flush=True)

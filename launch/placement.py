@@ -82,6 +82,13 @@ class Needs:
         return "GPU" in self.engine
 
     @property
+    def words(self) -> str:
+        """The actors of the run, as a person reads them."""
+        counts = {"engine": self.engines, "learner rank": self.ranks, "reward worker": self.rewards}
+        parts = [f"{count} {name}{'s' if count != 1 else ''}" for name, count in counts.items()]
+        return f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+    @property
     def bundles(self) -> Needs:
         """What is to be placed: colocated, ranks that hold their engines too, and nothing else."""
         if not self.colocated:

@@ -51,7 +51,7 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     """
     from launch.builtin import resolve
 
-    check_environment()
+    check_environment(eager=bool(config.rollout.vllm.get("enforce_eager")))
     config = _with_paths(resolve(config, origin, make_model=not rehearsal), base)
     problems: list[InputError] = []
     _collect(problems, lambda: _check_choices(config, origin))

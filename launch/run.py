@@ -113,14 +113,16 @@ def prepare_session(
 ) -> Session | None:
     """Everything that can be checked before an actor exists; None if the run is complete already.
 
-    ``screen`` is told of the progress in place of the terminal; a ``rehearsal`` makes no model.
+    ``screen`` is told of the progress in place of the terminal; a ``rehearsal`` makes no model and tells no phases.
     """
-    from launch.dry_run import check_room
+    from launch.dry_run import check_room, contents
     from launch.preflight import prepare
     from launch.resume import find
     from launch.run_folder import resolve_output
 
     began = time.monotonic()
+    if not rehearsal:
+        print(f"checking {source.name}: settings, model, data and rewards", flush=True)
     prepared = prepare(config, source.name, source.parent, rehearsal=rehearsal)
     stream = prepared.train.stream(config)
     output = resolve_output(config.run.output_dir)
@@ -132,6 +134,8 @@ def prepare_session(
     if point is not None and point.version >= config.run.steps and evaluated:
         print(f"{output}: complete at step {point.version}; raise run.steps to go on", flush=True)
         return None
+    if not rehearsal:
+        print(contents(prepared), flush=True)
     return Session(prepared, source.name, output, stream, point, began, screen)
 
 
@@ -162,6 +166,8 @@ class Session:
         config = self.prepared.config
         task = asyncio.current_task()
         assert task is not None
+        address = os.environ.get("RAY_ADDRESS")
+        print(f"waiting for Ray at {address}" if address else "starting a private Ray", flush=True)
         async with ray_session(config):
             # `ray job stop` and preemption send it, and wait three seconds. Only now: Ray has put a handler there too.
             if threading.current_thread() is threading.main_thread():
@@ -169,6 +175,12 @@ class Session:
             needs = check_resources(config, self.origin)
             self.name = claim(self.output)
             folder = RunFolder(config, self.output, self.screen)
+            print(f"starting {needs.words}; what they print is in {folder.path / 'logs'}", flush=True)
+            if not config.rollout.vllm.get("enforce_eager"):
+                print(
+                    "engines compile the model as they start; rollout.vllm.enforce_eager = true leaves it out",
+                    flush=True,
+                )
             try:
                 async with started(config, needs, folder.path) as parts, collected_by_the_clock():
                     took = f"{time.monotonic() - self.began:.0f} s"

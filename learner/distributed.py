@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from typing import Any
 
 import torch
@@ -45,11 +44,12 @@ def learner_environment(config: Config) -> dict[str, str]:
 
 def join_group(config: Config, rank: int, world_size: int, master: tuple[str, int]) -> None:
     """Initialise DeepSpeed's process group; a single in-process learner picks its own port."""
-    if not torch.cuda.is_available():
-        find_tools()
     import deepspeed
 
     if not torch.cuda.is_available():
+        # DeepSpeed would compile its one operator for CPUs here, under a lock file that a killed process leaves for ever.
+        # Only its own inference calls that operator. An empty table of what this machine can compile leaves it out.
+        deepspeed.ops.__compatible_ops__ = {}
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(config.learner.cpu_threads)
     if torch.distributed.is_initialized():
@@ -70,12 +70,6 @@ def join_group(config: Config, rank: int, world_size: int, master: tuple[str, in
         # Else gloo listens where this host's name points, which other hosts may not reach, or not know.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     deepspeed.init_distributed(verbose=False)
-
-
-def find_tools() -> None:
-    """Let DeepSpeed find the ninja beside the interpreter, also where nobody has activated its environment."""
-    places = os.environ.get("PATH", "").split(os.pathsep)
-    os.environ["PATH"] = os.pathsep.join(dict.fromkeys([*places, os.path.dirname(sys.executable)]))
 
 
 _STORES: list[Any] = []

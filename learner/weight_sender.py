@@ -7,6 +7,8 @@ Two segments take turns; the controller has at most one publication in flight.
 
 from __future__ import annotations
 
+import errno
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from shared.config import Config
 from shared.weights import (
     IPC_BACKEND,
     NCCL_BACKEND,
+    SEGMENTS,
     SHM_BACKEND,
     Canary,
     Link,
@@ -31,6 +34,8 @@ from shared.weights import (
     orphans,
     pack_handle,
     segment_name,
+    shared_memory_error,
+    shared_memory_free,
     views,
 )
 
@@ -81,13 +86,27 @@ class ShmSender:
     """Writes publications of ``engine``'s weights into shared memory."""
 
     def __init__(self, engine: Any, run_id: str, is_sender: bool) -> None:
+        """Take the shared memory, if this rank sends. Raises ``InputError`` E505 if there is too little of it."""
         self._engine, self._is_sender = engine, is_sender
         self._tensors = layout(engine)
-        size = self._tensors[-1].offset + self._tensors[-1].nbytes
-        for orphan in orphans() if is_sender else ():  # Of a run that was killed.
-            orphan.unlink(missing_ok=True)
-        self._segments = [Segment(segment_name(run_id, label), size) for label in ("a", "b")] if is_sender else []
+        self._segments: list[Segment] = []
         self._turn = 0
+        if is_sender:
+            self._take(run_id, self._tensors[-1].offset + self._tensors[-1].nbytes)
+
+    def _take(self, run_id: str, size: int) -> None:
+        for orphan in orphans():  # Of a run that was killed.
+            orphan.unlink(missing_ok=True)
+        try:
+            for label in SEGMENTS:
+                self._segments.append(Segment(segment_name(run_id, label), size))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.close()
+            self._segments.clear()  # A mapping would keep its memory.
+            needed, free = len(SEGMENTS) * size, shared_memory_free()
+            raise shared_memory_error(needed, free, socket.gethostname(), torch.cuda.is_available()) from None
 
     def export(self, version: int, canary: Canary) -> Publication | None:
         """Snapshot the weights as policy ``version``; every rank calls it, the sender gets the publication."""

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.config import Config
+from shared.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ SHM_DIR = Path("/dev/shm")
 SHM_PREFIX = "millrace-"
 SHM_BACKEND = "millrace_shm"
 """Weights through shared memory, a snapshot: engines on CPUs, and on GPUs where they come and go."""
+SEGMENTS = ("a", "b")
+"""Labels of a sender's segments; they take turns. A relay on another host has as many."""
 NCCL_BACKEND = "millrace_nccl"
 """Weights over vLLM's NCCL broadcast: engines on GPUs of their own."""
 IPC_BACKEND = "millrace_ipc"
@@ -136,6 +139,30 @@ def describe(named: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], alignmen
     return tuple(metas)
 
 
+def shared_memory_free() -> int:
+    """Bytes that new segments can take on this host; what killed runs left behind is counted as free.
+
+    A sender and a relay remove such files before they make their own.
+    """
+    there = os.statvfs(SHM_DIR)
+    left = 0
+    for orphan in orphans():
+        with contextlib.suppress(OSError):
+            left += orphan.stat().st_size
+    return there.f_bavail * there.f_frsize + left
+
+
+def shared_memory_error(needed: float, free: float, host: str = "", on_gpu: bool = False) -> InputError:
+    """The ``InputError`` E505 of a host whose shared memory has ``free`` bytes for segments of ``needed``."""
+    found = f"{free / 2**20:,.0f} MiB free{f' on {host}' if host else ''}"
+    expected = f">= {needed / 2**20:,.0f} MiB for {len(SEGMENTS)} copies of the weights"
+    size = int(needed / 2**30) + 2
+    fix = f"docker run --shm-size={size}g, or in Kubernetes an emptyDir with medium: Memory on {SHM_DIR}"
+    if on_gpu:
+        fix += ', or rollout.weights = "auto"'
+    return InputError("E505", "shared memory too small", str(SHM_DIR), found, expected, fix)
+
+
 class Segment:
     """A shared-memory file, mapped; the learner owns it, engines map it read-only."""
 
@@ -152,8 +179,10 @@ class Segment:
             fcntl.flock(self._file, fcntl.LOCK_EX)  # Held while the owner lives: see ``orphans``.
             os.posix_fallocate(self._file.fileno(), 0, max(size, 1))
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_WRITE)
-        except BaseException:  # No space, most often; there may be some later.
+        except BaseException as error:  # No space, most often; there may be some later.
             self.unlink()
+            if isinstance(error, OSError):
+                error.filename = str(self._path)  # "No space left on device" alone reads like a full disk.
             raise
 
     @property

@@ -44,7 +44,6 @@ HEAVY = {
         "learner/learner_state.py",
         "learner/reference.py",
         "learner/weight_sender.py",
-        "launch/prebuild.py",
     },
     "ray": {
         "learner/learner_group.py",
@@ -64,7 +63,6 @@ LATE = {
         "launch/bench_workloads.py",
         "launch/builtin.py",
         "launch/model_files.py",
-        "launch/prebuild.py",
         "launch/sinks.py",  # TensorBoard's writer lives in torch.
     },
     "transformers": {
@@ -310,8 +308,8 @@ def test_the_readers_see_what_they_should():
     assert list(oversized("x.py", long)) == ["f: 61 lines", "f: 8 parameters"]
     assert undocumented("x.py", "def f(): pass\ndef _g(): pass\n") == ["x.py", "f"]
     assert may_import("learner/kl.py", "torch", "module")
-    assert may_import("launch/prebuild.py", "torch", "function")
-    assert not may_import("launch/prebuild.py", "torch", "module")
+    assert may_import("launch/builtin.py", "torch", "function")
+    assert not may_import("launch/builtin.py", "torch", "module")
     assert not may_import("launch/controller.py", "torch", "function")
 
 

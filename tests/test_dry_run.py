@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launch import dry_run
-from launch.dry_run import check_room, checkpoint_bytes, memory, this_machine
+from launch.dry_run import check_room, checkpoint_bytes, memory, most_checkpoints, this_machine
 from launch.model_files import count_parameters
 from shared.errors import InputErrors
 from tests.fakes import make_config
@@ -58,7 +58,10 @@ def test_memory_of_engine_and_checkpoint(model):
     assert (
         told[1] == "engine worker: weights 1 GB, keys and values up to 90% of the GPU, 128 MB for the longest sequence"
     )
-    assert told[3] == "checkpoint: 14 GB, up to 4 at a time"
+    assert told[3] == "checkpoint: 14 GB, up to 2 at a time"
+    assert len(told) == 4  # Over NCCL: no shared memory.
+    assert memory(config(model), on_gpu=False)[4].startswith("shared memory: 4 GB in /dev/shm")
+    assert memory(config(model, **{"rollout.weights": "host"}), on_gpu=True)[4].startswith("shared memory: 4 GB")
     assert "1 GiB of keys and values" in memory(config(model), on_gpu=False)[1]
 
 
@@ -74,9 +77,53 @@ def test_a_model_of_an_unusual_kind_is_still_estimated(model):
     assert told[3].startswith("checkpoint: 14 GB")
 
 
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"run.steps": 100, "run.checkpoint_every": 0}, 1),
+        ({"run.steps": 100, "run.checkpoint_every": 100}, 1),
+        ({"run.steps": 100, "run.checkpoint_every": 50}, 2),
+        ({"run.steps": 1000, "run.checkpoint_every": 50}, 3),
+        ({"run.steps": 1000, "run.checkpoint_every": 50, "data.eval": "e.jsonl"}, 4),
+        ({"run.steps": 1000, "run.checkpoint_every": 50, "data.eval": "e.jsonl", "eval.early_stopping": "none"}, 3),
+        ({"run.steps": 100, "run.checkpoint_every": 0, "data.eval": "e.jsonl", "eval.every_steps": 50}, 2),
+        ({"run.steps": 1000, "run.checkpoint_every": 10, "run.keep_checkpoints": 20}, 21),
+    ],
+)
+def test_checkpoints_that_lie_on_the_disk_at_a_time(model, changes, most):
+    assert most_checkpoints(config(model, **changes)) == most
+
+
+def test_a_disk_without_room_for_the_checkpoints_that_a_run_keeps_is_refused(model, tmp_path, monkeypatch):
+    wanted = config(model, **{"run.steps": 1000})
+    monkeypatch.setattr("launch.shared_memory.shared_memory_free", lambda: 4e9)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 43e9))
+    check_room(wanted, tmp_path / "a", "run.toml")
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 41e9))
+    fix = r"Found 41 GB free, expected ~42 GB for 3 checkpoints at a time\. Fix: run.keep_checkpoints = 1"
+    with pytest.raises(InputErrors, match=fix):
+        check_room(wanted, tmp_path / "a", "run.toml")
+
+
+def test_checkpoints_that_newer_ones_replace_are_room(model, tmp_path, monkeypatch):
+    wanted = config(model, **{"run.steps": 1000})
+    monkeypatch.setattr("launch.shared_memory.shared_memory_free", lambda: 4e9)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 15e9))
+    for step in (50, 100):
+        folder = tmp_path / "a" / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        with (folder / "state").open("wb") as file:
+            file.truncate(14 * 10**9)  # Sparse: it takes no room.
+    check_room(wanted, tmp_path / "a", "run.toml")
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 13e9))
+    with pytest.raises(InputErrors, match="13 GB free beside checkpoints of 28 GB, expected ~42 GB"):
+        check_room(wanted, tmp_path / "a", "run.toml")
+
+
 def test_a_disk_without_room_for_a_checkpoint_is_refused(model, tmp_path, monkeypatch):
-    wanted = config(model)
+    wanted = config(model, **{"run.checkpoint_every": 0})
     assert checkpoint_bytes(wanted) == 14e9
+    monkeypatch.setattr("launch.shared_memory.shared_memory_free", lambda: 4e9)
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 15e9))
     check_room(wanted, tmp_path / "a" / "b", "run.toml")
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 13e9))

@@ -177,6 +177,12 @@ async def barren_run(session: Any) -> None:
     await Controller(config, session.stream, [], *parts).run()
 
 
+def small_shared_memory(world: World) -> None:
+    """A model of 16 million parameters, in a container with the usual 64 MiB."""
+    world.monkeypatch.setattr("launch.shared_memory.count_parameters", lambda _: 16 << 20)
+    world.monkeypatch.setattr("launch.shared_memory.shared_memory_free", lambda: 64 << 20)
+
+
 async def join_as_a_learner(session: Any) -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -188,7 +194,8 @@ async def join_as_a_learner(session: Any) -> None:
             patched.setenv(name, os.environ.get(name, ""))
         for name in names:
             patched.delenv(name)
-        patched.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=init_distributed))
+        deepspeed = SimpleNamespace(init_distributed=init_distributed, ops=SimpleNamespace())
+        patched.setitem(sys.modules, "deepspeed", deepspeed)
         join_group(session.prepared.config, 0, 1, ("127.0.0.1", 0))
 
 
@@ -950,6 +957,12 @@ TABLE: dict[int, list[Case]] = {
             "Fix: rollout.num_engines = 2",
             spoil=patch("launch.dry_run.free_memory", lambda: 2.5 * 2**30),
         ),
+        Case(
+            said="error[E505] shared memory too small — /dev/shm. "
+            "Found 64 MiB free, expected >= 128 MiB for 2 copies of the weights. "
+            "Fix: docker run --shm-size=2g, or in Kubernetes an emptyDir with medium: Memory on /dev/shm",
+            spoil=small_shared_memory,
+        ),
     ],
     43: [
         Case(
@@ -970,9 +983,23 @@ TABLE: dict[int, list[Case]] = {
     44: [
         Case(
             said="error[E601] not enough disk — run.output_dir = <here>/out. "
-            "Found 100 B free, expected ~256 B for a checkpoint. "
+            "Found 100 B free, expected ~512 B for 2 checkpoints at a time. "
             "Fix: another place, or make room",
             spoil=patch("launch.dry_run.shutil.disk_usage", lambda _: SimpleNamespace(free=100)),
+        ),
+        Case(
+            {"run.steps": 100, "run.checkpoint_every": 10, "run.keep_checkpoints": 6},
+            "error[E601] not enough disk — run.output_dir = <here>/out. "
+            "Found 1.02 kB free, expected ~1.79 kB for 7 checkpoints at a time. "
+            "Fix: run.keep_checkpoints = 3",
+            spoil=patch("launch.dry_run.shutil.disk_usage", lambda _: SimpleNamespace(free=4 * 256)),
+        ),
+        Case(
+            {"model.path": "builtin:addition"},
+            "error[E601] cannot write the cache — /proc/none. "
+            "Found [Errno 2] No such file or directory: '/proc/none', expected a writable folder for built-in models and rows. "
+            "Fix: MILLRACE_CACHE=/a/writable/folder",
+            spoil=variable("MILLRACE_CACHE", "/proc/none"),
         ),
         Case(
             {"run.output_dir": "train.jsonl/out"},
@@ -1118,11 +1145,28 @@ TABLE: dict[int, list[Case]] = {
     ],
     51: [
         Case(
-            said="error[E703] cannot build ops — environment. "
-            "Found no g++ and no ninja, expected g++ and ninja (learner on CPUs). "
-            "Fix: install them",
+            said="error[E703] no compiler — environment. "
+            "Found no g++, expected g++ (engines on CPUs compile the model). "
+            "Fix: install it, or rollout.vllm.enforce_eager = true",
             spoil=patch("launch.environment.shutil.which", lambda *_, **__: None),
-        )
+        ),
+        Case(
+            {"rollout.vllm": {"enforce_eager": True}},
+            spoil=patch("launch.environment.shutil.which", lambda *_, **__: None),
+            code=0,
+        ),
+        Case(
+            said="error[E503] temporary folder too long — environment:RAY_TMPDIR. "
+            f"Found 100 bytes (/{'t' * 99}), expected at most {46 - len(str(os.getpid()))}: Ray keeps its sockets there. "
+            "Fix: RAY_TMPDIR=/tmp",
+            spoil=variable("RAY_TMPDIR", f"/{'t' * 99}"),
+        ),
+        Case(
+            said="error[E503] no temporary folder — environment:RAY_TMPDIR. "
+            "Found /proc: No such file or directory, expected a writable folder: Ray keeps its files there. "
+            "Fix: RAY_TMPDIR=/tmp",
+            spoil=variable("RAY_TMPDIR", "/proc/none"),
+        ),
     ],
     52: [
         Case(

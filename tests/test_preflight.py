@@ -14,7 +14,6 @@ from packaging.specifiers import SpecifierSet
 from launch import builtin, cluster, dry_run
 from launch.environment import VERSIONS
 from launch.preflight import check_model, prepare
-from learner.distributed import find_tools
 from rollout.reward_loading import load_reward
 from shared.errors import InputError, InputErrors
 from tests.fakes import fake_ray, make_config, write_model, write_rows
@@ -293,10 +292,3 @@ def test_free_memory_is_within_the_containers_limit(monkeypatch, tmp_path, limit
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(dry_run, "CGROUP", tmp_path)
     assert dry_run.free_memory() == pytest.approx(free or everything, rel=0.2)
-
-
-def test_a_learner_finds_the_tools_beside_the_interpreter(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    find_tools()
-    find_tools()
-    assert os.environ["PATH"].split(os.pathsep) == [str(tmp_path), os.path.dirname(sys.executable)]

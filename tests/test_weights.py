@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import stat
 import subprocess
 import sys
 import uuid
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from blake3 import blake3
 
+from learner.weight_sender import ShmSender
+from shared.errors import InputError
 from shared.weights import (
     SHM_DIR,
     Canary,
@@ -23,6 +28,7 @@ from shared.weights import (
     orphans,
     remove_segments,
     segment_name,
+    shared_memory_free,
     views,
 )
 
@@ -150,3 +156,55 @@ def test_segments_of_a_killed_owner_are_orphans_and_those_of_a_living_one_are_no
     assert SHM_DIR / killed in orphans(older_than_s=0)
     assert SHM_DIR / killed not in orphans(older_than_s=60)
     assert SHM_DIR / living.name not in orphans(older_than_s=0)
+
+
+@pytest.fixture
+def room_for_one(monkeypatch):
+    """Shared memory that has room for one segment, as a container's 64 MB have for a small model."""
+    allocate, taken = os.posix_fallocate, []
+
+    def limited(descriptor, start, size):
+        taken.append(size)
+        if len(taken) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", limited)
+
+
+def test_a_segment_without_room_names_its_file_and_leaves_none(run_id, room_for_one):
+    Segment(segment_name(run_id, "a"), 8)
+    with pytest.raises(OSError, match=rf"No space left on device: '/dev/shm/millrace-{run_id}-b'"):
+        Segment(segment_name(run_id, "b"), 8)
+    assert [path.name for path in SHM_DIR.glob(f"*{run_id}*")] == [segment_name(run_id, "a")]
+
+
+def test_a_sender_without_room_for_two_copies_says_what_is_needed_and_takes_nothing(run_id, room_for_one, monkeypatch):
+    monkeypatch.setattr("learner.weight_sender.shared_memory_free", lambda: 64 << 20)
+    engine = SimpleNamespace(module=torch.nn.Linear(1000, 1000))
+    with pytest.raises(InputError) as caught:
+        ShmSender(engine, run_id, is_sender=True)
+    assert re.fullmatch(
+        r"error\[E505\] shared memory too small — /dev/shm\. Found 64 MiB free on \S+, expected >= 8 MiB for 2 copies of the "
+        r"weights\. Fix: docker run --shm-size=2g, or in Kubernetes an emptyDir .*",
+        str(caught.value),
+    )
+    assert list(SHM_DIR.glob(f"*{run_id}*")) == []
+
+
+def test_an_error_that_is_not_of_room_stays_what_it_is(run_id):
+    Segment(segment_name(run_id, "b"), 8)
+    with pytest.raises(FileExistsError):
+        ShmSender(SimpleNamespace(module=torch.nn.Linear(2, 2)), run_id, is_sender=True)
+
+
+def test_what_a_killed_run_left_in_shared_memory_is_free_for_the_next(run_id):
+    before = shared_memory_free()
+    living = Segment(segment_name(run_id, "living"), 64 << 20)
+    assert before - shared_memory_free() > 32 << 20
+    living.unlink()
+    del living  # Its mapping would keep the memory.
+    with (SHM_DIR / segment_name(run_id, "killed")).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 64 << 20)
+    os.utime(file.name, (0, 0))
+    assert abs(before - shared_memory_free()) < 32 << 20
