@@ -2,7 +2,7 @@
 
 The tree is copied into a temporary folder. For each row of ``TABLE`` the old text is replaced in the copy and the row's
 test files are run there; a test that fails must pass again without the breakage. Exit code 1 if a breakage is not found,
-or if an old text does not occur exactly once. It takes about a quarter of an hour on two quiet cores.
+or if an old text does not occur exactly once. For a quiet machine: tests that hang on time also fail on a busy one.
 """
 
 from __future__ import annotations
