@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox browser quickstart test test-fast test-slow test-times test-gpu plan-check chaos soak lint format lock bench-check docs clean
+.PHONY: install sandbox browser quickstart test test-fast test-slow test-times test-gpu plan-check chaos soak break-check lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -68,6 +68,10 @@ plan-check: install
 # Ten minutes of the quickstart under random faults; SOAK="--seed 1 --minutes 30" for more.
 soak: install
 	$(BIN)/python tests/soak.py $(SOAK)
+
+# Deliberate mistakes in all packages, one at a time: `make test` must find each. ONLY="NAME NAME" for some of them.
+break-check: install
+	$(BIN)/python tests/break_check.py $(if $(ONLY),--only $(ONLY))
 
 # Ratios to the ceilings against the stored ones; some four minutes on a quiet machine.
 bench-check: install

@@ -155,6 +155,12 @@ def test_the_newest_are_kept_and_a_spared_one(tmp_path):
 # --- reading ---
 
 
+def test_the_newest_step_is_found_by_its_number_and_not_by_its_name(tmp_path):
+    for name in ("step-999999", "step-1000000", "step-000007", "cut.step-2000000", "step-best"):
+        (tmp_path / name).mkdir()
+    assert [place.name for place in checkpoints.all_of(tmp_path)] == ["step-1000000", "step-999999", "step-000007"]
+
+
 @pytest.mark.parametrize("file", ["hf/model", "learner/part", "state/run"])
 def test_a_flipped_bit_is_found_named_and_the_one_before_is_taken(parent, file, capsys):
     path = damaged(parent, file)

@@ -6,13 +6,15 @@ import asyncio
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from rollout.engine import Engine
 from rollout.replica import stage_limit
 from shared.actors import ActorDied, ActorUnreachable, Call
 from shared.errors import EngineFailed, GroupFailed, WeightProofFailed
 from shared.types import VersionSpan
-from shared.weights import NCCL_BACKEND, Link, TensorMeta
+from shared.weights import NCCL_BACKEND, Canary, Link, TensorMeta
 from tests.engine_worlds import REFUSAL, SAMPLING, ask, deliver, publication, recovered, texts, until
 from tests.fakes import make_prompt
 
@@ -223,6 +225,20 @@ async def test_log_probs_that_are_no_numbers_prove_nothing(make_pool):
     await deliver(pool, publication(1))
     await until(lambda: recovered(pool))
     assert first.killed
+
+
+@pytest.mark.parametrize(
+    ("ours", "gap"),
+    [([-1.0, -2.0], 0.0), ([-1.0, -2.5], 0.5), ([-0.25, -2.5], 0.75), ([float("nan"), -2.0], float("nan"))],
+)
+async def test_the_gap_of_a_canary_is_the_largest_difference_to_either_side(ours, gap):
+    async def prompt_logprobs(token_ids, version):
+        return np.array(ours, np.float32)
+
+    engine = object.__new__(Engine)  # Without a vLLM.
+    engine._round, engine.prompt_logprobs = asyncio.Lock(), prompt_logprobs
+    canary = Canary(np.zeros(3, np.int32), np.array([-1.0, -2.0], np.float32))
+    assert await engine.prove(canary, 1) == pytest.approx(gap, nan_ok=True)
 
 
 @pytest.mark.parametrize("failure", ["refuses", "proof"])
