@@ -217,6 +217,13 @@ def _first_quantity(text: str) -> Quantity | None:
     return None if found is None else _read(clean, found)
 
 
+def only_quantity(text: str) -> Quantity | None:
+    """The quantity of ``text`` if it holds one; None if it holds several, none, or one that is no single number."""
+    clean = plain(text)
+    found = list(_chains(clean)) if len(clean) <= WINDOW else []
+    return _read(clean, found[0]) if len(found) == 1 else None
+
+
 _WHOLE_BEFORE = re.compile(rf"[\s*`]*(?:[+-]\s?)?(?:\\?{_CURRENCY}\s?)?(?:[+-]\s?)?[$]*")
 _WHOLE_AFTER = re.compile(
     r"[})]?(?:\s?(?:thousand|million|billion|trillion)s?)?[\s$*`]*%?[\s$*`\u20ac\u00a3\u00a5]*[.]?[\s$]*"
