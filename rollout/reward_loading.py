@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,39 @@ class Spec(Protocol):
     args: dict[str, Any]
     factory: bool
     isolation: Any
+
+
+def _number_from(least: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and value >= least
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(one) in (int, float) for one in value)
+
+
+def _compiles(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
+ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "unit": (lambda value: value in ("characters", "tokens"), "characters or tokens"),
+    "ngram": (lambda value: type(value) is int and value >= 1, "an integer >= 1"),
+    "worst": (lambda value: type(value) in (int, float) and value <= 0, "a number <= 0"),
+    "target": (_number_from(0), "a number >= 0"),
+    "rate": (_number_from(0), "a number >= 0"),
+    "limit": (_number_from(1), "a number >= 1"),
+    "buffer": (_number_from(0), "a number >= 0"),
+    "factor": (_number_from(0), "a number >= 0"),
+    "right": (_pair, "two numbers"),
+    "wrong": (_pair, "two numbers"),
+    "pattern": (_compiles, "a regular expression"),
+    "column": (lambda value: isinstance(value, str), "the name of a column"),
+}
+"""Argument of built-in functions -> whether a value can be meant, and what is expected."""
 
 
 def load_reward(spec: Spec, key: str) -> Callable[..., Any]:
@@ -70,6 +104,10 @@ def _check_arguments(spec: Spec, found: Any, key: str) -> None:
             fix = f"{key}.args.{guess}" if guess else "remove it"
             expected = f"one of {', '.join(declared)}" if declared else "no arguments"
             raise InputError("E301", "reward arguments refused", f"{key}.args.{name}", name, expected, fix)
+        fits, expected = ARGUMENTS.get(name, (None, ""))
+        if fits is not None and not fits(spec.args[name]):
+            found, fix = repr(spec.args[name]), f"correct {name}"
+            raise InputError("E301", "reward arguments refused", f"{key}.args.{name}", found, expected, fix)
 
 
 def _find(name: str, key: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rollout.answer_text import last_box
 from rollout.generated_scoring import ReasoningGym
-from rollout.math_answers import same
+from rollout.math_answers import readable, same
 from rollout.number_answers import answer_number
 
 Rewards = list[float | None]
@@ -255,3 +255,23 @@ ISOLATED = {"regex", "math_accuracy", "reasoning_math_accuracy", "cosine_length"
 """Built-ins whose time depends on the text so much that they run in a subprocess; the others run in the pool's actor."""
 SANDBOXED = {"code_tests", "reasoning_gym"}
 """Built-ins that run in a sandbox, whatever is configured."""
+
+
+def _has_number(gold: Any) -> bool | None:
+    return answer_number(str(gold)) is not None
+
+
+def _has_text(gold: Any) -> bool | None:
+    return bool(texts_of(gold))
+
+
+def _has_formula(gold: Any) -> bool | None:
+    return readable(str(gold))
+
+
+GOLDS: dict[str, Callable[[Any], bool | None]] = {
+    **dict.fromkeys(("final_number", "gsm8k_answer"), _has_number),
+    **dict.fromkeys(("exact_match", "boxed_accuracy"), _has_text),
+    **dict.fromkeys(("math_accuracy", "reasoning_math_accuracy", "cosine_length"), _has_formula),
+}
+"""Built-in function -> whether it can ever pay for a gold answer; None where only math-verify knows."""

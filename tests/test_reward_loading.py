@@ -123,6 +123,29 @@ def test_a_mistyped_argument_of_a_builtin_is_e301(name, argument):
 
 
 @pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("length", "unit", "token"),
+        ("length_negative_abs", "unit", "words"),
+        ("length_negative_abs", "target", "20"),
+        ("length_exponential", "rate", -0.1),
+        ("repetition", "ngram", 0),
+        ("repetition", "worst", 1),
+        ("soft_overlong", "buffer", -1),
+        ("soft_overlong", "factor", -1.0),
+        ("soft_overlong", "limit", True),
+        ("cosine_length", "right", [1]),
+        ("regex", "pattern", "(a"),
+        ("exact_match", "column", 3),
+    ],
+)
+def test_a_value_that_would_score_silently_wrong_is_e301(name, argument, value):
+    with pytest.raises(InputError) as excinfo:
+        load_reward(spec(name, args={argument: value}), "key")
+    assert (excinfo.value.code, excinfo.value.place, excinfo.value.found) == ("E301", f"key.args.{argument}", repr(value))
+
+
+@pytest.mark.parametrize(
     ("source", "said"),
     [
         ("import no_such_thing\n", "ModuleNotFoundError: No module named 'no_such_thing'"),
