@@ -1,15 +1,15 @@
 """Rules for answers of generated tasks whose own scorers are satisfied too easily.
 
 Several scorers of reasoning-gym search the answer in whatever text they get: "The answer is not 405" has full credit.
-The extracted answer has to *be* an answer, not contain one. Needs the standard library only.
+The extracted answer has to *be* an answer, not contain one. Needs the standard library only, and as little of it as it
+can: a sandbox imports this for every call.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-
-from rollout.number_answers import only_quantity, whole_number
+from fractions import Fraction
 
 CONSOLATION = 0.05
 """Largest score that counts as 0: several scorers give it for any text."""
@@ -32,6 +32,8 @@ SEVERAL_SOLUTIONS = ("quantum_lock", "sokoban")
 """Tasks where another right answer may contain the row's own."""
 _AROUND = re.compile(r"\A[\s*`$]+|[\s*`$.]+\Z")
 _BOXED = re.compile(r"\\boxed\{(.*)\}", re.DOTALL)
+_DECIMAL = re.compile(r"-?\d{1,400}(?:\.\d{1,400})?")
+_GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 TOLERANCE, SHARE = 1e-4, 0.05
 """Largest distance of a rounded probability, absolute and as a share of the right one."""
 
@@ -41,11 +43,15 @@ def _truth(said: str, gold: str) -> float:
 
 
 def _number(said: str, gold: str) -> float:
+    from rollout.number_answers import only_quantity, whole_number
+
     found, wanted = only_quantity(said), whole_number(gold)
     return float(found is not None and wanted is not None and found.value == wanted.value)
 
 
 def _probability(said: str, gold: str) -> float:
+    from rollout.number_answers import whole_number
+
     found, wanted = whole_number(said), whole_number(gold)
     if found is None or wanted is None:
         return 0.0
@@ -95,7 +101,7 @@ def means_gold(said: str, gold: str | None) -> bool:
         return True
     if gold.casefold() in ("true", "false", "yes", "no"):
         return bare(said).casefold() == gold.casefold()
-    if not re.fullmatch(r"-?(?:0|[1-9]\d*)(?:\.\d+)?", gold):
+    if not _DECIMAL.fullmatch(gold) or re.match(r"-?0\d", gold):
         return False
-    found, wanted = whole_number(said), whole_number(gold)
-    return found is not None and wanted is not None and not found.percent and found.value == wanted.value
+    plain = _GROUPS.sub("", trimmed(said).replace("\u2212", "-"))
+    return bool(_DECIMAL.fullmatch(plain)) and Fraction(plain) == Fraction(gold)

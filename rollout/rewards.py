@@ -2,7 +2,8 @@
 
 A reward function takes keyword lists with one entry per completion (``prompts``, ``completions``,
 ``completion_ids``, every dataset column) and returns one number per completion, None where it does not apply: a
-function written for TRL's GRPOTrainer runs unchanged. Higher is better.
+function written for TRL's GRPOTrainer runs unchanged. Higher is better. Parsers of answers are imported inside functions:
+every sandbox imports this module.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rollout.answer_text import last_box
 from rollout.generated_scoring import ReasoningGym
-from rollout.math_answers import readable, same
-from rollout.number_answers import answer_number
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 Rewards = list[float | None]
 
@@ -60,6 +60,8 @@ def _among(text: str | None, golds: list[str]) -> float | None:
 
 def extract_number(text: str) -> Fraction | None:
     r"""The number, exact, after the last ``####`` where present; else of the last box or answer tag; else the last one."""
+    from rollout.number_answers import answer_number
+
     found = answer_number(text)
     return None if found is None else found.value
 
@@ -69,6 +71,8 @@ def final_number(completions: list[Any], *, column: str = "answer", **columns: A
 
     ``50%`` is 50, and 0.5. Units and currencies are ignored. A sum that was not worked out is no number.
     """
+    from rollout.number_answers import answer_number
+
     scores: Rewards = []
     for completion, gold in zip(completions, columns[column], strict=True):
         expected, found = answer_number(str(gold)), answer_number(text_of(completion))
@@ -96,6 +100,8 @@ def think_format(completions: list[Any], **_: Any) -> Rewards:
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}`` with balanced braces, or None."""
+    from rollout.answer_text import last_box
+
     return last_box(text)[0]
 
 
@@ -211,6 +217,8 @@ def math_accuracy(completions: list[Any], *, column: str = "solution", **columns
     of choices and text in ``\\text{}`` are compared as such. Needs the ``math`` extra (math-verify). Its own time limits work on a process's main thread alone, so this runs in
     a reward subprocess.
     """
+    from rollout.math_answers import same
+
     return [same(text_of(c), str(gold)) for c, gold in zip(completions, columns[column], strict=True)]
 
 
@@ -258,7 +266,7 @@ SANDBOXED = {"code_tests", "reasoning_gym"}
 
 
 def _has_number(gold: Any) -> bool | None:
-    return answer_number(str(gold)) is not None
+    return extract_number(str(gold)) is not None
 
 
 def _has_text(gold: Any) -> bool | None:
@@ -266,6 +274,8 @@ def _has_text(gold: Any) -> bool | None:
 
 
 def _has_formula(gold: Any) -> bool | None:
+    from rollout.math_answers import readable
+
     return readable(str(gold))
 
 
