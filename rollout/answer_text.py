@@ -27,6 +27,8 @@ _SUB = dict(zip("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", 
 _RAISED = re.compile(f"[{''.join(_SUPER)}]+")
 _LOWERED = re.compile(f"[{''.join(_SUB)}]+")
 _WIDE_COMMA = re.compile("(?<=[0-9\uff10-\uff19])\uff0c(?=[0-9\uff10-\uff19]{3}(?![0-9\uff10-\uff19]))")
+_VULGAR = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e\u2189])")
+_SPACED_MINUS = re.compile("(\\S{0,40})(\\s{0,3})[\u2212\uff0d\ufe63\u2796]\\s{1,3}(?=[\\d.$\u20ac\u00a3])")
 _OTHER = re.compile(r"[^\x00-\x7f]")
 
 
@@ -45,9 +47,20 @@ def _ascii(match: re.Match[str]) -> str:
         return " "
     if kind == "Cf":  # Zero width, or a direction of writing.
         return ""
-    if unicodedata.decomposition(char).startswith("<fraction>"):
-        return " " + unicodedata.normalize("NFKC", char).replace("\u2044", "/")
     return char
+
+
+def _vulgar(match: re.Match[str]) -> str:
+    before, char = match[1], match[2]
+    fraction = unicodedata.normalize("NFKC", char).replace("\u2044", "/")
+    return f"{before} {fraction}" if before else fraction
+
+
+def _attached(match: re.Match[str]) -> str:
+    """A true minus, no dash, with a space after it: a sign, but after a number, a bracket or a variable."""
+    before = match[1]
+    operand = len(before) == 1 or before[-1:].isdigit() or before[-1:] in (")", "]", "}", "%")
+    return match[0] if before and operand else f"{match[1]}{match[2]}-"
 
 
 def in_ascii(text: str) -> str:
@@ -55,6 +68,7 @@ def in_ascii(text: str) -> str:
     if text.isascii():
         return text
     text = _WIDE_COMMA.sub(",", text)
+    text = _SPACED_MINUS.sub(_attached, _VULGAR.sub(_vulgar, text))
     text = _RAISED.sub(lambda m: "^{" + "".join(_SUPER[c] for c in m[0]) + "}", text)
     text = _LOWERED.sub(lambda m: "_{" + "".join(_SUB[c] for c in m[0]) + "}", text)
     return _OTHER.sub(_ascii, text)

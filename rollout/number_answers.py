@@ -35,17 +35,16 @@ class Quantity:
 
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+\b|(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d+(?!\w))?")
-_CURRENCY = (
-    r"(?:(?:US|CA|AU|HK|NZ|S|A|C|R)?[$\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd]|(?:USD|EUR|GBP|CAD|AUD|INR|Rs\.?)(?=\s?\Z))"
-)
+_CURRENCY = r"(?:(?:US|CA|AU|HK|NZ|S|A|C|R)?[$\u20ac\u00a3\u00a5\u20b9\u20a9\u20bd]|(?:USD|EUR|GBP|CAD|AUD|INR|CHF|JPY|CNY|SEK|NOK|DKK|PLN|BRL|Rs\.?)(?=\s?\Z))"
 _MONEY = re.compile(rf"{_CURRENCY}\s?\Z")
 _MINUS = re.compile(rf"-[*_`]*(?:\s?{_CURRENCY})?\s?\Z")
 _BOUND = re.compile(rf"-(?:{_CURRENCY}\s?)?\Z")
 _STATED = re.compile(r"(?:[=:{($#\[>\u2248]|\b(?:is|are|be|was|equals?|to|of|by)|^)[ \t*_`$]*\Z")
 _NEGATIVE = re.compile(r"\b(negative|minus)\s+[$*]*\Z", re.IGNORECASE)
 _DENIED = re.compile(r"(?:\bnot|n't|\\neq?|!=)[\s*_$({:]*\Z", re.IGNORECASE)
+_OTHER_THAN = re.compile(r"(?:[,;(]|\b(?:and|instead|rather))[ \t]*(?:not|than)[ \t*$]*\Z", re.IGNORECASE)
 _UNREADABLE_BEFORE = re.compile(
-    r"(?:\\sqrt\s?[\[{(]?|\\pm\s?|\+/-\s?|[)\]}]\s?\^\s?[{(]?-?|\)\s?[/*]\s?|\b[fglm]?log_?(?:\{?\d+\}?\s?[({]?|\{?))\Z"
+    r"(?:(?<![a-zA-Z'])[b-hj-z]\s?[-+*/]\s?|\\sqrt\s?[\[{(]?|\\pm\s?|\+/-\s?|[)\]}]\s?\^\s?[{(]?-?|\)\s?[/*]\s?|\b[fglm]?log_?(?:\{?\d+\}?\s?[({]?|\{?))\Z"
 )
 _UNREADABLE_AFTER = re.compile(
     r"\s?(?:\\(?:pi|sqrt|pm|log|ln|sin|cos|tan|infty)|\^\s?\{?[a-zA-Z(]|[*/]\s?[(\\]|!(?=[*/+)]))"
@@ -169,7 +168,7 @@ def _sign(text: str, start: int) -> int:
         return 1
     ahead = before[: minus.start()]
     if _BOUND.search(before):
-        return 1 if re.search(r"(?:[^\W_]|[.)\]\-])[*`]*\Z|\d[*_`]+\Z", ahead) else -1
+        return 1 if re.search(r"(?:[0-9A-Za-z\u00c0-\u024f]|[.)\]\-])[*`]*\Z|\d[*_`]+\Z", ahead) else -1
     if "\n" in minus[0] or ahead.endswith("-"):
         return 1
     return -1 if _STATED.search(ahead) else 1
@@ -197,12 +196,17 @@ def last_quantity(text: str) -> Quantity | None:
     """The last quantity of ``text``; None if there is none, or if it is no single number."""
     for part in (text[-WINDOW:], text) if len(text) > WINDOW else (text,):
         clean = plain(part)
-        found = None
-        for chain in _chains(clean):
-            found = chain
-        if found and (part is text or found.tokens[0].start() > CONTEXT):
-            return _read(clean, found)
+        found = list(_chains(clean))
+        while len(found) > 1 and _is_excluded(clean, found[-1].tokens[0].start()):
+            found.pop()
+        if found and (part is text or found[-1].tokens[0].start() > CONTEXT):
+            return _read(clean, found[-1])
     return None
+
+
+def _is_excluded(text: str, start: int) -> bool:
+    """True for the 6 of "5, not 6" and of "5 rather than 6"."""
+    return bool(_OTHER_THAN.search(text, max(0, start - 20), start))
 
 
 def nearest_quantity(text: str, word: str, within: int = 60) -> Quantity | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -209,6 +211,92 @@ NUMBERS = [
     ("1\u20442", "0.5", 1),
     ("2\xb3", "8", 1),
     ("2\xb3", "2", 0),
+    ("The answer is 5, not 6.", "5", 1),
+    ("The answer is 5, not 6.", "6", 0),
+    ("It is 5 (not 6)", "5", 1),
+    ("The answer is not 5.", "5", 0),
+    ("6 rather than 5", "6", 1),
+    ("6 rather than 5", "5", 0),
+    ("3*4=12. The answer is not 12", "12", 0),
+    ("-CHF 5", "-5", 1),
+    ("-CHF 5", "5", 0),
+    ("CHF 5", "5", 1),
+    ("not 5 but 6", "6", 1),
+    ("<<48/2=24>>24", "24", 1),
+    ("5 .", "5", 1),
+    ("5 (five)", "5", 1),
+    ("5,", "5", 1),
+    ("Answer:-5", "-5", 1),
+    ("\\boxed{\\text{-5}}", "-5", 1),
+    ("\\boxed{\\textbf{\u22125}}", "5", 0),
+    ("<b>-5</b>", "-5", 1),
+    ("\u20b91,00,000", "100000", 1),
+    ("10**3", "1000", 1),
+    ("**10**", "10", 1),
+    ("2**3", "3", 0),
+    ("6.02e23", "602000000000000000000000", 1),
+    ("100,00", "100", 1),
+    ("x = -\\frac12", "-0.5", 1),
+    ("\u2212\xbd", "-0.5", 1),
+    ("-1 1/2", "-1.5", 1),
+    ("\u22121\xbd", "-1.5", 1),
+    ("1 \u2013 1/2", "1/2", 0),
+    ("70\\ 000", "70000", 1),
+    ("70\\,000\\,000", "70000000", 1),
+    ("$70{,}000.50$", "70000.5", 1),
+    ("7,000 - 8,000", "8000", 0),
+    ("$5.50 per hour", "5.5", 1),
+    ("5 hours and 30 minutes", "30", 1),
+    ("+5.0", "5", 1),
+    ("- 5%", "-5", 1),
+    ("\u22125 %", "-5", 1),
+    ("-5\\%", "-5", 1),
+    ("$-\\$5$", "-5", 1),
+    ("\\(-5\\)", "-5", 1),
+    ("\\[-5\\]", "-5", 1),
+    ("$$-5$$", "-5", 1),
+    ("__-5__", "-5", 1),
+    ("*-5*", "-5", 1),
+    ("`-5`", "-5", 1),
+    ("'-5'", "-5", 1),
+    ('"-5"', "-5", 1),
+    ("\u300c-5\u300d", "-5", 1),
+    ("\u7b54\u6848\u662f-5\u3002", "-5", 1),
+    ("\u7b54\u6848\u662f\u22125\u3002", "-5", 1),
+    ("\u7b54\u6848\u662f5\u3002", "5", 1),
+    ("\u7b54\u6848\u662f\u22125\u3002", "5", 0),
+    ("x\u22125", "5", 0),
+    ("2x + 3", "3", 0),
+    ("it's -5", "-5", 1),
+    ("plan b - 5", "5", 0),
+    ("5 000,50", "5000.5", 1),
+    ("5.000,50", "5000.5", 1),
+    ("5'000.50", "5000.5", 1),
+    ("5_000", "5000", 1),
+    ("5\u2009000\u2009000", "5000000", 1),
+    ("5\u200a000", "5000", 1),
+    ("5\u3000000", "5000", 1),
+    ("\uff11\uff0c\uff10\uff10\uff10", "1000", 1),
+    ("\uff0d\uff15", "-5", 1),
+    ("\uff0d\uff15", "5", 0),
+    ("+\uff11", "1", 1),
+    ("\uff0b1", "1", 1),
+    ("\ufe635", "-5", 1),
+    ("\ufe635", "5", 0),
+    ("\u27965", "5", 0),
+    ("\u20115", "-5", 1),
+    ("\u20125", "-5", 1),
+    ("\u20105", "-5", 1),
+    ("5\xadapples", "5", 1),
+    ("\ufeff5", "5", 1),
+    ("\u2212\u20095", "-5", 1),
+    ("\u2212\xa05", "5", 0),
+    ("- 5.", "-5", 1),
+    ("The result: \u2013 5", "-5", 1),
+    ("Total: \u2212$ 5", "-5", 1),
+    ("(\u22125)", "-5", 1),
+    ("[\u22125]", "-5", 1),
+    ("5\u2212", "5", 1),
     ("9" * 5000, "9", 0),
 ]
 
@@ -218,7 +306,8 @@ BEFORE = ["", "12 * 4 = 48, so ", "\u201cWell\u201d \u2013 7 of them.\n", "<thin
 
 @pytest.mark.parametrize(("ending", "gold", "value"), NUMBERS)
 def test_the_number_at_the_end_of_an_answer(ending, gold, value):
-    for before in BEFORE[: 1 if ending[0] in "([{+=.<>" else None]:  # These would be attached to what precedes them.
+    # Some would be attached to what precedes them, and a hyphen between spaces is a dash after a word.
+    for before in BEFORE[: 1 if ending[0] in "([{+=.<>" or ending.startswith("- ") else None]:
         assert score("gsm8k_answer", before + ending, gold) == value
     assert score("final_number", ending, f"So it is so.\n#### {gold}") == value
 
@@ -395,3 +484,69 @@ def test_texts_that_are_compared_as_they_are(name, text, gold, value):
 
 def test_case_is_ignored_in_every_alphabet():
     assert BUILTINS["exact_match"](["STRASSE"], ignore_case=True, answer=["Stra\xdfe"]) == [1]
+
+
+# --- formulas made by chance ---
+
+MINUS, SEPARATORS = "\u2212", [",", "{,}", "\\,", "\\;", ",\\!", " ", "\u202f", "\u2009", "\xa0", "~", "\\ "]
+
+
+def numbers_by_chance(chance: random.Random) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Integers in every notation, and others that differ by a digit, a sign, a base or a unit."""
+    n = chance.choice([chance.randrange(2, 1000), chance.randrange(1000, 10**7)])
+    other = n + chance.choice([1, 10, 1000])
+    equal = [f"{n:,}".replace(",", between) for between in SEPARATORS]
+    equal += [f"{n}", f"\\${n:,}", f"{n}.0", f"x={n}", f"{n}\\text{{ apples}}", f"{n} \\text{{ cm}}^2", f"{n}\\%"]
+    unequal = [f"{other:,}".replace(",", between) for between in SEPARATORS]
+    unequal += [
+        f"-{n}",
+        f"{MINUS}{n}",
+        f"{n}_8",
+        f"{n}0",
+        f"{n}.5",
+        f"\\frac{{{n}}}{{2}}",
+        f"{n}i",
+        f"({n},{n})",
+        f"{n}x",
+        f"{n}^2",
+    ]
+    for gold in chance.sample(equal[:12], 3):
+        yield gold, equal, unequal
+
+
+def formulas_by_chance(chance: random.Random) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Letters, pairs, intervals, sets, bases and choices."""
+    x, y, z = chance.sample("abcxyzpqnk", 3)
+    a = chance.randrange(-20, 20)
+    b, c = a + chance.randrange(1, 9), a + chance.randrange(10, 20)
+    yield f"{x}+{y}", [f"{y}+{x}"], [f"{x}-{y}", f"{x}+{z}", f"{x} {y}"]
+    yield f"{x} - {y}", [f"-{y}+{x}"], [f"{y}-{x}", f"{x}+{y}"]
+    yield f"5{x} - {y}", [f"-{y}+5{x}"], [f"5{x}+{y}", f"5{x}", "5"]
+    yield (
+        f"({a},{b})",
+        [f"({a}, {b})", f"\\left({a},{b}\\right)"],
+        [f"({b},{a})", f"[{a},{b}]", f"({a},{c})", f"\\{{{a},{b}\\}}"],
+    )
+    yield f"[{a},{b})", [f"[{a}, {b})"], [f"({a},{b})", f"[{a},{b}]", f"[{a},{c})"]
+    yield f"\\{{{a},{b}\\}}", [f"\\{{{b},{a}\\}}", f"{a}, {b}"], [f"\\{{{a},{c}\\}}", f"({a},{b})", f"{a}"]
+    digits = "".join(chance.choice("1234567") for _ in range(3))
+    yield (
+        f"{digits}_8",
+        [f"{digits}_{{8}}", f"{digits} \\text{{ base }} 8"],
+        [digits, f"{digits}_9", str(int(digits, 8))],
+    )
+    letter, wrong = chance.sample("ABCDE", 2)
+    yield f"({letter})", [letter, f"\\text{{({letter})}}", f"({letter}) 12"], [wrong, f"({wrong})", "12"]
+
+
+@needs_math_verify
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_formulas_by_chance_equal_themselves_and_nothing_else(seed):
+    chance, wrong = random.Random(seed), []
+    for gold, equal, unequal in [*numbers_by_chance(chance), *formulas_by_chance(chance)]:
+        for answer, value in [(gold, 1), *((one, 1) for one in equal), *((one, 0) for one in unequal)]:
+            for text in (f"\\boxed{{{answer}}}", f"The answer is ${answer}$."):
+                if score("math_accuracy", text, gold) != value:
+                    wrong.append((gold, text, value))
+    assert wrong == []
