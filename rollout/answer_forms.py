@@ -17,6 +17,9 @@ _BASE = re.compile(
 )
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _CHOICE = re.compile(r"\(?([A-Z])\)?[.)]?")
+_LABELLED = re.compile(
+    r"\\(?:text|textbf|textrm|mathrm)\s?\{\s*\(([A-Z])\)\s*\}(?:\s|\\[,;: ]|~|\\quad)*([^\s}].*)", re.DOTALL
+)
 _CHOSEN = re.compile(r"\(([A-Za-z])\).*|([A-Za-z])(?:[.):].*)?", re.DOTALL)
 _CHOSEN_IN_TEXT = re.compile(r"\(([A-Z])\)|\b([A-Z])\b[.)*\s]*$")
 _UNIT = re.compile(
@@ -75,6 +78,12 @@ def choice(body: str) -> str | None:
     """The capital letter that ``body`` is, with or without brackets: a choice, or the name of a quantity."""
     found = _CHOICE.fullmatch(_TEXT.sub(r"\1", body).strip())
     return None if found is None else found[1]
+
+
+def labelled(body: str) -> tuple[str, str] | None:
+    r"""The letter of a choice and its value, if ``body`` has both: ``\textbf{(E)}\ 24``."""
+    found = _LABELLED.fullmatch(body)
+    return None if found is None else (found[1], found[2])
 
 
 def chosen(said: str | None, text: str) -> str | None:

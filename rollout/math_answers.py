@@ -20,6 +20,7 @@ CLOSE, CLOSE_SHARE = Fraction(1, 2_000_000), Fraction(1, 100_000)
 MOST_SEARCHED = 4000
 """Characters at the end of a text without a box or tags in which formulas are searched."""
 _OUTER = re.compile(r"\s*(?:\$\$?(?P<a>(?:[^$\\]|\\.)*)\$\$?|\\\((?P<b>.*)\\\)|\\\[(?P<c>.*)\\\])\s*\.?\s*", re.DOTALL)
+_END = re.compile(r"(?:\s|(?<!\\)\\[,;: ]|~|\.|(?<!\\)\\\Z)+\Z")
 _LAST_MATH = re.compile(r"\$\$?((?:[^$\\]|\\.)+)\$\$?|\\\(((?:[^\\]|\\(?!\)))+)\\\)|\\\[((?:[^\\]|\\(?!\]))+)\\\]")
 _JOINED = re.compile(r"\s*(?:,|,?\s*and|,?\s*or)\s*")
 
@@ -42,6 +43,9 @@ class _Gold:
 def same(text: str, gold: str) -> float | None:
     """1 if the answer in ``text`` equals ``gold``, else 0; None if ``gold`` is nothing that can be compared."""
     body = formula_of(gold)
+    if labelled := forms.labelled(body):
+        scores = [score for score in (same(text, part) for part in labelled) if score is not None]
+        return max(scores)
     wanted = _read_gold(gold, body)
     if wanted is None:
         return None
@@ -99,27 +103,27 @@ def _close(gold: Quantity, said: Quantity) -> bool:
 
 
 def formula_of(gold: str) -> str:
-    r"""The gold answer itself: what is in its last box, after its ``####``, between its dollars, or all of it."""
+    r"""The gold answer itself: what is in its last box, after its ``####``, between its last dollars, or all of it."""
     box = last_box(gold)[0]
     if box is None and "####" in gold:
         box = gold.rpartition("####")[2]
-    return _inside(gold if box is None else box)
+    body = _inside(gold if box is None else box)
+    return body if forms.is_formula(body) else _last_formula(body) or body
 
 
 def _inside(body: str) -> str:
-    """``body`` in ASCII, without dollars and dots around it."""
+    """``body`` in ASCII, without dollars around it, and without spaces and dots at its end."""
     body = in_ascii(body).strip()
     outer = _OUTER.fullmatch(body)
     if outer:
         body = next(part for part in outer.groups() if part is not None)
-    return body.strip().rstrip(".").strip() if not body.endswith("...") else body.strip()
+    return body.strip() if body.endswith("...") else _END.sub("", body).strip()
 
 
 def readable(gold: str) -> bool | None:
     """True if ``gold`` can be compared, false if it cannot, None if only math-verify can tell."""
     body = formula_of(gold)
-    wanted = _plain_gold(body)
-    if wanted is not None:
+    if _plain_gold(body) is not None or forms.labelled(body):
         return True
     return None if forms.is_formula(body) or "$" in gold.replace("\\$", "") or re.search(r"\d", gold) else False
 

@@ -409,6 +409,8 @@ FORMULAS = [
     ),
     ("(B)", ["B", "\\text{(B)}", "\\textbf{(B)}", "(B) 12", "b"], ["A", "(C)", "12"]),
     ("\\text{(B)}", ["(B)", "B"], ["(A)"]),
+    ("\\textbf{(E)}\\ 24", ["(E)", "E", "24", "\\textbf{(E)}\\ 24"], ["(D)", "25", "\\textbf{(D)}\\ 24"]),
+    ("\\textbf{(E)}\\ ", ["(E)"], ["(D)", "5"]),
     ("\\text{Evelyn}", ["Evelyn", "\\text{evelyn}", "\\mathrm{Evelyn}"], ["\\text{Eve}", "5", "\\text{not Evelyn}"]),
     ("\\text{June 20}", ["\\text{June 20}", "June 20"], ["20", "\\text{June 21}"]),
 ]
@@ -423,6 +425,8 @@ def test_a_formula_equals_itself_in_every_notation_and_nothing_else(gold, equal,
                 assert score("math_accuracy", form % answer, gold) == value, answer
     assert score("math_accuracy", "", gold) == 0
     assert score("math_accuracy", f"\\boxed{{{gold}}}", f"\\boxed{{{gold}}}") == 1
+    if "$" not in gold.replace("\\$", ""):
+        assert score("math_accuracy", f"\\boxed{{{gold}}}", f"In all, the answer is ${gold}$.") == 1
 
 
 @needs_math_verify

@@ -10,8 +10,9 @@ import pytest
 
 from launch import gold_rows
 from launch.gold_rows import rows_without_score
+from launch.preflight import prepare
 from shared.types import Prompt
-from tests.fakes import make_config
+from tests.fakes import make_config, write_model, write_rows
 
 needs_math_verify = pytest.mark.skipif(not find_spec("math_verify"), reason="the math extra is not installed")
 
@@ -78,3 +79,17 @@ def test_formulas_are_tried_as_their_own_answers(monkeypatch):
     assert "Found 2 of 7 rows" in line
     monkeypatch.setattr(gold_rows, "MOST_TRIED", 3)
     assert warned("math_accuracy", [f"{i}x" for i in range(9)], "solution") == []
+
+
+@pytest.mark.process
+def test_every_start_and_dry_run_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}+1=", "answer": f"{i + 1}"} for i in range(7)])
+    with rows.open("a") as more:
+        more.write('{"prompt": "9+1=", "answer": "ten"}\n')
+    paths = {"model.path": str(write_model(tmp_path / "model")), "data.train": str(rows)}
+    config = make_config(**paths | {"reward.functions": [{"function": "final_number"}]})
+    told = [line for line in prepare(config, "run.toml", tmp_path).warnings if "W309" in line]
+    assert len(told) == 1
+    assert "Found 1 of 8 rows whose answer it cannot read, the first rows.jsonl:8 ('ten')" in told[0]

@@ -142,7 +142,11 @@ def test_a_mistyped_argument_of_a_builtin_is_e301(name, argument):
 def test_a_value_that_would_score_silently_wrong_is_e301(name, argument, value):
     with pytest.raises(InputError) as excinfo:
         load_reward(spec(name, args={argument: value}), "key")
-    assert (excinfo.value.code, excinfo.value.place, excinfo.value.found) == ("E301", f"key.args.{argument}", repr(value))
+    assert (excinfo.value.code, excinfo.value.place, excinfo.value.found) == (
+        "E301",
+        f"key.args.{argument}",
+        repr(value),
+    )
 
 
 @pytest.mark.parametrize(
