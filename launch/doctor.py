@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launch.doctor_rules import ERROR, Finding, Verdict, judge, unequal_scales
 from launch.doctor_samples import Sample, canary_samples, samples_for
+from launch.gold_rows import rows_without_score
 from launch.options import ConfigOptions, guarded
 from launch.score import read_rows
 from rollout.reward_loading import isolation_of, reward_name, reward_place
@@ -96,15 +97,18 @@ async def sample(config: Config, prompts: list[Prompt]) -> list[list[str]]:
 def probe(config: Config, origin: str, prompts: list[Prompt]) -> list[str]:
     """The doctor's errors on a few canned samples, as exceptions; its warnings, as lines. Loads no reward model.
 
+    Rows that a built-in reward can never pay are among the warnings.
+
     Raises ``InputErrors`` with what every call of the run would run into.
     """
     verdicts = examine(config, prompts[:2], small=True)
     _raise_errors(verdicts, config, origin)
-    return [
+    lines = [
         f"warning[W320] {origin}: reward {verdict.name}: {finding.text}"
         for verdict in verdicts
         for finding in verdict.findings
     ]
+    return lines + rows_without_score(config, origin, prompts)
 
 
 def _raise_errors(verdicts: list[Verdict], config: Config, origin: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rollout.generated_guards import CONSOLATION, OWN, SHAPES, is_answer, means_gold, trimmed
 from rollout.generated_tasks import refuse_denied, require_package, unpacked
 from shared.errors import InputError
 
@@ -28,7 +29,10 @@ MOST_PREPARED = 8
 
 
 class ReasoningGym:
-    """Score of the answer by the task's own ``score_answer``, mostly in [0, 1]; 0 where the scorer cannot read it."""
+    """Score of the answer by the task's own ``score_answer``, mostly in [0, 1]; 0 where the scorer cannot read it.
+
+    An answer that only contains the right one is wrong.
+    """
 
     def __init__(self, *, extract: str = "answer", tasks: list[list[str]] | None = None) -> None:
         """``extract``: the answer is what is in the last ``<answer>...</answer>``, else the last line (``answer``); only
@@ -59,7 +63,9 @@ class ReasoningGym:
 
     def _score(self, text: str, name: str, arguments: str, gold: str | None, metadata: str) -> float:
         said = extracted(text, self._extract)
-        return 0.0 if said is None else score(said, scorer_of(name, arguments), gold, unpacked(json.loads(metadata)))
+        if said is None:
+            return 0.0
+        return score(said, scorer_of(name, arguments), gold, unpacked(json.loads(metadata)), name)
 
 
 def extracted(text: str, how: str) -> str | None:
@@ -73,16 +79,24 @@ def extracted(text: str, how: str) -> str | None:
     return None if how == "tag" else text.strip().rpartition("\n")[2].strip()
 
 
-def score(said: str, scorer: Any, gold: str | None, metadata: Any) -> float:
-    """What ``scorer`` gives the answer ``said``; 0 if it fails on it, or returns no finite number, but not on ``gold``.
+def score(said: str, scorer: Any, gold: str | None, metadata: Any, task: str = "") -> float:
+    """Score of the answer ``said``: what ``scorer`` gives, within the rules of ``generated_guards``.
 
-    Several scorers raise on text that is no number, say: that is a wrong answer. One that fails on the right answer too
-    is broken, and raises.
+    0 if the scorer fails on it, or returns no finite number, but not on ``gold``. Several scorers raise on text that is no
+    number, say: that is a wrong answer. One that fails on the right answer too is broken, and raises.
     """
+    if means_gold(said, gold):
+        said = str(gold)
+    elif task in SHAPES:
+        said = trimmed(said)
+    if task in OWN and gold is not None:
+        return OWN[task][0](said, gold)
+    if not is_answer(task, said, gold):
+        return 0.0
     try:
         value = float(scorer.score_answer(said, {"answer": gold, "metadata": metadata, "question": ""}))
         if math.isfinite(value):
-            return value
+            return value if value > CONSOLATION else 0.0
     except MemoryError:
         raise
     except Exception:  # Whatever a scorer makes of model text; the next line tells whose fault it is.

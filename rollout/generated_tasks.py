@@ -36,6 +36,12 @@ DENIED = {
     "composite": "it hands model text to the scorers of other tasks, those above among them",
 }
 """Tasks whose scorer evaluates model text, and how."""
+UNSOUND = {
+    "propositional_logic": "where its premises contradict each other, a quarter of its rows, any formula has full credit",
+}
+"""Tasks that pay wrong answers in a way that no rule on the answer can mend, and how."""
+REFUSED = DENIED | UNSOUND
+"""Every task that gives no rows."""
 
 
 def task_rows(source: Source, split: str, key: str) -> list[tuple[str, dict[str, Any]]]:
@@ -51,7 +57,7 @@ def task_rows(source: Source, split: str, key: str) -> list[tuple[str, dict[str,
     from reasoning_gym.factory import DATASETS, create_dataset
 
     if task not in DATASETS:
-        guess = nearest(task, allowed := sorted(set(DATASETS) - set(DENIED)))
+        guess = nearest(task, allowed := sorted(set(DATASETS) - set(REFUSED)))
         fix = f'path = "{SCHEME}{guess}"' if guess else f"one of {', '.join(allowed)}"
         found, expected = f'"{source.path}"', f"one of the {len(allowed)} tasks of reasoning-gym"
         raise InputError("E201", "unknown task", f"{key}.path", found, expected, fix)
@@ -68,10 +74,13 @@ def task_rows(source: Source, split: str, key: str) -> list[tuple[str, dict[str,
 
 
 def refuse_denied(task: str, key: str) -> None:
-    """Raises ``InputError`` E309 for a task whose scorer evaluates model text."""
+    """Raises ``InputError`` E309 for a task whose scorer evaluates model text, or pays wrong answers."""
     if task in DENIED:
         found = f"{task} ({DENIED[task]})"
         raise InputError("E309", "unsafe task", key, found, "a task off the denylist", "choose another")
+    if task in UNSOUND:
+        found, expected = f"{task} ({UNSOUND[task]})", "a task that pays right answers only"
+        raise InputError("E309", "unsound task", key, found, expected, "choose another")
 
 
 def refuse_denied_rows(columns: Iterable[dict[str, Any]], key: str) -> None:

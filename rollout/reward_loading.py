@@ -5,10 +5,13 @@ Imported by the light child processes too, so it needs the standard library alon
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
 import inspect
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,8 @@ from rollout.rewards import BUILTINS, ISOLATED, SANDBOXED
 from shared.errors import InputError, nearest
 
 SUPPLIED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+OPENED: set[Path] = set()
+"""Folders of reward files that this process has imported."""
 
 
 class Spec(Protocol):
@@ -31,6 +36,39 @@ class Spec(Protocol):
     args: dict[str, Any]
     factory: bool
     isolation: Any
+
+
+def _number_from(least: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and value >= least
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(one) in (int, float) for one in value)
+
+
+def _compiles(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
+ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "unit": (lambda value: value in ("characters", "tokens"), "characters or tokens"),
+    "ngram": (lambda value: type(value) is int and value >= 1, "an integer >= 1"),
+    "worst": (lambda value: type(value) in (int, float) and value <= 0, "a number <= 0"),
+    "target": (_number_from(0), "a number >= 0"),
+    "rate": (_number_from(0), "a number >= 0"),
+    "limit": (_number_from(1), "a number >= 1"),
+    "buffer": (_number_from(0), "a number >= 0"),
+    "factor": (_number_from(0), "a number >= 0"),
+    "right": (_pair, "two numbers"),
+    "wrong": (_pair, "two numbers"),
+    "pattern": (_compiles, "a regular expression"),
+    "column": (lambda value: isinstance(value, str), "the name of a column"),
+}
+"""Argument of built-in functions -> whether a value can be meant, and what is expected."""
 
 
 def load_reward(spec: Spec, key: str) -> Callable[..., Any]:
@@ -66,6 +104,10 @@ def _check_arguments(spec: Spec, found: Any, key: str) -> None:
             fix = f"{key}.args.{guess}" if guess else "remove it"
             expected = f"one of {', '.join(declared)}" if declared else "no arguments"
             raise InputError("E301", "reward arguments refused", f"{key}.args.{name}", name, expected, fix)
+        fits, expected = ARGUMENTS.get(name, (None, ""))
+        if fits is not None and not fits(spec.args[name]):
+            found, fix = repr(spec.args[name]), f"correct {name}"
+            raise InputError("E301", "reward arguments refused", f"{key}.args.{name}", found, expected, fix)
 
 
 def _find(name: str, key: str) -> Callable[..., Any]:
@@ -95,6 +137,7 @@ def _find(name: str, key: str) -> Callable[..., Any]:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    _open_folder(path.parent.resolve())
     name = f"millrace_reward_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -103,6 +146,53 @@ def _import_file(path: Path) -> Any:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _open_folder(folder: Path) -> None:
+    """Let a reward file import its neighbours: they come after the standard library and our code, before packages.
+
+    A neighbour of another reward file with the name of one in ``folder`` is forgotten, so that each file gets its own.
+    """
+    for name in [name for name in sys.modules if "." not in name and _beside(folder, name)]:
+        place = getattr(sys.modules[name], "__file__", None)
+        if place and any(Path(place) == _beside(other, name) for other in OPENED - {folder}):
+            for loaded in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
+                del sys.modules[loaded]
+    OPENED.add(folder)
+    rest = [entry for entry in sys.path if entry != str(folder)]
+    packages = (i for i, entry in enumerate(rest) if entry.endswith("-packages") or Path(entry) in OPENED)
+    rest.insert(next(packages, len(rest)), str(folder))
+    sys.path[:] = rest
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """The file of module ``name`` in ``folder``."""
+    places = (folder / f"{name}.py", folder / name / "__init__.py")
+    return next((place for place in places if os.path.isfile(place)), None)
+
+
+def visible_files(path: Path) -> list[Path]:
+    """A reward file, and the files and packages beside it that it imports, directly or through one another."""
+    found, waiting = [path], [path]
+    while waiting:
+        for name in _imported(waiting.pop()):
+            place = _beside(path.parent, name)
+            shown = place.parent if place and place.name == "__init__.py" else place
+            if place and shown and shown not in found:
+                found.append(shown)
+                waiting += sorted(shown.rglob("*.py")) if shown.is_dir() else [shown]
+    return found
+
+
+def _imported(path: Path) -> set[str]:
+    """First names of the modules that a file imports; nothing if it is no Python, which its import will say."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return set()
+    named = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in named}
 
 
 def reward_name(spec: Spec) -> str:

@@ -2,18 +2,22 @@
 
 A reward function takes keyword lists with one entry per completion (``prompts``, ``completions``,
 ``completion_ids``, every dataset column) and returns one number per completion, None where it does not apply: a
-function written for TRL's GRPOTrainer runs unchanged. Higher is better.
+function written for TRL's GRPOTrainer runs unchanged. Higher is better. Parsers of answers are imported inside functions:
+every sandbox imports this module.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable
-from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rollout.generated_scoring import ReasoningGym
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 Rewards = list[float | None]
 
@@ -28,34 +32,51 @@ def text_of(completion: Any) -> str:
 def exact_match(
     completions: list[Any], *, column: str = "answer", strip: bool = True, ignore_case: bool = False, **columns: Any
 ) -> Rewards:
-    """1 if the completion equals the column, else 0."""
+    """1 if the completion equals the column, else 0; None if the column holds no text, number or truth value."""
 
-    def normal(value: Any) -> str:
-        text = str(value).strip() if strip else str(value)
-        return text.lower() if ignore_case else text
+    def normal(text: str) -> str:
+        text = unicodedata.normalize("NFC", text.strip() if strip else text)
+        return text.casefold() if ignore_case else text
 
-    return [float(normal(text_of(c)) == normal(gold)) for c, gold in zip(completions, columns[column], strict=True)]
+    return [
+        _among(normal(text_of(completion)), [normal(text) for text in texts_of(gold)])
+        for completion, gold in zip(completions, columns[column], strict=True)
+    ]
 
 
-# A hyphen after a word, a digit or a bracket is a minus between two numbers, or a dash.
-_NUMBER = re.compile(r"(?:(?<![\w.)\]])-\$?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+")
+def texts_of(gold: Any) -> list[str]:
+    """The texts that mean ``gold``: of a number that became a float in a file (``42.0``) the integer too. Empty for others."""
+    gold = gold.tolist() if hasattr(gold, "tolist") else gold
+    if isinstance(gold, float):
+        if math.isnan(gold):  # What a file has for no value.
+            return []
+        return [str(gold), str(int(gold))] if gold.is_integer() else [str(gold)]
+    return [str(gold)] if isinstance(gold, str | int) else []
 
 
-def extract_number(text: str) -> Decimal | None:
-    """The number, exact, after the last ``####`` where present, else the last number; thousands separators removed."""
-    tail = text.rsplit("####", 1)[1] if "####" in text else text
-    found = _NUMBER.findall(tail)
-    if not found:
-        return None
-    return Decimal((found[0] if "####" in text else found[-1]).replace(",", "").replace("$", ""))
+def _among(text: str | None, golds: list[str]) -> float | None:
+    return float(text in golds) if golds else None
+
+
+def extract_number(text: str) -> Fraction | None:
+    r"""The number, exact, after the last ``####`` where present; else of the last box or answer tag; else the last one."""
+    from rollout.number_answers import answer_number
+
+    found = answer_number(text)
+    return None if found is None else found.value
 
 
 def final_number(completions: list[Any], *, column: str = "answer", **columns: Any) -> Rewards:
-    """1 if the final numbers of completion and column agree, else 0; None if the column has none."""
+    """1 if the final numbers of completion and column agree, else 0; None if the column has none.
+
+    ``50%`` is 50, and 0.5. Units and currencies are ignored. A sum that was not worked out is no number.
+    """
+    from rollout.number_answers import answer_number
+
     scores: Rewards = []
     for completion, gold in zip(completions, columns[column], strict=True):
-        expected = extract_number(str(gold))
-        scores.append(None if expected is None else float(extract_number(text_of(completion)) == expected))
+        expected, found = answer_number(str(gold)), answer_number(text_of(completion))
+        scores.append(None if expected is None else float(found is not None and found.equals(expected)))
     return scores
 
 
@@ -79,22 +100,19 @@ def think_format(completions: list[Any], **_: Any) -> Rewards:
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last ``\boxed{...}`` with balanced braces, or None."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth, begin = 0, start + len("\\boxed")
-    for i in range(begin, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[begin + 1 : i]
-    return None
+    from rollout.answer_text import last_box
+
+    return last_box(text)[0]
 
 
 def boxed_accuracy(completions: list[Any], *, column: str = "answer", **columns: Any) -> Rewards:
-    r"""1 if the last ``\boxed{...}`` equals the column after trimming, else 0; without a box 0."""
+    r"""1 if the last ``\boxed{...}`` equals the column after trimming, else 0; without a box 0.
+
+    None if the column holds no text, number or truth value.
+    """
     boxes = [last_boxed(text_of(completion)) for completion in completions]
     return [
-        float(box is not None and box.strip() == str(gold).strip())
+        _among(None if box is None else box.strip(), [text.strip() for text in texts_of(gold)])
         for box, gold in zip(boxes, columns[column], strict=True)
     ]
 
@@ -194,10 +212,14 @@ def soft_overlong(completion_ids: list[Any], *, limit: int, buffer: int, factor:
 def math_accuracy(completions: list[Any], *, column: str = "solution", **columns: Any) -> Rewards:
     """1 if the answer equals the column's, symbolically or numerically, else 0; None if the column has no formula.
 
-    Needs the ``math`` extra (math-verify). Its own time limits work on a process's main thread alone, so this runs in
+    The answer is in the last box, else between the last dollars, else the last number or what follows "answer is".
+    Units are ignored unless both sides name different ones; ``50%`` is 50, and 0.5; ``52_8`` is only ``52_8``. Letters
+    of choices and text in ``\\text{}`` are compared as such. Needs the ``math`` extra (math-verify). Its own time limits work on a process's main thread alone, so this runs in
     a reward subprocess.
     """
-    return [_same(text_of(c), str(gold)) for c, gold in zip(completions, columns[column], strict=True)]
+    from rollout.math_answers import same
+
+    return [same(text_of(c), str(gold)) for c, gold in zip(completions, columns[column], strict=True)]
 
 
 def reasoning_math_accuracy(
@@ -208,21 +230,6 @@ def reasoning_math_accuracy(
     answers = [text.rpartition(delimiter)[2] if delimiter in text else "" for text in texts]
     scores = math_accuracy(answers, column=column, **columns)
     return [s if s is None or delimiter in text else 0.0 for s, text in zip(scores, texts, strict=True)]
-
-
-def _same(text: str, gold: str) -> float | None:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    both = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    boxed = last_boxed(gold)
-    # A bare formula is meant as one; only a box or dollars make the parser read LaTeX. Plain words are no formula.
-    bare = boxed is None and "$" not in gold and re.search(r"[\d\\]|^\s*\w\s*$", gold)
-    wanted = parse(f"${gold}$" if bare else gold, extraction_config=both) or parse(gold)
-    if not wanted:
-        return None
-    box = last_boxed(text)
-    found = parse(text if box is None else f"${box}$", extraction_config=both)
-    return float(bool(found) and verify(wanted, found))
 
 
 def code_tests(completions: list[Any], *, column: str = "tests", **columns: Any) -> Rewards:
@@ -256,3 +263,25 @@ ISOLATED = {"regex", "math_accuracy", "reasoning_math_accuracy", "cosine_length"
 """Built-ins whose time depends on the text so much that they run in a subprocess; the others run in the pool's actor."""
 SANDBOXED = {"code_tests", "reasoning_gym"}
 """Built-ins that run in a sandbox, whatever is configured."""
+
+
+def _has_number(gold: Any) -> bool | None:
+    return extract_number(str(gold)) is not None
+
+
+def _has_text(gold: Any) -> bool | None:
+    return bool(texts_of(gold))
+
+
+def _has_formula(gold: Any) -> bool | None:
+    from rollout.math_answers import readable
+
+    return readable(str(gold))
+
+
+GOLDS: dict[str, Callable[[Any], bool | None]] = {
+    **dict.fromkeys(("final_number", "gsm8k_answer"), _has_number),
+    **dict.fromkeys(("exact_match", "boxed_accuracy"), _has_text),
+    **dict.fromkeys(("math_accuracy", "reasoning_math_accuracy", "cosine_length"), _has_formula),
+}
+"""Built-in function -> whether it can ever pay for a gold answer; None where only math-verify knows."""

@@ -27,6 +27,7 @@ from typing import Any
 
 from rollout.reward_calls import CallFailed
 from rollout.reward_child import plain
+from rollout.reward_loading import visible_files
 from shared.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,10 +237,10 @@ def wall(visible: list[Path], seccomp_fd: int) -> list[str]:
 
 
 def _source_of(spec: dict[str, Any]) -> list[Path]:
-    """The file of a function given as a path; one in an installed module is visible with its interpreter."""
+    """The file of a function given as a path, with what it imports; an installed module is visible with its interpreter."""
     source = (spec.get("function") or "").rpartition(":")[0]
     if source.endswith(".py"):
-        return [Path(source).resolve()]
+        return visible_files(Path(source).resolve())
     if source and (ROOT / source.partition(".")[0]).is_dir():
         return [ROOT / source.partition(".")[0]]
     return []

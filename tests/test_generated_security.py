@@ -14,7 +14,7 @@ import pytest
 
 from rollout import sandbox
 from rollout.datasets import read
-from rollout.generated_tasks import DENIED
+from rollout.generated_tasks import DENIED, REFUSED
 from rollout.reward_worker import RewardWorker
 from shared.config_data import Source
 from shared.config_reward import Reward, RewardFunction
@@ -173,7 +173,7 @@ def test_hostile_answers_to_every_allowed_task_give_numbers_or_a_typed_failure(t
             return failure.code
 
     try:
-        for task in sorted(set(DATASETS) - set(DENIED))[part::PARTS]:
+        for task in sorted(set(DATASETS) - set(REFUSED))[part::PARTS]:
             chance = random.Random(f"{task} 1")
             rows = read(Source(path=f"reasoning-gym:{task}", args={"size": 2}), "train", "key").rows
             row = chance.choice(rows)[1]

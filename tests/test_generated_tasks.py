@@ -16,7 +16,7 @@ from launch.preflight import prepare
 from rollout import sandbox
 from rollout.datasets import read
 from rollout.generated_scoring import ReasoningGym, extracted, score, tasks_of
-from rollout.generated_tasks import DENIED, VERSION, packed, unpacked
+from rollout.generated_tasks import REFUSED, VERSION, packed, unpacked
 from rollout.reward_calls import CallFailed, invoke_now
 from rollout.reward_loading import isolation_of, load_reward, missing_column
 from rollout.reward_worker import RewardWorker
@@ -116,14 +116,14 @@ def test_args_in_a_configuration():
     assert (data.train[0].args, data.eval[0].args) == ({"size": 500, "seed": 1}, {})
 
 
-@pytest.mark.parametrize("task", DENIED)
+@pytest.mark.parametrize("task", REFUSED)
 @pytest.mark.parametrize("package", ["there", "missing"])
-def test_a_task_whose_scorer_evaluates_text_is_e309_package_or_not(monkeypatch, request, task, package):
+def test_a_task_whose_scorer_evaluates_text_or_pays_any_is_e309_package_or_not(monkeypatch, request, task, package):
     if package == "there":
         request.getfixturevalue("gym")
     error = refused(task)
     assert (error.code, error.place) == ("E309", "run.toml:data.train.path")
-    assert error.found == f"{task} ({DENIED[task]})"
+    assert error.found == f"{task} ({REFUSED[task]})"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from rollout import reward_loading
 from rollout.reward_calls import invoke_now
-from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
+from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name, visible_files
 from rollout.rewards import BUILTINS
 from shared.config_reward import RewardFunction
 from shared.errors import InputError
@@ -45,6 +46,17 @@ def code(tmp_path, monkeypatch) -> str:
     yield str(path)
     for name in ("my_rewards", "millrace_reward_my_rewards"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """Modules and folders that a test imports are forgotten after it."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr(reward_loading, "OPENED", set())
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
 
 
 def call(function) -> list:
@@ -108,6 +120,33 @@ def test_what_cannot_be_loaded_is_e301(code, function, fields, place, said):
 def test_a_mistyped_argument_of_a_builtin_is_e301(name, argument):
     with pytest.raises(InputError, match=argument):
         load_reward(spec(name, args={argument: 1}), "key")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("length", "unit", "token"),
+        ("length_negative_abs", "unit", "words"),
+        ("length_negative_abs", "target", "20"),
+        ("length_exponential", "rate", -0.1),
+        ("repetition", "ngram", 0),
+        ("repetition", "worst", 1),
+        ("soft_overlong", "buffer", -1),
+        ("soft_overlong", "factor", -1.0),
+        ("soft_overlong", "limit", True),
+        ("cosine_length", "right", [1]),
+        ("regex", "pattern", "(a"),
+        ("exact_match", "column", 3),
+    ],
+)
+def test_a_value_that_would_score_silently_wrong_is_e301(name, argument, value):
+    with pytest.raises(InputError) as excinfo:
+        load_reward(spec(name, args={argument: value}), "key")
+    assert (excinfo.value.code, excinfo.value.place, excinfo.value.found) == (
+        "E301",
+        f"key.args.{argument}",
+        repr(value),
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,3 +238,48 @@ def test_no_builtin_misses_what_the_documentation_promises():
     promised += " cosine_length repetition code_tests"
     assert set(promised.split()) <= set(BUILTINS)
     assert all(inspect.getdoc(function) for function in BUILTINS.values())
+
+
+# --- neighbours of a reward file ---
+
+IMPORTING = """
+import helper
+from kit.parts import FACTOR
+def f(completions, **columns):
+    import late
+    return [helper.VALUE * FACTOR + late.MORE for _ in completions]
+"""
+
+
+def with_neighbours(folder, value: int):
+    """``folder/r.py`` with two files and a package beside it, and files that it does not import."""
+    (folder / "kit").mkdir(parents=True)
+    for name, code in {
+        "r.py": IMPORTING,
+        "helper.py": f"import base\nVALUE = base.VALUE + {value}\n",
+        "base.py": "VALUE = 0\n",
+        "late.py": "MORE = 5\n",
+        "kit/__init__.py": "",
+        "kit/parts.py": "FACTOR = 10\n",
+        "secret.py": "",
+        "json.py": "raise RuntimeError('not the standard library')\n",
+        "shared.py": "raise RuntimeError('not ours')\n",
+    }.items():
+        (folder / name).write_text(code)
+    return folder / "r.py"
+
+
+def test_a_reward_file_imports_its_neighbours_and_each_file_its_own(tmp_path, forgotten):
+    files = [with_neighbours(tmp_path / name, value) for name, value in (("one", 1), ("two", 2))]
+    functions = [load_reward(spec(f"{file}:f"), "key") for file in files]
+    assert [function(completions=["a"]) for function in functions] == [[15], [25]]
+    assert sys.path.index(str(tmp_path / "one")) < next(i for i, e in enumerate(sys.path) if e.endswith("-packages"))
+
+
+def test_only_what_a_reward_file_imports_is_shown_to_its_sandbox(tmp_path):
+    file = with_neighbours(tmp_path, 1)
+    shown = {str(path.relative_to(tmp_path)) for path in visible_files(file)}
+    assert shown == {"r.py", "helper.py", "base.py", "late.py", "kit"}
+    broken = tmp_path / "broken.py"
+    broken.write_text("def f(:")
+    assert visible_files(broken) == [broken]

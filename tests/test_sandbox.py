@@ -381,3 +381,15 @@ def test_a_machine_without_a_system_call_filter_is_e308(fresh, monkeypatch):
     monkeypatch.setattr(os, "uname", lambda: os.uname_result(("Linux", "", "", "", "riscv64")))
     with pytest.raises(InputError, match=r"E308.*riscv64|E308.*no bubblewrap"):
         require_sandbox("key")
+
+
+@levels
+def test_a_reward_file_finds_its_neighbours(start, tmp_path, sandboxed):
+    (tmp_path / "helper.py").write_text("import sibling\nVALUE = sibling.VALUE\n")
+    (tmp_path / "sibling.py").write_text("VALUE = 3\n")
+    (tmp_path / "r.py").write_text(
+        "import helper\ndef f(completions, **c): return [helper.VALUE for _ in completions]\n"
+    )
+    child = start(sandboxed, name=f"{tmp_path}/r.py:f")
+    payload = {"prompts": [""], "completions": ["a"], "completion_ids": [[]], "columns": {}, "state": {}}
+    assert child.call(payload, 20)["values"] == [3]
