@@ -28,13 +28,14 @@ def text_of(completion: Any) -> str:
 def exact_match(
     completions: list[Any], *, column: str = "answer", strip: bool = True, ignore_case: bool = False, **columns: Any
 ) -> Rewards:
-    """1 if the completion equals the column, else 0."""
+    """1 if the completion equals the column, else 0; None where the column has no value."""
 
     def normal(value: Any) -> str:
         text = str(value).strip() if strip else str(value)
         return text.lower() if ignore_case else text
 
-    return [float(normal(text_of(c)) == normal(gold)) for c, gold in zip(completions, columns[column], strict=True)]
+    pairs = zip(completions, columns[column], strict=True)
+    return [None if gold is None else float(normal(text_of(c)) == normal(gold)) for c, gold in pairs]
 
 
 # A hyphen after a word, a digit or a bracket is a minus between two numbers, or a dash.
@@ -91,10 +92,13 @@ def last_boxed(text: str) -> str | None:
 
 
 def boxed_accuracy(completions: list[Any], *, column: str = "answer", **columns: Any) -> Rewards:
-    r"""1 if the last ``\boxed{...}`` equals the column after trimming, else 0; without a box 0."""
+    r"""1 if the last ``\boxed{...}`` equals the column after trimming, else 0; without a box 0.
+
+    None where the column has no value.
+    """
     boxes = [last_boxed(text_of(completion)) for completion in completions]
     return [
-        float(box is not None and box.strip() == str(gold).strip())
+        None if gold is None else float(box is not None and box.strip() == str(gold).strip())
         for box, gold in zip(boxes, columns[column], strict=True)
     ]
 
@@ -226,10 +230,15 @@ def _same(text: str, gold: str) -> float | None:
 
 
 def code_tests(completions: list[Any], *, column: str = "tests", **columns: Any) -> Rewards:
-    """Share of the column's tests that the completion's program passes; each program runs in a sandbox of its own."""
+    """Share of the column's tests that the completion's program passes; each program runs in a sandbox of its own.
+
+    None where the column has no value.
+    """
     from rollout.code_tests import passed_shares
 
-    return list(passed_shares([text_of(c) for c in completions], columns[column]))
+    pairs = [(text_of(c), tests) for c, tests in zip(completions, columns[column], strict=True) if tests is not None]
+    shares = iter(passed_shares([text for text, _ in pairs], [tests for _, tests in pairs]))
+    return [None if tests is None else next(shares) for tests in columns[column]]
 
 
 BUILTINS: dict[str, Callable[..., Any]] = {
