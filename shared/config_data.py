@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import date
 from typing import Annotated, Any, Literal
 
@@ -59,14 +60,11 @@ Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length
 
 
 def _as_day(given: Any) -> Any:
-    """TOML has dates of its own; what is no day of the calendar is refused."""
-    return (
-        date.fromisoformat(given).isoformat()
-        if isinstance(given, str)
-        else str(given)
-        if type(given) is date
-        else given
-    )
+    """The day as text: TOML has dates of its own. Raises ``ValueError`` for what is no day of the calendar."""
+    with contextlib.suppress(ValueError):
+        if date.fromisoformat(str(given)).isoformat() == str(given):
+            return str(given)
+    raise ValueError("a day as YYYY-MM-DD")
 
 
 Day = Annotated[str, BeforeValidator(_as_day)]
