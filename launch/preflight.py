@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
-from launch.row_checks import check_held_out, check_rows, complete_rows, missing_values
+from launch.prompt_checks import check_held_out, check_rows, complete_rows
 from launch.sinks import check_sinks
 from rollout.datasets import read
 from rollout.generated_tasks import refuse_denied_rows
@@ -76,12 +76,11 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
         _collect(problems, lambda: check_rewards(config, origin, held.columns))
     held_out = held.prompts[: config.eval.max_rows] if held else []
     warnings = combination_warnings(config, origin)
-    warnings += missing_values(config.data.train, train, reads) + missing_values(config.data.eval, held, reads)
     if train is not None:
         _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
-        warnings += check_rows(config, train, held_out, problems)
+        warnings += check_rows(config, train, held_out, reads, problems)
     if held is not None:
-        warnings += check_held_out(config, held, problems)
+        warnings += check_held_out(config, held, reads, problems)
     raise_all(problems)
     assert train is not None
     warnings += filter(None, [open_token_file()])

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.reward_calls import CallFailed
-from rollout.row_values import plain
+from rollout.reward_child import plain
 from shared.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
