@@ -13,8 +13,13 @@ from shared.config_data import Source
 from shared.errors import InputError
 from shared.types import Prompt
 
+Reads = dict[str, list[str]]
+"""Columns that each reward reads, by its name."""
 
-def check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:
+
+def check_rows(
+    config: Config, train: PromptSet, held_out: list[Prompt], reads: Reads, problems: list[InputError]
+) -> list[str]:
     """Enough rows, no row twice, none of ``held_out`` in them: ``problems`` get what is wrong, the lines what is odd."""
     name, needed = _names(config.data.train), config.learner.prompts_per_step
     if len(train.prompts) < needed:
@@ -22,7 +27,7 @@ def check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problem
         problems.append(
             InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step")
         )
-    warnings = train.warnings + _dropped(train, name)
+    warnings = train.warnings + _dropped(train, name) + _missing_values(name, train, reads)
     seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
     duplicates = len(train.prompts) - len(seen)
     if duplicates:
@@ -35,7 +40,7 @@ def check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problem
     return warnings
 
 
-def check_held_out(config: Config, held: PromptSet, problems: list[InputError]) -> list[str]:
+def check_held_out(config: Config, held: PromptSet, reads: Reads, problems: list[InputError]) -> list[str]:
     """Some rows are left: else ``problems`` get it. The lines say what was left out."""
     name, count = _names(config.data.eval), len(held.prompts)
     if config.data.eval and not count:
@@ -43,25 +48,27 @@ def check_held_out(config: Config, held: PromptSet, problems: list[InputError]) 
         problems.append(
             InputError("E203", "no rows", name, f"all dropped ({dropped})", "at least 1", "change the rows")
         )
-    lines = held.warnings + _dropped(held, name)
+    lines = held.warnings + _dropped(held, name) + _missing_values(name, held, reads)
     if count > config.eval.max_rows:
         lines.append(f"info: the first {config.eval.max_rows} of {count} rows of {name} are evaluated (eval.max_rows)")
     return lines
 
 
-def missing_values(sources: list[Source] | None, rows: PromptSet | None, reads: dict[str, list[str]]) -> list[str]:
-    """A warning for each column that some rows lack and a reward reads; ``reads``: columns by reward."""
-    prompts, lines = rows.prompts if rows else [], []
+def _missing_values(name: str, rows: PromptSet, reads: Reads) -> list[str]:
+    """A warning for each column that some rows lack and a reward reads."""
+    lines = []
     for column in dict.fromkeys(column for columns in reads.values() for column in columns):
-        lacking = sum(prompt.columns.get(column) is None for prompt in prompts)
+        lacking = sum(prompt.columns.get(column) is None for prompt in rows.prompts)
         if lacking:
-            readers = ", ".join(name for name, columns in reads.items() if column in columns)
-            found = f"Found no value in {lacking} of {len(prompts)}, expected one in each: {readers} gets None there."
-            lines.append(f"warning[W210] rows without {column} — {_names(sources)}. {found}")
+            readers = ", ".join(reader for reader, columns in reads.items() if column in columns)
+            found = (
+                f"Found no value in {lacking} of {len(rows.prompts)}, expected one in each: {readers} gets None there."
+            )
+            lines.append(f"warning[W210] rows without {column} — {name}. {found}")
     return lines
 
 
-def complete_rows(prompts: list[Prompt], reads: dict[str, list[str]]) -> list[Prompt]:
+def complete_rows(prompts: list[Prompt], reads: Reads) -> list[Prompt]:
     """Those of ``prompts`` that have a value in every column that a reward reads; all if there is none such."""
     needed = {column for columns in reads.values() for column in columns}
     return [p for p in prompts if all(p.columns.get(column) is not None for column in needed)] or prompts
