@@ -34,7 +34,7 @@ def answer_column(spec: RewardFunction, prompt: Prompt) -> str | None:
     """The column with the right answer, as far as it can be told."""
     named = spec.args.get("column") or (default_column(spec.function) if spec.function else None)
     candidates = [named] if named else [name for name in ANSWER_COLUMNS if name in prompt.columns]
-    return next((name for name in candidates if name in prompt.columns), None)
+    return next((name for name in candidates if prompt.columns.get(name) is not None), None)
 
 
 def target_length(spec: RewardFunction) -> int:
@@ -52,7 +52,8 @@ def samples_for(prompt: Prompt, prompts: list[Prompt], spec: RewardFunction, sma
     column = answer_column(spec, prompt)
     if column is not None:
         gold = str(prompt.columns[column])
-        other = next((str(p.columns[column]) for p in prompts if str(p.columns.get(column)) != gold), None)
+        others = (str(value) for p in prompts if (value := p.columns.get(column)) is not None)
+        other = next((text for text in others if text != gold), None)
         samples += [Sample("gold", text) for text in forms(gold)]
         samples += [Sample("wrong", text) for text in forms(_changed(gold))]
         samples += [Sample("other", other)] if other is not None else []

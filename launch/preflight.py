@@ -14,11 +14,19 @@ from typing import Any
 
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
+from launch.prompt_checks import check_held_out, check_rows, complete_rows
 from launch.sinks import check_sinks
 from rollout.datasets import read
 from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
-from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
+from rollout.reward_loading import (
+    default_column,
+    isolation_of,
+    load_reward,
+    missing_column,
+    read_columns,
+    reward_name,
+)
 from rollout.sandbox import require_sandbox
 from shared.choices import bind
 from shared.config import Config
@@ -63,16 +71,16 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     train = _collect(problems, lambda: load(config.data.train, "train", f"{origin}:data.train"))
     held = _collect(problems, lambda: load(config.data.eval or [], "test", f"{origin}:data.eval"))
     sound = not problems
-    _collect(problems, lambda: check_rewards(config, origin, train.columns if train else None))
+    reads = _collect(problems, lambda: check_rewards(config, origin, train.columns if train else None)) or {}
     if sound and not problems and held.prompts:  # Else the same would be said twice.
         _collect(problems, lambda: check_rewards(config, origin, held.columns))
     held_out = held.prompts[: config.eval.max_rows] if held else []
     warnings = combination_warnings(config, origin)
     if train is not None:
         _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
-        warnings += _check_rows(config, train, held_out, problems)
+        warnings += check_rows(config, train, held_out, reads, problems)
     if held is not None:
-        warnings += _check_held_out(config, held, problems)
+        warnings += check_held_out(config, held, reads, problems)
     raise_all(problems)
     assert train is not None
     warnings += filter(None, [open_token_file()])
@@ -83,8 +91,8 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     if probing:
         from launch.doctor import probe
 
-        warnings += probe(config, origin, train.prompts)
-    return Prepared(config, train, held_out, warnings)
+        warnings += probe(config, origin, complete_rows(train.prompts, reads))
+    return Prepared(config, train, held_out, list(dict.fromkeys(warnings)))
 
 
 def _read(sources: list[Source], split: str, key: str) -> None:
@@ -211,12 +219,13 @@ def _names_pad_token(config: Config) -> bool:
     return any(re.search(r'"pad_token":\s*["{]', file.read_text(encoding="utf-8")) for file in files if file.is_file())
 
 
-def check_rewards(config: Config, origin: str, columns: list[str] | None) -> None:
+def check_rewards(config: Config, origin: str, columns: list[str] | None) -> dict[str, list[str]]:
     """Every reward function exists, can run where it should, and finds its ``columns``, if those are known.
 
-    Raises ``InputErrors``.
+    Returns the columns that each reads by name. Raises ``InputErrors``.
     """
     problems: list[InputError] = []
+    reads: dict[str, list[str]] = {}
     names = [reward_name(spec) for spec in config.reward.functions]
     if config.eval.pass_reward not in (None, *names):
         place, found = f"{origin}:eval.pass_reward", str(config.eval.pass_reward)
@@ -248,52 +257,12 @@ def check_rewards(config: Config, origin: str, columns: list[str] | None) -> Non
         if column is not None and column not in columns:
             place = f"{key}.args.column"
             problems.append(InputError("E301", "reward needs a column", place, str(column), expected, "name a column"))
+        reads[names[i]] = read_columns(spec, function, columns) if function else []
     raise_all(problems)
+    return reads
 
 
 def _check_tasks(config: Config, origin: str, prompts: list[Prompt]) -> None:
     """No row, of whatever source, has its completions scored by a task that evaluates text. Raises ``InputError`` E309."""
     if any(spec.function == "reasoning_gym" for spec in config.reward.functions):
         refuse_denied_rows((prompt.columns for prompt in prompts), f"{origin}:data")
-
-
-def _check_rows(config: Config, train: PromptSet, held_out: list[Prompt], problems: list[InputError]) -> list[str]:
-    name, needed = _names(config.data.train), config.learner.prompts_per_step
-    if len(train.prompts) < needed:
-        found, expected = f"{len(train.prompts)} usable rows", f">= learner.prompts_per_step ({needed})"
-        problems.append(
-            InputError("E203", "too few rows", name, found, expected, "add rows or lower learner.prompts_per_step")
-        )
-    warnings = _dropped(train, name)
-    seen = {prompt.token_ids.tobytes() for prompt in train.prompts}
-    duplicates = len(train.prompts) - len(seen)
-    if duplicates:
-        warnings.append(f"warning[W209] duplicate prompts — {name}. Found {duplicates}, expected none.")
-    shared = [prompt for prompt in held_out if prompt.token_ids.tobytes() in seen]
-    if shared and not config.data.allow_overlap:
-        place = f"{_names(config.data.eval)}:{shared[0].prompt_id + 1}"
-        fix = "remove them or data.allow_overlap = true"
-        problems.append(InputError("E209", "eval rows in train", place, f"{len(shared)} shared prompts", "0", fix))
-    return warnings
-
-
-def _check_held_out(config: Config, held: PromptSet, problems: list[InputError]) -> list[str]:
-    name, count = _names(config.data.eval), len(held.prompts)
-    if config.data.eval and not count:
-        dropped = ", ".join(f"{n} {reason}" for reason, n in held.dropped.items() if n)
-        problems.append(
-            InputError("E203", "no rows", name, f"all dropped ({dropped})", "at least 1", "change the rows")
-        )
-    lines = _dropped(held, name)
-    if count > config.eval.max_rows:
-        lines.append(f"info: the first {config.eval.max_rows} of {count} rows of {name} are evaluated (eval.max_rows)")
-    return lines
-
-
-def _dropped(rows: PromptSet, name: str) -> list[str]:
-    found = {("rows" if reason == "filtered" else "prompts", reason): n for reason, n in rows.dropped.items() if n}
-    return [f"info: {n} {reason} {kind} of {name} dropped" for (kind, reason), n in found.items()]
-
-
-def _names(sources: list[Source] | None) -> str:
-    return " + ".join(Path(source.path).name for source in sources or [])

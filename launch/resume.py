@@ -6,12 +6,15 @@ from metrics, samples and ledger, kept aside, and named.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import socket
+import tomllib
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,24 @@ def find(config: Config, folder: Path, stream: PromptStream, origin: str) -> Poi
     point = Point.at(*found_place)
     raise_all(_mismatches(config, point, stream, origin))
     return point
+
+
+def dated(config: Config, folder: Path) -> Config:
+    """``config`` with ``data.date``: as set, else the day of the first start of the run in ``folder``, else today.
+
+    Chat templates may ask for the date: the prompts of a run must not depend on the day on which it is resumed.
+    """
+    first = None
+    if config.run.resume != "overwrite":
+        with contextlib.suppress(OSError, ValueError):  # No such run, or no file to read: its first start is now.
+            first = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")).get("data", {}).get("date")
+    day = config.data.date or first or today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": str(day)})})
+
+
+def today() -> date:
+    """The day by the clock of this machine."""
+    return date.today()
 
 
 def _mismatches(config: Config, point: Point, stream: PromptStream, origin: str) -> list[InputError]:

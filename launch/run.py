@@ -117,15 +117,16 @@ def prepare_session(
     """
     from launch.dry_run import check_room, contents
     from launch.preflight import prepare
-    from launch.resume import find
+    from launch.resume import dated, find
     from launch.run_folder import resolve_output
 
     began = time.monotonic()
     if not rehearsal:
         print(f"checking {source.name}: settings, model, data and rewards", flush=True)
+    output = resolve_output(config.run.output_dir)
+    config = dated(config, output)
     prepared = prepare(config, source.name, source.parent, rehearsal=rehearsal)
     stream = prepared.train.stream(config)
-    output = resolve_output(config.run.output_dir)
     point = find(prepared.config, output, stream, source.name)
     check_room(prepared.config, output, source.name)
     for warning in prepared.warnings:

@@ -26,8 +26,8 @@ HUB_SAYS = {
     "ConnectionError": "cannot be reached",
 }
 """What an exception means that its client raises."""
-SHARD = re.compile(r"[-_.]?\d+(?:-of-\d+)?$")
-"""How the name of a part of a file ends: ``train-00000-of-00002``."""
+SHARD = re.compile(r"[-_.]?(?P<part>\d+)(?:-of-(?P<parts>\d+)(?:-[0-9a-f]{16})?)?$")
+"""How the name of a part of a file ends: ``train-00000-of-00002``, with or without a hash of 16 hex digits behind it."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,9 @@ def read(source: Source, split: str, key: str) -> Rows:
     Raises ``InputError`` E201-E206 or E210; of a generated task E101, E102, E201, E309 or E702.
     """
     name, rows = _all_rows(source, source.split or split, key)
+    rows = _with_all_columns(rows)
     for column, original in source.columns.items():
-        if rows and all(original not in row for _, row in rows):
+        if rows and original not in rows[0][1]:
             there = ", ".join(rows[0][1])
             guess = nearest(original, rows[0][1])
             fix = f'{key}.columns.{column} = "{guess or next(iter(rows[0][1]))}"'
@@ -124,14 +125,15 @@ def _of_split(folder: Path, source: Source, split: str, key: str) -> list[Path]:
         named = {name: path for name, path in named.items() if source.subset in Path(name).parts[:-1]}
     chosen = [path for name, path in named.items() if fnmatch.fnmatch(name, split)]
     words = re.compile(rf"(?:^|[/_.-]){re.escape(split)}(?:[_.-]|$|/)")
-    one = bool(chosen)  # Who gives a pattern means all that it matches.
+    one = bool(chosen)  # A pattern means all that it matches.
     if not chosen:
         chosen = [path for name, path in named.items() if words.search(name)]
-        chosen = [path for path in chosen if SHARD.sub("", path.stem) == split] or chosen
+        chosen = [path for path in chosen if _whole_name(path) == split] or chosen
         one = all(split in path.relative_to(folder).parts[:-1] for path in chosen)
-        one = one or len({SHARD.sub("", path.stem) + path.suffix for path in chosen}) == 1
+        one = one or len({_whole_name(path) + path.suffix for path in chosen}) == 1
     layouts = {path.parent for path in chosen}
     if one and len(layouts) == 1:
+        _check_parts(chosen, folder, key)
         return chosen
     place = f"{key}.{'split' if not chosen else 'subset'}"
     if not files and any(folder.glob("*.py")):
@@ -141,7 +143,7 @@ def _of_split(folder: Path, source: Source, split: str, key: str) -> list[Path]:
     found = f"{there} in {source.path}"
     if len(layouts) == 1:
         there = ", ".join(sorted(path.name for path in chosen)[:6])
-        expected, fix = "one file, or its numbered parts", f'split = "{chosen[0].relative_to(folder)}"'
+        expected, fix = "one file, or its numbered parts", _choice(chosen, folder)
         raise InputError("E201", "several datasets", f"{key}.split", f"{there} for {split}", expected, fix)
     if chosen:
         expected = "files of one subset"
@@ -152,6 +154,59 @@ def _of_split(folder: Path, source: Source, split: str, key: str) -> list[Path]:
             "set split (a name, or a pattern like data/part-*.parquet) and subset",
         )
     raise InputError("E201", "dataset not found", place, found, expected, fix)
+
+
+def _whole_name(path: Path) -> str:
+    """The name of the file that ``path`` is a part of, without suffix; its own if it is none."""
+    return SHARD.sub("", path.stem)
+
+
+def _choice(chosen: list[Path], folder: Path) -> str:
+    """The setting that takes all parts of one of the files in ``chosen``; of several, how to take them all."""
+    several = list(dict.fromkeys(_pattern(path, folder) for path in chosen))
+    more = f"; for all {len(several)}, a list of sources with a split each" if len(several) > 1 else ""
+    return f'split = "{several[0]}"{more}'
+
+
+def _pattern(path: Path, folder: Path) -> str:
+    """The pattern of all parts of the file that ``path`` is a part of, and of no other; its name if it is none."""
+    matched = SHARD.search(path.stem)
+    if matched is None or matched["parts"] is None:
+        return str(path.relative_to(folder))
+    head = path.stem[: matched.start("part")]
+    pattern = path.with_name(f"{head}*{path.suffix}")
+    if {_whole_name(other) for other in path.parent.glob(pattern.name)} != {_whole_name(path)}:
+        pattern = path.with_name(f"{head}[0-9]*{path.suffix}")
+    return str(pattern.relative_to(folder))
+
+
+def _check_parts(chosen: list[Path], folder: Path, key: str) -> None:
+    """Raises ``InputError`` E201 if files say "of N" and are not N, or belong to several versions of a dataset."""
+    matched = [(path, match) for path in chosen if (match := SHARD.search(path.stem)) and match["parts"]]
+    if not matched or len(matched) < len(chosen):
+        return
+    sets: dict[tuple[str, str], list[int]] = {}
+    for path, match in matched:
+        sets.setdefault((_whole_name(path), match["parts"]), []).append(int(match["part"]))
+    names = {name for name, _ in sets}
+    if len(sets) > len(names) or any(len(set(parts)) < len(parts) for parts in sets.values()):
+        there = ", ".join(path.name for path in chosen[:6])
+        expected, fix = "parts of one upload", "remove the files of the older one"
+        raise InputError("E201", "several datasets", f"{key}.split", there, expected, fix)
+    for (name, total), parts in sets.items():
+        first = 1 if int(total) in parts else 0  # Some writers count from 1.
+        absent = [f"{name}-{i:0{len(total)}d}-of-{total}" for i in range(first, int(total) + first) if i not in parts]
+        if absent:
+            path = next(path for path, _ in matched if _whole_name(path) == name)
+            found, expected = f"no {', '.join(absent[:6])}" + " ..." * (len(absent) > 6), f"all {int(total)} parts"
+            fix = f'split = "{_pattern(path, folder)}" if they are there, else download the dataset again'
+            raise InputError("E201", "parts of the dataset are missing", f"{key}.split", found, expected, fix)
+
+
+def _with_all_columns(rows: list[tuple[str, Row]]) -> list[tuple[str, Row]]:
+    """``rows`` where each has every column that any of them has; a value that is not there is None."""
+    columns = dict.fromkeys(column for _, row in rows for column in row)
+    return [(p, row if len(row) == len(columns) else {c: row.get(c) for c in columns}) for p, row in rows]
 
 
 def _renamed(row: Row, columns: dict[str, str]) -> Row:

@@ -50,16 +50,16 @@ class ReasoningGym:
                 scorer_of(name, arguments)
 
     def __call__(
-        self, completions: list[Any], answer: list[Any], task: list[str], metadata: list[str], **columns: Any
-    ) -> list[float]:
-        """One score per completion. Raises ``InputError`` E308 outside of a sandbox."""
+        self, completions: list[Any], answer: list[Any], task: list[Any], metadata: list[Any], **columns: Any
+    ) -> list[float | None]:
+        """One score per completion; None where the row names no task. Raises ``InputError`` E308 outside of a sandbox."""
         from rollout.rewards import text_of
 
         if os.uname().nodename != "sandbox":
             raise InputError("E308", "no sandbox", KEY, "a process without one", "bubblewrap", "leave isolation unset")
         arguments = columns.get("task_args") or ["{}"] * len(completions)
         rows = zip(completions, task, arguments, answer, metadata, strict=True)
-        return [self._score(text_of(text), *row) for text, *row in rows]
+        return [None if row[0] is None else self._score(text_of(text), *row) for text, *row in rows]
 
     def _score(self, text: str, name: str, arguments: str, gold: str | None, metadata: str) -> float:
         said = extracted(text, self._extract)
@@ -143,4 +143,5 @@ def tasks_of(columns: dict[str, list[Any]]) -> list[list[str]]:
     """Names and arguments of the tasks in the rows of a call."""
     names = columns.get("task", [])
     arguments = columns.get("task_args") or ["{}"] * len(names)
-    return [list(pair) for pair in dict.fromkeys(zip(map(str, names), map(str, arguments), strict=True))]
+    pairs = ((str(name), str(given)) for name, given in zip(names, arguments, strict=True) if name is not None)
+    return [list(pair) for pair in dict.fromkeys(pairs)]

@@ -7,18 +7,20 @@ used is refused, or dropped and counted when the configuration says so.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rollout.chat import ChatTemplate
 from rollout.datasets import Rows, read
+from rollout.messages import messages_of, options_of, tools_of
 from shared.config import Config
 from shared.config_data import Source
-from shared.errors import InputError, nearest, one_line, raise_all
+from shared.errors import InputError, nearest, raise_all
 from shared.types import Prompt
 
 RESERVED = {"prompts", "completions", "trainer_state", "log_extra", "log_metric"}
@@ -34,10 +36,12 @@ class PromptSet:
     """Rows left out, by reason."""
     mixture: list[tuple[int, float]] = field(default_factory=list)
     """Of weighted sources: prompts, and share."""
+    warnings: list[str] = field(default_factory=list)
+    """What was noticed in the rows, one line each."""
 
     @property
     def columns(self) -> list[str]:
-        """What reward functions find beside the completions; empty without prompts."""
+        """What reward functions find beside the completions: the columns of all sources; empty without prompts."""
         return list(self.prompts[0].columns) if self.prompts else []
 
     def stream(self, config: Config) -> PromptStream:
@@ -52,13 +56,13 @@ class PromptSet:
         """
         prompts: list[Prompt] = []
         dropped = dict.fromkeys(("blank", "long", "filtered"), 0)
-        sizes = []
+        sizes, encoder = [], _Encoder(config, tokenizer, key)
         for i, source in enumerate(sources):
             where = f"{key}[{i}]" if len(sources) > 1 else key
             rows = read(source, split, where)
             dropped["filtered"] += rows.filtered
             before = len(prompts)
-            reader = _Reader(config, tokenizer, rows, key)
+            reader = _Reader(config, encoder, rows)
             prompts += reader.prompts(before)
             dropped["blank"] += len(reader.blank)
             dropped["long"] += len(reader.long)
@@ -69,15 +73,26 @@ class PromptSet:
             raise InputError("E108", "options disagree", f"{key}.weight", found, "one each, or none", fix)
         used = [size for size in sizes if size]
         shares = [weight for size, weight in zip(sizes, weights) if size]
-        return cls(prompts, dropped, [*zip(used, shares, strict=True)] if weights else [])
+        mixture = [*zip(used, shares, strict=True)] if weights else []
+        return cls(_with_all_columns(prompts), dropped, mixture, encoder.warnings())
+
+
+def _with_all_columns(prompts: list[Prompt]) -> list[Prompt]:
+    """``prompts`` where each has the columns of all sources; a value that is not there is None."""
+    columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return [
+        prompt
+        if len(prompt.columns) == len(columns)
+        else replace(prompt, columns={name: prompt.columns.get(name) for name in columns})
+        for prompt in prompts
+    ]
 
 
 class _Reader:
     """The rows of one source on their way to prompts."""
 
-    def __init__(self, config: Config, tokenizer: Any, rows: Rows, key: str) -> None:
-        self._config, self._rows = config, rows
-        self._encode = _encoder(config, tokenizer, key)
+    def __init__(self, config: Config, encoder: _Encoder, rows: Rows) -> None:
+        self._config, self._rows, self._encoder = config, rows, encoder
         self.blank: list[str] = []
         self.long: list[tuple[str, int]] = []
 
@@ -90,8 +105,7 @@ class _Reader:
             if text is not None and not isinstance(text, str | list):
                 found, fix = type(text).__name__, f"write {column} as text"
                 raise InputError("E206", "prompt is no text", place, found, "text or messages", fix)
-            empty = not text or (isinstance(text, str) and not text.strip())
-            shown, ids = ("", []) if empty else self._encode(text, place)
+            shown, ids = self._encoder.encode(text, row, place)
             if not ids:
                 self.blank.append(place)
             elif len(ids) > limit:
@@ -105,18 +119,17 @@ class _Reader:
 
     def _check_columns(self) -> None:
         column = self._config.data.prompt_column
-        for place, row in self._rows.rows:
-            if row.get(column) is None and column not in row:
-                usual = (c for c in ("prompt", "question", "messages", "problem") if c in row)
-                guess = nearest(column, row) or next(usual, None)
-                fix = f'data.prompt_column = "{guess}"' if guess else "set data.prompt_column"
-                file, _, number = place.rpartition(":")
-                found = f"{', '.join(row)} in row {number}"
-                raise InputError("E202", "no such column", f"{file}:{column}", found, column, fix)
-        taken = sorted(RESERVED & {c for _, row in self._rows.rows for c in row})
+        place, row = self._rows.rows[0]  # All rows of a source have the same columns.
+        file, _, number = place.rpartition(":")
+        if column not in row:
+            usual = (c for c in ("prompt", "question", "messages", "problem") if c in row)
+            guess = nearest(column, row) or next(usual, None)
+            fix = f'data.prompt_column = "{guess}"' if guess else "set data.prompt_column"
+            found = f"{', '.join(row)} in row {number}"
+            raise InputError("E202", "no such column", f"{file}:{column}", found, column, fix)
+        taken = sorted(RESERVED & set(row))
         if taken:
             found, fix = ", ".join(taken), "rename the column"
-            file = self._rows.rows[0][0].rpartition(":")[0]
             raise InputError("E202", "column name taken", file, found, "no argument of a reward function", fix)
 
 
@@ -134,44 +147,60 @@ def _refuse(config: Config, blank: list[str], long: list[tuple[str, int]], limit
     raise_all(problems)
 
 
-def _encoder(config: Config, tokenizer: Any, key: str) -> Callable[[Any, str], tuple[Any, list[int]]]:
-    """``(text or messages, their row) -> (prompt as the rewards see it, token ids)``."""
-    import jinja2
+class _Encoder:
+    """Makes token ids of the prompts of a setting: plain text as the tokenizer would, messages by the chat template."""
 
-    template = config.model.chat_template or tokenizer.chat_template
-    system = [{"role": "system", "content": config.data.system_prompt}] if config.data.system_prompt else []
+    def __init__(self, config: Config, tokenizer: Any, key: str) -> None:
+        self._origin = key.rpartition("data.")[0]
+        self._chat, self._system, self._tokenizer = config.data.chat, config.data.system_prompt, tokenizer
+        self._template = ChatTemplate(config, tokenizer, self._origin)
+        self._first, self._last = _added_tokens(tokenizer)
+        self._left_off = False
+        """True once the tokenizer would have put an end token behind a prompt."""
 
-    origin = key.rpartition("data.")[0]
-
-    def encode(value: Any, place: str) -> tuple[Any, list[int]]:
-        if isinstance(value, str) and not config.data.chat:
-            if system:
-                keys, found = f"{origin}data.system_prompt, data.chat", f"a system prompt, and text in {place}"
+    def encode(self, value: Any, row: dict[str, Any], place: str) -> tuple[Any, list[int]]:
+        """The prompt as the rewards see it, and its token ids; none for a blank one. Raises ``InputError``."""
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return "", []
+        if isinstance(value, str) and not self._chat:
+            if self._system:
+                keys, found = f"{self._origin}data.system_prompt, data.chat", f"a system prompt, and text in {place}"
                 raise InputError("E108", "options disagree", keys, found, "messages", "data.chat = true")
-            return value, tokenizer(value)["input_ids"]
-        messages = system + ([{"role": "user", "content": value}] if isinstance(value, str) else list(value))
-        if template is None:
-            fix = "set model.chat_template"
-            raise InputError(
-                "E403",
-                "no chat template",
-                f"{origin}model.tokenizer",
-                f"messages in {place}",
-                "a template or plain prompts",
-                fix,
-            )
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=True, tokenize=False
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:  # The last two: contents that it cannot join.
-            where, found = f"{origin}model.chat_template", f"{one_line(error)} for {place}"
-            raise InputError(
-                "E403", "chat template failed", where, found, "a template for these messages", "correct it"
-            ) from None
-        return messages, tokenizer(text, add_special_tokens=False)["input_ids"]
+            return value, self._plain_ids(value)
+        messages = messages_of([{"role": "user", "content": value}] if isinstance(value, str) else value, place)
+        asked = next((m for m in reversed(messages) if m["role"] != "assistant"), None)
+        if not messages or (asked and asked["role"] == "user" and not asked["content"].strip()):
+            return "", []
+        messages = [{"role": "system", "content": self._system}] * bool(self._system) + messages
+        text = self._template.render(messages, tools_of(row, place), options_of(row, place), place)
+        return messages, self._ids(text)
 
-    return encode
+    def warnings(self) -> list[str]:
+        """What was noticed in all prompts so far, one line each."""
+        lines = self._template.warnings()
+        if self._left_off:
+            said = f"Found {self._tokenizer.decode(self._last)} behind every text, expected nothing behind a prompt."
+            lines.append(f"warning[W213] end token left off prompts — {self._origin}model.tokenizer. {said}")
+        return lines
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids with what the tokenizer puts in front, unless ``text`` begins with it, and nothing behind."""
+        ids = self._ids(text)
+        self._left_off = bool(self._last)
+        return ids if ids[: len(self._first)] == self._first else self._first + ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that ``tokenizer`` puts before and behind every text."""
+    for text in ("a", "1", "\n"):
+        bare, full = list(tokenizer(text, add_special_tokens=False)["input_ids"]), list(tokenizer(text)["input_ids"])
+        for start in range(len(full) if bare else 0):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+    return [], []
 
 
 class PromptStream:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from rollout.reward_calls import CallFailed, invoke_now
 from rollout.reward_loading import load_reward
+from rollout.row_values import plain
 from shared.errors import InputError
 
 PR_SET_PDEATHSIG = 1
@@ -95,16 +96,3 @@ def read_frame(stream: BinaryIO) -> Any:
     if len(header) < 4:
         return None
     return json.loads(stream.read(int.from_bytes(header, "big")))
-
-
-def plain(value: Any) -> Any:
-    """JSON's form of what datasets hold beside plain values: arrays, numpy scalars, dates, bytes, sets."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, set | frozenset | tuple):
-        return list(value)
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -231,6 +231,15 @@ def default_column(name: str) -> str | None:
     return str(parameters["column"].default) if "column" in parameters else None
 
 
+def read_columns(spec: Spec, function: Callable[..., Any], columns: list[str]) -> list[str]:
+    """Those of ``columns`` that a reward names: its parameters, or of a built-in the column that it compares with."""
+    if spec.function in BUILTINS:
+        named = [spec.args.get("column", default_column(spec.function))]
+    else:
+        named = list(inspect.signature(function).parameters)
+    return [name for name in columns if name in named]
+
+
 def missing_column(function: Callable[..., Any], columns: list[str]) -> str | None:
     """A required parameter that is neither a supplied keyword nor a dataset column, or None."""
     for name, parameter in inspect.signature(function).parameters.items():

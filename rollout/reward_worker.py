@@ -25,7 +25,7 @@ from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from rollout.sandbox import CHILD_LIMITS, SANDBOX_LIMITS, Child, require_sandbox
 from shared import faults
 from shared.config_reward import Reward, RewardFunction
-from shared.errors import InputError, RewardFailed
+from shared.errors import InputError, RewardFailed, one_line
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, FloatArray, Prompt
 
@@ -131,7 +131,7 @@ class _Scorer:
             self._child = self._spare.result() if self._spare is not None else self._start()
             self._spare = self._starter.submit(self._start)
         try:
-            answer = self._child.call(payload, self.timeout_s)
+            answer = _asked(self._child, payload, self.timeout_s)
             try:
                 answer = _checked(answer, payload)
             except CallFailed:  # Checked in the child already: this one lies.
@@ -150,6 +150,15 @@ class _Scorer:
         spec = self._spec.model_dump()
         spec["args"] |= {"tasks": self._tasks} if self._tasks else {}
         return Child(spec, self._key, self._limits, self.isolation == "sandbox", self._spec.nan_is_none)
+
+
+def _asked(child: Child, payload: Payload, timeout_s: float) -> dict[str, Any]:
+    """The child's answer. Raises ``CallFailed``, also for columns that have no JSON form."""
+    try:
+        return child.call(payload, timeout_s)
+    except (TypeError, ValueError, RecursionError) as error:
+        found, expected, fix = one_line(error), "columns of plain values", "write the column as text or numbers"
+        raise CallFailed("E304", "reward not called", found, expected, fix) from None
 
 
 def _checked(answer: dict[str, Any], payload: Payload) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Rows of a data file with their numbers as the file counts them: JSONL, JSON, CSV, parquet.
 
-``datasets.read`` asks for them. Whatever is wrong with a file is one line that names it and the row.
+``datasets.read`` asks for them. Whatever is wrong with a file is one line that names it and the row. Values come out as
+``row_values.plain_value`` makes them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shared.errors import InputError
+from rollout.row_values import UnusableValue, plain_value
+from shared.errors import InputError, one_line
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Row = dict[str, Any]
@@ -24,19 +26,66 @@ def number_rows(file: Path) -> list[tuple[int, Row]]:
     rows = _read_parquet(file) if file.suffix == ".parquet" else _read_text(file)
     if not rows:
         raise InputError("E203", "no rows", file.name, "0 rows", "at least 1", "check the export")
+    rows = [(number, _plain_row(row, file.name, number)) for number, row in rows]
     _check_types(rows, file.name)
     return rows
+
+
+def _plain_row(row: Row, name: str, number: int) -> Row:
+    plain: Row = {}
+    for column, value in row.items():
+        try:
+            plain[column] = plain_value(value)
+        except UnusableValue as error:
+            found = f"{error.found} in {column}"
+            raise InputError(error.code, error.what, f"{name}:{number}", found, error.expected, error.fix) from None
+    return plain
 
 
 def _read_parquet(file: Path) -> list[tuple[int, Row]]:
     import pyarrow.parquet
 
     try:
-        return list(enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(
-            "E204", "invalid parquet", file.name, str(error), "a parquet file", "export it again"
-        ) from None
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        found, expected = one_line(error), "a parquet file"
+        raise InputError("E204", "invalid parquet", file.name, found, expected, "export it again") from None
+    names = table.column_names
+    _check_twice(names, file.name)
+    columns = [_column_values(table.column(name), name, file.name) for name in names]
+    return [(number, dict(zip(names, row, strict=True))) for number, row in enumerate(zip(*columns, strict=True), 1)]
+
+
+def _column_values(column: Any, name: str, file: str) -> list[Any]:
+    """All values of a parquet column as Python's. Raises ``InputError`` E206 for one that Python has no type for."""
+    try:
+        return _texts(column.to_pylist())
+    except Exception:  # Whatever a type's conversion raises: the loop below finds the row.
+        pass
+    for number, value in enumerate(column, 1):
+        try:
+            value.as_py()
+        except Exception as error:
+            found, fix = f"{column.type} in {name}: {one_line(error, 120)}", "export the column as text"
+            place = f"{file}:{number}"
+            raise InputError("E206", "value of no usable type", place, found, "text, numbers, lists", fix) from None
+    raise InputError("E206", "value of no usable type", f"{file}:{name}", str(column.type), "text", "export it as text")
+
+
+def _texts(values: list[Any]) -> list[Any]:
+    """``values`` as text if they are bytes that are UTF-8, all of them: some writers do not mark text as such."""
+    if not any(isinstance(value, bytes) for value in values):
+        return values
+    try:
+        return [value if value is None else value.decode("utf-8") for value in values]
+    except UnicodeDecodeError:
+        return values
+
+
+def _check_twice(names: list[str], file: str) -> None:
+    twice = [name for i, name in enumerate(names) if name and name in names[:i]]
+    if twice:
+        raise InputError("E204", "column twice", f"{file}:{twice[0]}", f"{twice[0]} twice", "one", "rename one of them")
 
 
 def _read_text(file: Path) -> list[tuple[int, Row]]:
@@ -90,6 +139,7 @@ def _parse_csv(text: str, name: str) -> list[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # Of the process: others read with it too.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        _check_twice(list(reader.fieldnames or []), name)
         return [dict(row) for row in reader]
     except csv.Error as error:
         line = reader.reader.line_num
@@ -104,6 +154,8 @@ def _parse_json(text: str, name: str, line: int) -> Any:
         number, found = line + error.lineno - 1, f"{error.msg.removesuffix(' at')} at column {error.colno}"
     except RecursionError:
         number, found = line, "brackets nested too deep"
+    except ValueError:  # Python limits the digits of an integer that it reads.
+        number, found = line, "a number with thousands of digits"
     fix = f"repair or remove line {number}"
     raise InputError("E204", "invalid JSON", f"{name}:{number}", found, "one object per line", fix)
 

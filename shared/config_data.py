@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -57,6 +59,17 @@ def _as_sources(given: Any) -> Any:
 Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]
 
 
+def _as_day(given: Any) -> Any:
+    """The day as text: TOML has dates of its own. Raises ``ValueError`` for what is no day of the calendar."""
+    with contextlib.suppress(ValueError):
+        if date.fromisoformat(str(given)).isoformat() == str(given):
+            return str(given)
+    raise ValueError("a day as YYYY-MM-DD")
+
+
+Day = Annotated[str, BeforeValidator(_as_day)]
+
+
 class Data(Section):
     """Rows to train and evaluate on."""
 
@@ -70,6 +83,8 @@ class Data(Section):
     """Wrap string prompts as one user message and apply the chat template."""
     system_prompt: str | None = None
     """System message put before every conversation."""
+    date: Day | None = None
+    """Day, as YYYY-MM-DD, that chat templates are told when they ask for today's date; default: that of the run's first start."""
     shuffle: bool = True
     """Visit rows in a new random order each epoch (from run.seed)."""
     on_bad_row: Literal["error", "drop"] = "error"

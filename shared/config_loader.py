@@ -188,6 +188,7 @@ _EXPECTED = {
     "model_type": "a table",
     "too_short": "at least {min_length} entries",
     "missing": "a value",
+    "value_error": "{error}",
 }
 
 

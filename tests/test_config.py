@@ -71,6 +71,7 @@ def test_choosing_another_function_drops_the_arguments_of_the_first(tmp_path):
         ("learner.betas", "[0.8, 0.9]", [0.8, 0.9]),
         ("rollout.vllm.enforce_eager", "true", {"enforce_eager": True}),
         ("learner.weight_decay", "0", 0.0),
+        ("data.date", "2026-11-28", "2026-11-28"),
     ],
 )
 def test_an_override_gets_the_type_of_its_key(load, key, text, expected):
@@ -78,6 +79,18 @@ def test_an_override_gets_the_type_of_its_key(load, key, text, expected):
     value = getattr(getattr(load({key: text}), section), name)
     assert value == expected
     assert type(value) is type(expected)
+
+
+@pytest.mark.parametrize("text", ['"2026-02-28"', "2026-02-28"])
+def test_a_day_may_be_text_or_a_date_of_toml(tmp_path, text):
+    first, second = write_config(tmp_path / "a.toml"), tmp_path / "b.toml"
+    second.write_text(f"[data]\ndate = {text}\n")
+    assert load_config([str(first), str(second)]).data.date == "2026-02-28"
+
+
+def test_a_day_that_is_not_in_the_calendar_is_told_in_words(load):
+    with pytest.raises(InputErrors, match='Found "2026-02-30", expected a day as YYYY-MM-DD'):
+        load(**{"data.date": "2026-02-30"})
 
 
 def test_an_override_beats_every_file(load):
@@ -97,6 +110,8 @@ def test_an_override_beats_every_file(load):
         ({"run.steps": 2.5}, "E102", "run.toml:run.steps"),
         ({"run.resume": "yes"}, "E102", "run.toml:run.resume"),
         ({"model.dtype": "float64"}, "E102", "run.toml:model.dtype"),
+        ({"data.date": "2026-13-28"}, "E102", "run.toml:data.date"),
+        ({"data.date": 20261128.5}, "E102", "run.toml:data.date"),
         ({"rollout": 3}, "E102", "run.toml:rollout"),
         ({"learner.betas": [0.9]}, "E102", "run.toml:learner.betas"),
         ({"model.path": None}, "E102", "run.toml:model.path"),

@@ -31,6 +31,8 @@ def refused(**source) -> InputError:
 
 # --- where files are ---
 
+HASH = "a09b74b3ef9c3b56"
+
 
 def put(folder, name: str, marks: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +54,10 @@ def put(folder, name: str, marks: str) -> None:
         ({"math_train.jsonl": "a", "pretraining.jsonl": "b"}, {}, "a"),  # A split is a word of its own.
         ({"train.jsonl": "a", "train_socratic.jsonl": "b", "train-small.jsonl": "c"}, {}, "a"),
         ({"train/hard.jsonl": "a", "train/easy.jsonl": "b", "test/hard.jsonl": "c"}, {}, "ba"),
+        ({f"data/train-0000{i}-of-00003-{HASH}.jsonl": "abc"[i] for i in range(3)}
+         | {f"data/test-00000-of-00001-{HASH}.jsonl": "d"}, {}, "abc"),
+        ({f"data/train-0000{i}-of-00002-{i}{HASH[1:]}.jsonl": "ab"[i] for i in range(2)}, {}, "ab"),
+        ({f"train-0000{i}-of-00002.jsonl": "ab"[i - 1] for i in (1, 2)}, {}, "ab"),  # Some count from 1.
     ],
 )  # fmt: skip
 def test_the_usual_layouts_of_a_dataset_folder(tmp_path, files, source, expected):
@@ -74,7 +80,56 @@ def test_files_of_several_names_are_not_mixed_in_silence(tmp_path, files):
     error = refused(path=str(tmp_path))
     assert (error.code, error.place) == ("E201", "run.toml:data.train.split")
     assert all(name in error.found for name in files)
-    assert rows_of(path=str(tmp_path), split=error.fix.partition('"')[2].rstrip('"')) == [{"prompt": "a"}]
+    assert rows_of(path=str(tmp_path), split=error.fix.split('"')[1]) == [{"prompt": "a"}]
+    assert error.fix.endswith("for all 2, a list of sources with a split each")
+
+
+def parts(name: str, which, total: int, suffix: str = "") -> dict[str, str]:
+    return {f"data/{name}-{i:05d}-of-{total:05d}{suffix}.jsonl": "abcdef"[i] for i in which}
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "missing"),
+    [
+        (parts("train", (0, 2), 3), None, "no train-00001-of-00003"),
+        (parts("train", (0,), 3, f"-{HASH}"), None, "no train-00001-of-00003, train-00002-of-00003"),
+        (parts("train", (1,), 2), None, "no train-00000-of-00002"),
+        (parts("train", range(3), 3), "data/train-00001*", "no train-00000-of-00003, train-00002-of-00003"),
+    ],
+)
+def test_a_part_that_is_not_there_or_not_taken_is_named_and_the_fix_takes_all(tmp_path, files, split, missing):
+    for name, marks in files.items():
+        put(tmp_path, name, marks)
+    error = refused(path=str(tmp_path), **({"split": split} if split else {}))
+    assert (error.code, error.place, error.found) == ("E201", "run.toml:data.train.split", missing)
+    assert error.fix.startswith('split = "data/train-*.jsonl" if they are there')
+    for name, marks in parts("train", range(len(files), 3), 3).items() if not split else ():
+        put(tmp_path, name, marks)
+    if split:
+        assert "".join(r["prompt"] for r in rows_of(path=str(tmp_path), split=error.fix.split('"')[1])) == "abc"
+
+
+def test_the_fix_for_several_datasets_takes_all_parts_of_one_and_none_of_another(tmp_path):
+    files = parts("math_train", (0, 1), 2) | parts("math_train-hard", (2,), 1) | {"data/code_train.jsonl": "x"}
+    for name, marks in files.items():
+        put(tmp_path, name.replace("00002-of-00001", "00000-of-00001"), marks)
+    (tmp_path / "data" / "code_train.jsonl").unlink()
+    error = refused(path=str(tmp_path))
+    assert error.what == "several datasets"
+    assert "".join(r["prompt"] for r in rows_of(path=str(tmp_path), split=error.fix.split('"')[1])) == "ab"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (f"train-00000-of-00001-{HASH}", f"train-00000-of-00001-{HASH[::-1]}"),
+        (f"train-00000-of-00001-{HASH}", f"train-00000-of-00002-{HASH}"),
+    ],
+)
+def test_parts_of_two_uploads_are_not_mixed(tmp_path, names):
+    for name in names:
+        put(tmp_path, f"data/{name}.jsonl", "a")
+    assert (refused(path=str(tmp_path)).code, refused(path=str(tmp_path)).expected) == ("E201", "parts of one upload")
 
 
 def test_a_split_that_is_not_there_names_the_files_that_are(tmp_path):
@@ -161,6 +216,13 @@ def test_filters(tmp_path, rule, left):
     assert [row["level"] for _, row in rows.rows] == left
     assert rows.filtered == 10 - len(left)
     assert [place for place, _ in rows.rows] == [f"r.jsonl:{i + 1}" for i in left]
+
+
+def test_rows_have_the_columns_of_all_rows_before_they_are_renamed_and_filtered(tmp_path):
+    write_rows(tmp_path / "r.jsonl", [{"prompt": "a"}, {"prompt": "b", "gold": 1, "level": 3}])
+    changes = {"columns": {"answer": "gold"}, "filters": [{"column": "level", "at_least": 1}]}
+    assert rows_of(path=str(tmp_path / "r.jsonl"), **changes) == [{"prompt": "b", "level": 3, "answer": 1}]
+    assert rows_of(path=str(tmp_path / "r.jsonl"))[0] == {"prompt": "a", "gold": None, "level": None}
 
 
 def test_a_row_without_a_value_does_not_pass(tmp_path):

@@ -467,6 +467,14 @@ TABLE: dict[int, list[Case]] = {
             "Found prompt, answer, expected qestion. "
             'Fix: run.toml:data.train.columns.prompt = "prompt"',
         ),
+        Case(
+            said="warning[W210] rows without answer — train.jsonl. "
+            "Found no value in 1 of 3, expected one in each: exact_match gets None there.",
+            spoil=file(
+                "train.jsonl", '{"prompt": "1"}\n{"prompt": "2", "answer": "2"}\n{"prompt": "3", "answer": "3"}\n'
+            ),
+            code=0,
+        ),
     ],
     11: [
         Case(
@@ -500,7 +508,13 @@ TABLE: dict[int, list[Case]] = {
             "Found byte 0xe9, expected UTF-8. "
             "Fix: convert with iconv -f latin1 -t utf-8",
             spoil=file("train.jsonl", b'{"prompt": "caf\xe9"}\n'),
-        )
+        ),
+        Case(
+            said="error[E205] not UTF-8 — train.jsonl:1. "
+            "Found half a character (\\ud83d) in prompt, expected whole characters. "
+            "Fix: write both halves, or none",
+            spoil=file("train.jsonl", '{"prompt": "\\ud83d"}\n'),
+        ),
     ],
     14: [
         Case(
@@ -508,7 +522,16 @@ TABLE: dict[int, list[Case]] = {
             "Found int in row 1 and str in row 2, expected one type. "
             "Fix: write all of answer as strings",
             spoil=file("train.jsonl", '{"prompt": "1", "answer": 1}\n{"prompt": "2", "answer": "2"}\n'),
-        )
+        ),
+        Case(
+            said="error[E206] content is no text — train.jsonl:1. "
+            "Found image in message 1, expected parts of type text. "
+            "Fix: leave out the row, or the part; models are trained on text only",
+            spoil=lambda w: write_rows(
+                w.folder / "train.jsonl",
+                [{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "2"}],
+            ),
+        ),
     ],
     15: [
         Case(
@@ -774,6 +797,19 @@ TABLE: dict[int, list[Case]] = {
             spoil=lambda w: write_rows(
                 w.folder / "train.jsonl", [{"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}] * 2
             ),
+        ),
+        Case(
+            {"data.chat": True, "model.chat_template": "{{ messages[0].role }}"},
+            "error[E403] chat template drops text — run.toml:model.chat_template. "
+            "Found no text of message 1 (user) in the prompt of train.jsonl:1, expected all that it says. "
+            "Fix: change the messages, or model.chat_template",
+        ),
+        Case(
+            {"data.chat": True, "rollout.max_prompt_tokens": 60, "rollout.max_new_tokens": 4, "data.date": "2026-11-28"}
+            | {"model.chat_template": "{{ strftime_now('%Y+%m+%d') }}{{ messages[0].content }}"},
+            "warning[W212] the chat template asks for today's date — run.toml:data.date. "
+            "All prompts of the run say 2026-11-28, also when it is resumed on another day.",
+            code=0,
         ),
     ],
     31: [

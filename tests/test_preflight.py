@@ -105,6 +105,26 @@ def test_dropped_and_duplicate_rows_are_warned_about(config, tmp_path):
     assert prepared.warnings[1].startswith("warning[W209] duplicate prompts — odd.jsonl. Found 2")
 
 
+def test_rows_without_a_value_that_a_reward_reads_are_counted_and_the_first_may_be_one(config, tmp_path):
+    (tmp_path / "r.py").write_text("def f(completions, level): return [1.0 / int(n) for n in level]\n")
+    rewards = {"reward.functions": [{"function": "exact_match"}, {"function": "r.py:f"}]}
+    rows = [{"prompt": "9+1="}, {"prompt": "9+2=", "answer": "11", "level": 2}, *ROWS]
+    path = str(write_rows(tmp_path / "some.jsonl", rows))
+    found = prepare(
+        config(**{"data.train": path, "data.eval": path, "data.allow_overlap": True} | rewards), "run.toml", tmp_path
+    )
+    assert found.train.columns == ["answer", "level"]
+    assert [line for line in found.warnings if "W210" in line] == [
+        f"warning[W210] rows without {column} — some.jsonl. "
+        f"Found no value in {count} of {len(rows)}, expected one in each: {name} gets None there."
+        for column, count, name in (("answer", 1, "exact_match"), ("level", len(rows) - 1, "f"))
+    ]
+    everywhere = prepare(
+        config(**{"reward.functions": [{"function": "length"}], "data.train": path}), "run.toml", tmp_path
+    )
+    assert not any("W210" in line for line in everywhere.warnings)
+
+
 def test_overlap_is_an_error_only_among_the_rows_used_and_unless_allowed(config, tmp_path):
     held = write_rows(tmp_path / "eval.jsonl", [{"prompt": "7+7=", "answer": "14"}, ROWS[1]])
     both = {"data.eval": str(held)}

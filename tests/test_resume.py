@@ -6,18 +6,21 @@ import asyncio
 import json
 import os
 import shutil
+from datetime import date
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.builtin import TASKS, make_tokenizer
 from launch.controller import Controller
-from launch.resume import Point, check_lock, find, rewind_rows, take_lock
+from launch.resume import Point, check_lock, dated, find, rewind_rows, take_lock
 from launch.run_folder import RunFolder
 from launch.stored_groups import read_groups, write_groups
-from rollout.prompts import PromptStream
+from rollout.prompts import PromptSet, PromptStream
 from shared import checkpoints
+from shared.config_data import Source
 from shared.errors import InputError, InputErrors
 from shared.metrics import read_metrics
 from shared.types import Completion, RolloutGroup, VersionSpan
@@ -30,6 +33,7 @@ from tests.fakes import (
     make_group,
     make_prompt,
     write_model,
+    write_rows,
 )
 
 METRICS = {"reward": 0.5, "advantages/abs_mean": 1.0, "throughput/rollout_tokens_per_second": 1234.5}
@@ -173,6 +177,46 @@ def test_other_data_and_another_model_are_e605_together(place, tmp_path):
     write_model(tmp_path / "other", hidden_size=128)
     codes, _ = refusal(place(**{"model.path": str(tmp_path / "other")})[0], folder, stream_of(8))
     assert codes == [("E605", "run.toml:data.train"), ("E605", "run.toml:model.path")]
+
+
+def days_of(monkeypatch, day: str) -> None:
+    monkeypatch.setattr("launch.resume.today", lambda: date.fromisoformat(day))
+
+
+def test_on_another_day_a_run_has_the_prompts_of_its_first(place, tmp_path, monkeypatch):
+    """The template of an earlier report: its prompts, and so their digest, changed at midnight."""
+    tokenizer = make_tokenizer(TASKS["gsm8k"])
+    tokenizer.chat_template = 'Today is {{ strftime_now("%d %b %Y") }}. {{ messages[0].content }}'
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": [{"role": "user", "content": f"Q{i}"}]} for i in range(3)])
+
+    def prompts(config):
+        return PromptSet.load(config, [Source(path=str(rows))], "train", "run.toml:data.train", tokenizer)
+
+    config, folder = place(**{"rollout.max_prompt_tokens": 99})
+    days_of(monkeypatch, "2026-11-28")
+    first = dated(config, folder)
+    RunFolder(first, folder).finish()
+    days_of(monkeypatch, "2026-11-29")
+    second = dated(config, folder)
+    assert (first.data.date, second.data.date) == ("2026-11-28", "2026-11-28")
+    one, two = prompts(first), prompts(second)
+    assert tokenizer.decode(one.prompts[0].token_ids.tolist()) == "Today is 28 Nov 2026. Q0"
+    assert [p.token_ids.tolist() for p in one.prompts] == [p.token_ids.tolist() for p in two.prompts]
+    assert one.stream(first).digest == two.stream(second).digest
+    other = dated(place(**{"rollout.max_prompt_tokens": 99, "run.resume": "overwrite"})[0], folder)
+    assert other.data.date == "2026-11-29"
+    assert prompts(other).stream(other).digest != one.stream(first).digest
+
+
+def test_a_day_that_is_set_is_kept_and_a_new_run_has_todays(place, monkeypatch):
+    config, folder = place()
+    days_of(monkeypatch, "2026-11-30")
+    assert dated(config, folder).data.date == "2026-11-30"
+    assert dated(place(**{"data.date": "2026-01-02"})[0], folder).data.date == "2026-01-02"
+    folder.mkdir()
+    for text in ("", "[data]\n", "not toml"):
+        (folder / "config.toml").write_text(text)
+        assert dated(config, folder).data.date == "2026-11-30"
 
 
 def test_what_may_change_may_change(place):

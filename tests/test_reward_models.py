@@ -94,6 +94,19 @@ def test_a_conversation_goes_through_the_rewards_own_template(judge):
     assert ClassifierReward(judge, "key")([asked], [said]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_begun_answer_and_its_completion_are_one_turn():
+    class Tokenizer:
+        def apply_chat_template(self, messages, tokenize):
+            return " ".join(f"{m['role']}:{m['content']}" for m in messages)
+
+    judge = ClassifierReward.__new__(ClassifierReward)
+    judge._tokenizer = Tokenizer()
+    asked, begun = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "It is"}
+    answer = [{"role": "assistant", "content": " 4"}]
+    assert judge._text([asked, begun], answer) == "user:Q assistant:It is 4"
+    assert judge._text([asked], answer) == "user:Q assistant: 4"
+
+
 def test_a_text_beyond_the_models_context_is_refused_and_named(judge):
     with pytest.raises(CallFailed) as excinfo:
         ClassifierReward(judge, "key")(["1", "1"], ["1", "1" * 64])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from datetime import timedelta
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -170,9 +172,21 @@ def test_async_functions_run_together(make, isolation):
     assert max(begun, also_begun) < min(ended, also_ended)
 
 
-@pytest.mark.parametrize("value", [np.arange(3), np.float32(1.5), {1, 2}, (1, 2), b"\xff", "\ud800", float("inf")])
+@pytest.mark.parametrize(
+    "value",
+    [np.arange(3), np.float32(1.5), {1, 2}, (1, 2), b"\xff", "\ud800", float("inf"), Decimal("1.5"), timedelta(1)],
+)
 def test_columns_of_every_kind_reach_a_child(make, value):
     assert score(make("odd_columns", isolation="subprocess"), on=prompt(gold=value)).extra["gold"][0]
+
+
+@pytest.mark.parametrize("value", [object(), {(1, 2): 3}])
+def test_a_column_without_a_json_form_is_a_failure_of_its_group(make, value):
+    worker = make("odd_columns", isolation="subprocess")
+    with pytest.raises(RewardFailed) as excinfo:
+        score(worker, on=prompt(gold=value))
+    assert (excinfo.value.code, excinfo.value.what) == ("E304", "reward not called")
+    assert score(worker, on=prompt(gold="1")).extra["gold"][0] == "1"
 
 
 def test_the_combined_reward_is_the_weighted_sum_of_what_applied():

@@ -35,6 +35,19 @@ def both(name: str, completions: list[str], args: dict | None = None, **columns)
     return plain
 
 
+@pytest.mark.parametrize("name", ["exact_match", "final_number", "gsm8k_answer", "boxed_accuracy", "code_tests"])
+def test_a_row_without_an_answer_has_no_score(name):
+    column = "tests" if name == "code_tests" else "answer"
+    assert builtin(name, ["None", "\\boxed{None}"], **{column: [None, None]}) == [None, None]
+
+
+@needs_math_verify
+@pytest.mark.parametrize("name", ["math_accuracy", "reasoning_math_accuracy", "cosine_length"])
+def test_a_row_without_a_formula_has_no_score(name):
+    column, args = ("answer", {"limit": 9}) if name == "cosine_length" else ("solution", {})
+    assert builtin(name, ["None", "</think>1"], args, **{column: [None, None]}) == [None, None]
+
+
 # --- length ---
 
 
