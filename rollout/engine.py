@@ -1,7 +1,7 @@
 """One vLLM replica: it generates groups, takes weights and proves them.
 
 ``EnginePool`` runs it as an async Ray actor; a test may build it in-process. A group is one request with n = G, so
-its prompt is prefilled once. Invariant: a token's log-prob is that of the distribution it was sampled from, and
+the full blocks of its prompt are prefilled once. Invariant: a token's log-prob is that of the distribution it was sampled from, and
 its version span names the weights that produced it.
 """
 

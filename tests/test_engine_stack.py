@@ -150,6 +150,15 @@ def test_a_stop_string_ends_a_completion_whatever_tokens_it_is(stack, flat, stop
     assert met == tokens | set(texts)
 
 
+def test_the_full_blocks_of_a_prompt_are_shared(stack):
+    from vllm import SamplingParams
+
+    engine, _, run = stack
+    prompt = np.tile(PROMPT, 7)  # 42 tokens, 32 of them in a full block.
+    cached = [run(engine._run(prompt, SamplingParams(max_tokens=1), "shared")).num_cached_tokens for _ in range(2)]
+    assert cached == [0, 32]
+
+
 def test_greedy_is_the_argmax(stack):
     engine, policy, run = stack
     (completion,) = run(engine.generate(PROMPT, sampling(1, 4, 0.0), policy.version))

@@ -10,6 +10,7 @@ import pytest
 
 from learner.losses import AGGREGATIONS
 from tests.learner_groups import Ranks, learner_config, make_groups
+from tests.tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.stack
 
@@ -20,6 +21,7 @@ from learner.learner import Learner
 from learner.weight_sender import full_tensors
 from shared.config import Config
 from shared.config_algorithm import Choice
+from shared.weights import Segment, views
 from tests.learner_groups import make_groups
 
 def gradients(config, options, aggregation, groups):
@@ -31,6 +33,13 @@ def gradients(config, options, aggregation, groups):
     scale = 1 - config.learner.betas[0]
     return {f"{aggregation['name']}/{names[id(p)]}": (s["exp_avg"] / scale).numpy() for p, s in learner.optimizer.state.items()}
 
+def publish(learner):
+    publication = learner.publish(np.array([5, 6, 7], np.int32))
+    if publication is None:
+        return {}
+    chunks = views(Segment(publication.segment).bytes, publication.tensors)
+    return {m.name: chunk.copy().view(m.dtype).reshape(m.shape) for m, chunk in zip(publication.tensors, chunks)}
+
 def work(options):
     config = Config.model_validate(options["config"])
     learner = Learner(config, options["rank"], options["ranks"], ("127.0.0.1", options["port"]))
@@ -39,6 +48,9 @@ def work(options):
         for group in groups:
             group.rewards[:] = 1.0
     reports = []
+    if options.get("publish"):
+        learner.open_sender(f"ranks-{options['port']}")
+        publish(learner)
     for _ in range(options["steps"]):
         report = learner.train_step(groups)
         reports.append([report.policy_version, report.applied, report.metrics])
@@ -51,6 +63,11 @@ def work(options):
         json.dump(reports, open(options["out"] + ".json", "w"))
     if options.get("save"):
         learner.save(options["save"])
+    if options.get("publish"):
+        found = publish(learner)
+        if options["rank"] == 0:
+            np.savez(options["publish"], **found)
+        learner._sender.close()
 
 for line in sys.stdin:
     work(json.loads(line))
@@ -258,6 +275,21 @@ def test_the_saved_policy_loads_in_transformers(train, tmp_path):
     state = model.state_dict()
     assert all(np.array_equal(state[name].numpy(), value) for name, value in weights.items())
     assert len(AutoTokenizer.from_pretrained(tmp_path / "hf")("12+34=")["input_ids"]) == 6
+
+
+@pytest.mark.parametrize(("ranks", "learner"), [(1, {}), (2, {"zero_stage": 3})])
+def test_a_publication_is_what_a_checkpoint_file_would_be(train, tmp_path, ranks, learner):
+    """Of a model whose experts transformers holds as one tensor; proved at the start, trained a step, and compared."""
+    from safetensors.numpy import load_file
+
+    model = {"path": str(write_tiny_model("Qwen3MoE", tmp_path / "model"))}
+    out = {"publish": str(tmp_path / "published.npz"), "save": str(tmp_path / "saved")}
+    train(ranks, learner, model=model, steps=1, **out)
+    published, saved = np.load(out["publish"]), load_file(tmp_path / "saved" / "hf" / "model.safetensors")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(published) == set(saved) == set(before)
+    assert all(np.array_equal(published[name], saved[name]) for name in saved)
+    assert any((saved[name] != before[name]).any() for name in saved if ".experts." in name)
 
 
 def test_weights_are_published_only_after_a_step_that_changed_them(model_dir):
