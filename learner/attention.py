@@ -203,7 +203,7 @@ def packed_attention(
 
 def _refuse(arguments: dict[str, Any], module: nn.Module, layout: Layout | None) -> None:
     """Raises ``ModelRefused`` if one of ``arguments`` is set and not known to leave the result as it is."""
-    where = f"attention of {type(module).__name__}"
+    where = f"model refused: attention of {type(module).__name__}"
     if layout is None:
         raise ModelRefused(f"{where} does not hand on where packed sequences lie; use another model")
     if arguments.get("is_causal") is False or not getattr(module, "is_causal", True):
