@@ -115,7 +115,7 @@ def _raw_vllm(config: Config, pipe: Any) -> None:
     llm = LLM(
         **(engine_arguments(config, 0, "safetensors") | {"worker_extension_cls": "", "weight_transfer_config": None})
     )
-    sampling = sampling_parameters(Sampling.training(config, 0))
+    sampling = sampling_parameters(Sampling.training(config, 0), llm.get_tokenizer())
     pipe.send("up")
     while (asked := pipe.recv()) is not None:
         started = time.monotonic()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from shared.actors import LOGS, NAME, ActorDied, ActorUnreachable, ArgumentLost, Call
-from shared.errors import one_line
+from shared.errors import last_raised, one_line
 
 
 class _Process(NamedTuple):
@@ -197,9 +197,11 @@ def kill_children(pid: int) -> None:
 
 
 def _brief(error: Exception) -> str:
-    """How it begins and how it ends: of an actor that did not come up, Ray shows a traceback in between."""
-    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
-    return one_line(f"{first[:200]} … {rest[-1]}" if rest else first, 500)
+    """How Ray's text begins, and what was raised in the actor; without a traceback, how the text ends."""
+    text = str(error).strip()
+    first, *rest = text.splitlines() or [type(error).__name__]
+    heading = one_line(first.partition("ray::")[0]).rstrip(" ,")
+    return f"{heading} … {one_line(last_raised(text) or rest[-1], 500)}" if rest else heading
 
 
 def _process(_: Any) -> _Process:

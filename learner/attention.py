@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.errors import ModelRefused
+
 ATTENTION_NAME = "millrace_packed"
 FILL = 0.75
 SHORT = 512
 """Longest rows for which a bfloat16 CPU works on whole score matrices instead of torch's flash kernel, ..."""
 SCORES = 32 << 20
 """... and the most scores of one block: they are kept for the backward pass."""
+
+WITHOUT_EFFECT = {"is_causal", "position_ids", "cache_position", "output_attentions", "use_cache"}
+"""Arguments of attention functions that change nothing here: every layout is causal, and positions are applied before."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,32 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None, drop
     ).to(query.dtype)
 
 
+def _banded(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float | None, dropout: float) -> Tensor:
+    """``_causal`` where a token attends to itself and to the ``window - 1`` tokens before it.
+
+    Queries go in chunks of ``window``: no ``[L, L]`` mask, and work in proportion to ``L * window``.
+    """
+    length, heads = query.shape[2], query.shape[1]
+    inner = torch.float32 if query.device.type == "cpu" and query.dtype == torch.bfloat16 else query.dtype
+    # Kernels that take both a mask and fewer key heads are rare.
+    k, v = (x.to(inner).repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    outputs = []
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window + 1)
+        positions = torch.arange(first, stop, device=query.device)
+        distance = positions[start - first :, None] - positions[None]
+        chunk = nn.functional.scaled_dot_product_attention(
+            query[:, :, start:stop].to(inner),
+            k[:, :, first:stop],
+            v[:, :, first:stop],
+            attn_mask=(distance >= 0) & (distance < window),
+            dropout_p=dropout,
+            scale=scale,
+        )
+        outputs.append(chunk.to(query.dtype))
+    return torch.cat(outputs, dim=2)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -146,18 +177,40 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    layout: Layout,
+    layout: Layout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence; query ``[1, H, T, D]``, key and value ``[1, H_kv, T, D]``."""
-    if sliding_window is not None and sliding_window < layout.longest:
-        raise ValueError(f"sequences of {layout.longest} tokens exceed the sliding window of {sliding_window}")
+    """Causal attention within each packed sequence; query ``[1, H, T, D]``, key and value ``[1, H_kv, T, D]``.
+
+    With ``sliding_window`` a token attends to that many tokens, itself included. Raises ``ModelRefused`` for an
+    argument that changes attention in another way.
+    """
+    _refuse({"attention_mask": attention_mask, **others}, module, layout)
+    assert layout is not None
     blocks = zip(*(_pad(x[0].transpose(0, 1), layout) for x in (query, key, value)), strict=True)
-    outputs = [_causal(q, k, v, scaling, dropout).transpose(1, 2).flatten(0, 1) for q, k, v in blocks]
+    outputs = []
+    for q, k, v in blocks:
+        if sliding_window is not None and sliding_window < q.shape[2]:
+            output = _banded(q, k, v, sliding_window, scaling, dropout)
+        else:
+            output = _causal(q, k, v, scaling, dropout)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.scatter)[None], None
+
+
+def _refuse(arguments: dict[str, Any], module: nn.Module, layout: Layout | None) -> None:
+    """Raises ``ModelRefused`` if one of ``arguments`` is set and not known to leave the result as it is."""
+    where = f"model refused: attention of {type(module).__name__}"
+    if layout is None:
+        raise ModelRefused(f"{where} does not hand on where packed sequences lie; use another model")
+    if arguments.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise ModelRefused(f"{where} is not causal; use another model")
+    used = sorted(name for name, value in arguments.items() if value is not None and name not in WITHOUT_EFFECT)
+    if used:
+        raise ModelRefused(f"{where} needs {', '.join(used)}, which the learner does not compute; use another model")
 
 
 def register_attention() -> None:

@@ -19,15 +19,16 @@ from learner.distributed import deepspeed_config, join_group
 from learner.learner_state import gather_state, load_state, write_state
 from learner.logprobs import PolicyModel, Sampled
 from learner.losses import LossInputs, LossSettings, grpo_loss
+from learner.packing_proof import prove_packing
 from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference
 from learner.step_metrics import over_updates, reduce_metrics, token_means
-from learner.weight_sender import IpcSender, NcclSender, ShmSender, save_pretrained, whole_copies
+from learner.weight_sender import NcclSender, make_sender, save_pretrained, whole_copies
 from shared import faults
 from shared.config import Config
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import Completion, Prompt, RolloutGroup, StepReport
-from shared.weights import IPC_BACKEND, SHM_BACKEND, Canary, Link, Publication, backend_of
+from shared.weights import Canary, Link, Publication
 
 
 class Learner:
@@ -244,16 +245,12 @@ class Learner:
     # --- weights on their way out ---
 
     def open_sender(self, run_id: str) -> None:
-        """Make room for publications; ``run_id`` names their shared memory."""
-        first = self.rank == 0
-        self._sender: ShmSender | IpcSender | NcclSender
-        backend = backend_of(self.config, self.device.type != "cpu")
-        if backend == SHM_BACKEND:
-            self._sender = ShmSender(self.engine, run_id, first)
-        elif backend == IPC_BACKEND:
-            self._sender = IpcSender(self.engine, self.device)
-        else:
-            self._sender = NcclSender(self.engine, first)
+        """Prove that packing is exact, then make room for publications; ``run_id`` names their shared memory.
+
+        Raises ``ModelRefused``.
+        """
+        prove_packing(self.engine, self.device)
+        self._sender = make_sender(self.config, self.engine, self.device, run_id, self.rank == 0)
 
     def connect(self, link: Link) -> None:
         """Meet the engines' workers, for publications that are sent over a device link."""

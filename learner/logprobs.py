@@ -190,13 +190,17 @@ class PolicyModel(nn.Module):
         reference: tuple[Tensor, Tensor] | None = None,
         hidden_only: bool = False,
         with_entropy: bool = True,
+        plain: bool = False,
     ) -> tuple[Tensor, ...]:
         """``(logprobs, entropy, kl)``, each ``[B, C] float32``, 0 outside the completions.
 
         ``kl`` is that to the distributions of ``reference = (hidden [K, D], head [V, D])``, else 0. With
         ``hidden_only`` the hidden states ``[K, D]`` that predict the completion tokens, for such a reference.
         ``with_entropy`` False spares the entropies, which are then 0, unless ``reference`` needs their terms anyway.
+        With ``plain`` the logits ``[T, V]`` of the model's own forward over one sequence (see ``packing_proof.py``).
         """
+        if plain:
+            return (self.model(input_ids=tokens.token_ids[None], use_cache=False).logits[0],)
         hidden = self.model.base_model(
             input_ids=tokens.token_ids[None],
             position_ids=tokens.position_ids[None],

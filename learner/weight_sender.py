@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.checkpoint_form import CheckpointForm
 from shared.config import Config
 from shared.weights import (
     IPC_BACKEND,
@@ -29,6 +30,7 @@ from shared.weights import (
     Publication,
     Segment,
     TensorMeta,
+    backend_of,
     describe,
     digest,
     orphans,
@@ -49,9 +51,14 @@ def named_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def layout(engine: Any, alignment: int = 64) -> tuple[TensorMeta, ...]:
-    """Names, types and full shapes of the weights, without gathering."""
-    named = named_parameters(engine)
-    return describe(((name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named), alignment)
+    """Names, types and full shapes of what ``published`` gives, without gathering."""
+    form = CheckpointForm(engine.module.model)
+    shapes = [
+        (name, torch.empty(tuple(getattr(p, "ds_shape", p.shape)), dtype=p.dtype, device="meta"))
+        for name, p in named_parameters(engine)
+    ]
+    named = [one for group in layers(shapes) for one in form(group)]
+    return describe(((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named), alignment)
 
 
 def layers(named: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
@@ -72,14 +79,27 @@ def layers(named: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
 @torch.no_grad()
 def full_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """Every weight in full, in ``named_parameters`` order; under ZeRO-3 a collective that all ranks must iterate."""
+    for group in _whole_layers(engine):
+        yield from group
+
+
+@torch.no_grad()
+def published(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every weight in full as checkpoint files have it, in the order of ``layout``; under ZeRO-3 as ``full_tensors``."""
+    form = CheckpointForm(engine.module.model)
+    for group in _whole_layers(engine):
+        yield from form(group)
+
+
+def _whole_layers(engine: Any) -> Iterator[list[tuple[str, Tensor]]]:
     for group in layers(named_parameters(engine)):
         if hasattr(group[0][1], "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter for _, parameter in group]):
-                yield from ((name, parameter.data) for name, parameter in group)
+                yield [(name, parameter.data) for name, parameter in group]
         else:
-            yield from ((name, parameter.data) for name, parameter in group)
+            yield [(name, parameter.data) for name, parameter in group]
 
 
 class ShmSender:
@@ -112,12 +132,12 @@ class ShmSender:
         """Snapshot the weights as policy ``version``; every rank calls it, the sender gets the publication."""
         started = time.monotonic()
         if not self._is_sender:
-            for _ in full_tensors(self._engine):
+            for _ in published(self._engine):
                 pass
             return None
         segment = self._segments[self._turn]
         self._turn = 1 - self._turn
-        for view, (_, tensor) in zip(views(segment.bytes, self._tensors), full_tensors(self._engine), strict=True):
+        for view, (_, tensor) in zip(views(segment.bytes, self._tensors), published(self._engine), strict=True):
             np.copyto(view, tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return Publication(
             version=version,
@@ -155,7 +175,7 @@ class IpcSender:
         started = time.monotonic()
         buffer = self._buffers[self._turn]
         self._turn = 1 - self._turn
-        for meta, (_, tensor) in zip(self._tensors, full_tensors(self._engine), strict=True):
+        for meta, (_, tensor) in zip(self._tensors, published(self._engine), strict=True):
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             buffer[meta.offset : meta.offset + meta.nbytes].copy_(flat)
         gpu = str(torch.cuda.get_device_properties(self._device).uuid)
@@ -211,6 +231,16 @@ class NcclSender:
             self._transfer.shutdown()
 
 
+def make_sender(
+    config: Config, engine: Any, device: torch.device, run_id: str, is_sender: bool
+) -> ShmSender | IpcSender | NcclSender:
+    """The sender for how weights travel in a run of ``config``; ``run_id`` names shared memory."""
+    backend = backend_of(config, device.type != "cpu")
+    if backend == SHM_BACKEND:
+        return ShmSender(engine, run_id, is_sender)
+    return IpcSender(engine, device) if backend == IPC_BACKEND else NcclSender(engine, is_sender)
+
+
 class _ParameterMeta(NamedTuple):
     name: str
     dtype: torch.dtype
@@ -230,7 +260,7 @@ class _HashedSource:
         from blake3 import blake3
 
         hasher = blake3()
-        for name, tensor in full_tensors(self.engine):
+        for name, tensor in published(self.engine):
             hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             yield name, tensor
         self.digest = hasher.hexdigest()

@@ -3,7 +3,9 @@
 vLLM packs the weights of linear layers for CPU kernels, so they cannot be written in place, and its own reload does the
 packing while generation stands still. Here every layer's new tensors are packed beside the live ones first; the
 exchange itself is a few assignments, whatever the size. Costs a second copy of the weights for that time.
-Invariant: either every parameter of the model is replaced, or ``plan`` declines and vLLM's reload is used.
+Invariant: either every parameter of the model is replaced, or ``plan`` declines and vLLM's reload is used. What vLLM's
+loader does with a checkpoint is not known from names alone (it may transpose or permute): ``reproduces`` tells whether a
+plan gives what the loader gave.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 Plan = dict[nn.Module, dict[str, list[str]]]
@@ -47,8 +53,8 @@ def plan(model: nn.Module, names: Iterable[str]) -> Plan | None:
         parent, _, last = path.rpartition(".")
         whole, place = places.get(last, (last, -1 if last in joined else 0))
         found[f"{parent}.{whole}".removeprefix("."), attribute][place] = name
-    if has_tied_head(model):
-        found["lm_head", "weight"] = found["model.embed_tokens", "weight"]
+    for head, embedding in tied_heads(model).items():
+        found[head, "weight"] = found[embedding, "weight"]
     layers = dict(model.named_modules())
     expected = {
         (path, attribute) for path, layer in layers.items() for attribute, _ in layer.named_parameters(recurse=False)
@@ -108,6 +114,32 @@ def _dtype(layer: nn.Module, attribute: str) -> torch.dtype:
     return weight.dtype if attribute == "bias" and weight is not None else live.dtype
 
 
+@torch.no_grad()
+def reproduces(model: nn.Module, where: Plan | None, tensors: dict[str, Tensor]) -> bool:
+    """Whether ``where`` turns ``tensors`` into what the layers of ``model`` hold, which vLLM's loader has just given them."""
+    if where is None:
+        return False
+    try:
+        return all(map(_is_live, make_ready(model, where, tensors)))
+    except ValueError:  # Of another shape: the loader transposes.
+        return False
+
+
+def _is_live(replacement: Replacement) -> bool:
+    """Whether the layer's values, and its product with a random input, are those of ``replacement``."""
+    layer = replacement.layer
+    for attribute, new in replacement.parameters.items():
+        live: Tensor = getattr(layer, attribute)
+        if live.numel() and not torch.equal(live, new.to(live.dtype)):
+            return False
+    if replacement.product is None:
+        return True
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    width = weight.shape[1] if weight.numel() else layer.input_size
+    x = torch.rand(2, width, dtype=weight.dtype)  # type: ignore[arg-type]
+    return torch.equal(replacement.product(x, weight, None), layer.cpu_linear(x, weight, None))  # type: ignore[operator]
+
+
 def put_in_place(ready: list[Replacement]) -> None:
     """Exchange the live tensors for those that are ready."""
     for replacement in ready:
@@ -154,7 +186,15 @@ def _plainly_loaded(parameter: nn.Parameter) -> bool:
     return loader is default_weight_loader or isinstance(getattr(loader, "__self__", None), nn.Module)
 
 
-def has_tied_head(model: nn.Module) -> bool:
-    """Whether the output head is a layer of its own with the embedding's weights."""
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    return bool(tied) and isinstance(getattr(model, "lm_head", None), ParallelLMHead)
+def tied_heads(model: nn.Module) -> dict[str, str]:
+    """Path of each output head that is a layer of its own with an embedding's weights -> path of that embedding.
+
+    Their names differ from model to model; what makes a head tied is that both layers hold one parameter.
+    """
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, VocabParallelEmbedding)]
+    owners = {id(layer.weight): path for path, layer in layers if not isinstance(layer, ParallelLMHead)}
+    return {
+        path: owners[id(layer.weight)]
+        for path, layer in layers
+        if isinstance(layer, ParallelLMHead) and id(layer.weight) in owners
+    }

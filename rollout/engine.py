@@ -1,7 +1,7 @@
 """One vLLM replica: it generates groups, takes weights and proves them.
 
 ``EnginePool`` runs it as an async Ray actor; a test may build it in-process. A group is one request with n = G, so
-its prompt is prefilled once. Invariant: a token's log-prob is that of the distribution it was sampled from, and
+the full blocks of its prompt are prefilled once. Invariant: a token's log-prob is that of the distribution it was sampled from, and
 its version span names the weights that produced it.
 """
 
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rollout.stale_kv import StaleKV
+from rollout.stop_strings import stop_arguments
 from rollout.vllm_setup import engine_environment, start_vllm
 from shared import faults
 from shared.config import Config
@@ -63,7 +64,7 @@ class Sampling:
         )
 
 
-def sampling_parameters(sampling: Sampling) -> Any:
+def sampling_parameters(sampling: Sampling, tokenizer: Any) -> Any:
     """``sampling`` as vLLM's ``SamplingParams``, with the log-probs of the sampled tokens."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -76,11 +77,10 @@ def sampling_parameters(sampling: Sampling) -> Any:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        stop=list(sampling.stop) or None,
         logprobs=0,
         flat_logprobs=True,
-        detokenize=bool(sampling.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
+        **stop_arguments(sampling.stop, tokenizer),
     )
 
 
@@ -126,7 +126,7 @@ class Engine:
         ):  # It was on its way here: its keys would outlive the reset under a version that means other weights.
             raise EngineFailed("asked before the engine was reset")
         with self._cancellable():
-            outputs = await self._request(token_ids, sampling_parameters(sampling), version)
+            outputs = await self._request(token_ids, sampling_parameters(sampling, self._tokenizer), version)
             texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
             completions = tuple(_completion(output, text) for output, text in zip(outputs, texts, strict=True))
             if sampling.temperature > 0:
@@ -236,7 +236,7 @@ class Engine:
     ) -> tuple[int, float]:
         """What ``StaleKV`` compares with; the request's salt is its own, so that it finds nothing in the cache."""
         token = int(completion.token_ids[position])
-        parameters = sampling_parameters(replace(sampling, n=1, max_new_tokens=1, stop=()))
+        parameters = sampling_parameters(replace(sampling, n=1, max_new_tokens=1, stop=()), self._tokenizer)
         parameters.logprobs, parameters.flat_logprobs, parameters.logprob_token_ids = None, False, [token]
         prefix = np.concatenate([token_ids, completion.token_ids[:position]])
         output = (await self._run(prefix, parameters, f"afresh-{self._requests}")).outputs[0]

@@ -16,6 +16,13 @@ from shared.weights import backend_of
 COLOCATED_SHARE = 0.4
 """Share of a GPU's memory that an engine takes beside a learner rank, unless rollout.vllm says otherwise."""
 
+CPU_BLOCK_TOKENS = 32
+"""Tokens of a block of keys and values, the fewest that the CPU kernels take; vLLM's default is 128 there.
+
+Completions of a prompt share its full blocks only. With prompts of 100 tokens, 8 completions each, 32 instead of 128 took
+0.44 of the CPU time for completions of 16 tokens, 0.73 for 64 and 0.76 for 128.
+"""
+
 
 def engine_environment(config: Config, index: int) -> dict[str, str]:
     """Environment variables of engine number ``index``; they must be set before vLLM is imported."""
@@ -57,6 +64,7 @@ def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, 
     }
     if on_cpu:
         arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
+        arguments["block_size"] = CPU_BLOCK_TOKENS
         if config.rollout.workers_per_engine == 1:
             # No worker process, and no message queue to it: a quarter faster, and starts sooner.
             from vllm.v1.executor.uniproc_executor import UniProcExecutor

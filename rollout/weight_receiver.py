@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine,
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rollout.cpu_weights import Replacement, has_tied_head, make_ready, plan, put_in_place
+from rollout.cpu_weights import Replacement, make_ready, plan, put_in_place, reproduces, tied_heads
 from shared.errors import WeightProofFailed
 from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, unpack_handle
 
@@ -60,14 +60,23 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     _ready_from: ShmUpdateInfo | None = None
     _loading = False
     """Layers are in loadable form; after a failed round they stay so, and only another load gets them out of it."""
+    _loaded: ShmUpdateInfo | None = None
+    """What vLLM's loader took in this round."""
+    _beside = False
+    """Whether this worker is asked to prepare at all."""
+    _reproduced: bool | None = None
+    """Whether a plan gives the weights that vLLM's loader gives; None until the first publication, which tells."""
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """Nothing to connect."""
 
     def prepare(self, update_info: ShmUpdateInfo) -> None:
-        """Pack the next weights beside the live ones, while generation goes on; where that cannot be, do nothing."""
-        self._ready = None
-        where = None if self._loading else plan(self.model, update_info.names)
+        """Pack the next weights beside the live ones, while generation goes on; where that cannot be, do nothing.
+
+        The first publication is left to vLLM's own loader, which the later ones are measured by.
+        """
+        self._ready, self._beside = None, True
+        where = plan(self.model, update_info.names) if self._reproduced and not self._loading else None
         if where is not None:
             self._ready = make_ready(self.model, where, dict(_tensors(update_info)))
             self._ready_from = update_info
@@ -76,6 +85,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Unless all is ready, put the layers into loadable form: packed ones cannot be written in place."""
         if self._ready is None:
             self._loading = True
+            forget_expert_kernels(self.model)
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
@@ -84,15 +94,18 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             assert self._ready_from == update_info, "another publication is ready"
             put_in_place(self._ready)
             return
-        named = _tensors(update_info)
-        self.model.load_weights(named)
-        load_tied_head(self.model, named)
+        self.model.load_weights(_tensors(update_info))
+        self._loaded = update_info
 
     def finish_weight_update(self) -> None:
-        """Finalise the layers."""
+        """Finalise the layers; the first time, see whether a plan would have given the same."""
         if self._ready is None:
             finalize_layerwise_reload(self.model, self.model_config)
-        self._ready, self._loading = None, False
+            pack_tied_heads(self.model)
+            if self._reproduced is None and self._beside and self._loaded is not None:
+                where = plan(self.model, self._loaded.names)
+                self._reproduced = reproduces(self.model, where, dict(_tensors(self._loaded)))
+        self._ready, self._loading, self._loaded = None, False, None
 
     def shutdown(self) -> None:
         """Nothing to release: a segment belongs to the learner."""
@@ -168,15 +181,27 @@ def _tensors(info: ShmUpdateInfo) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def load_tied_head(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Give a tied output head the embedding's new values, through its own loader.
+def pack_tied_heads(model: torch.nn.Module) -> None:
+    """Let every tied output head of ``model`` multiply by its embedding's new values.
 
-    A checkpoint of a tied model has no ``lm_head.weight``, so a reload leaves the head as it was. On a CPU the head
-    is a packed copy, not a view of the embedding, and would go on producing the old policy's logits.
+    A checkpoint of a tied model has no weights of the head, so a reload leaves the head as it was. On a CPU the head
+    multiplies by a packed copy and would go on producing the old policy's logits.
     """
-    for name, tensor in named if has_tied_head(model) else ():
-        if name.endswith("embed_tokens.weight"):
-            model.lm_head.weight.weight_loader(model.lm_head.weight, tensor)
+    for path in tied_heads(model):
+        head = model.get_submodule(path)
+        head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr, operator]
+
+
+def forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Let vLLM pack the experts of layers on a CPU again when they are loaded.
+
+    It packs them when it makes their kernel, and only then (0.32): later weights would be left as the file has them, and
+    read as if they were packed.
+    """
+    for layer in model.modules():
+        weight = getattr(layer, "w13_weight", None)
+        if weight is not None and weight.device.type == "cpu":
+            layer.quant_method.moe_kernel = None  # type: ignore[union-attr]
 
 
 class MillraceWorker:

@@ -15,6 +15,8 @@ from shared.config_data import Data
 from shared.config_reward import Reward
 
 MAX_SEQUENCES = 1024
+LEAST_TEMPERATURE = 0.01
+"""vLLM samples at this temperature where a smaller one above 0 is asked for, and the learner would divide by another."""
 
 
 class Run(Section):
@@ -84,7 +86,7 @@ class Rollout(Section):
     """Longest prompt accepted."""
     max_new_tokens: Positive = 512
     """Longest completion sampled."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] = 1.0
     """Sampling temperature; the learner divides its logits by the same number."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; below 1 it needs truncated_sampling = "renormalise"."""
@@ -94,8 +96,8 @@ class Rollout(Section):
     """Least probability relative to the likeliest token; above 0 it needs truncated_sampling = "renormalise"."""
     truncated_sampling: Literal["refuse", "renormalise"] = "refuse"
     """top_p, top_k and min_p: refuse them, or let the learner apply the same filter to its own distribution."""
-    stop: list[str] = []
-    """Strings that end a completion."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion, the end tokens of the model aside; special tokens such as <|im_end|> too."""
     max_staleness: NonNegative = 1
     """Most optimizer steps between the oldest token of a group and its first use; 0 is the synchronous mode."""
     max_stale_kv_gap: Annotated[float, Field(ge=0)] = 0.05
@@ -186,7 +188,7 @@ class Evaluation(Section):
     """Completion limit; default: rollout.max_new_tokens."""
     samples: NonNegative = 0
     """Completions sampled of each row beside the greedy one, for pass@1, 2, 4, ... up to so many; 0: greedy alone."""
-    temperature: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE)] | None = None
     """Of the sampled ones; default: rollout.temperature."""
     pass_reward: str | None = None
     """Reward function that says whether a completion solves its row; default: the one with the largest weight."""

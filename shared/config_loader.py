@@ -187,6 +187,7 @@ _EXPECTED = {
     "dict_type": "a table",
     "model_type": "a table",
     "too_short": "at least {min_length} entries",
+    "string_too_short": "at least {min_length} character",
     "missing": "a value",
     "value_error": "{error}",
 }

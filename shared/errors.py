@@ -8,8 +8,17 @@ keeps its fields in ``args`` and survives pickling.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_DECORATION = re.compile(
+    r"\x1b\[[0-9;]*m|\s*\[type=\w+, input_value=.*?, input_type=\w+\]|\s*For further information visit \S+", re.DOTALL
+)
+
+_BETWEEN = ("The above exception was", "During handling of the above exception", "Traceback (most recent")
+"""Beginnings of the lines that stand between the exceptions of a chain."""
 
 
 class MillraceError(Exception):
@@ -74,6 +83,10 @@ class LearnerLost(LearnerFailed):
     """A learner rank died, hung or could not be started; the ranks can be built again from a checkpoint."""
 
 
+class ModelRefused(LearnerFailed):
+    """The learner cannot compute this model's log-probs exactly: another model is needed, not another try."""
+
+
 class WeightProofFailed(MillraceError):
     """An engine does not hold the weights that the learner published."""
 
@@ -121,6 +134,51 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """``text`` on one line and at most ``limit`` characters, for use inside a message."""
-    flat = " ".join(str(text).split())
-    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+    """``text`` on one line and at most ``limit`` characters, for use inside a message.
+
+    A traceback becomes what it says was raised (see ``raised_in``). Control characters become visible.
+    """
+    flat = _flat(str(text))
+    if len(flat) <= limit:
+        return flat
+    return _cut(last_raised(str(text)) or flat, limit)
+
+
+def last_raised(text: str) -> str:
+    """What the traceback in ``text`` ends with, on one line, and what caused it behind it; empty without a traceback."""
+    raised = raised_in(text)
+    if not raised or raised[0] in raised[-1]:
+        return raised[-1] if raised else ""
+    return f"{_cut(raised[-1], 200)} (cause: {raised[0]})"
+
+
+def raised_in(text: str) -> list[str]:
+    """Texts of the exceptions that the tracebacks in ``text`` end with, in their order; empty without a traceback.
+
+    Of a chain of exceptions the one that caused the others comes first.
+    """
+    found: list[list[str]] = []
+    in_frames = in_exception = False
+    for line in text.splitlines():
+        if line.startswith('  File "'):
+            if in_exception and "ray::" in found[-1][-1]:  # The heading of a traceback inside a message.
+                found[-1].pop()
+            in_frames, in_exception = True, False
+        elif in_frames and line[:1].strip():
+            in_frames, in_exception = False, True
+            found.append([line])
+        elif in_exception and line.startswith(_BETWEEN):
+            in_exception = False
+        elif in_exception:
+            found[-1].append(line)
+    return [flat for lines in found if (flat := _flat("\n".join(lines)))]
+
+
+def _flat(text: str) -> str:
+    """``text`` on one line, without colours and without what pydantic adds to a message."""
+    flat = " ".join(_DECORATION.sub("", text).split())
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", flat)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

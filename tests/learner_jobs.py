@@ -13,6 +13,7 @@ from learner.learner import Learner
 from learner.weight_sender import full_tensors
 from shared.config import Config
 from shared.config_algorithm import Choice
+from shared.weights import Segment, views
 from tests.learner_groups import make_groups
 
 
@@ -32,9 +33,21 @@ def write(
             json.dump(reports, file)
 
 
+def published(learner: Learner) -> dict[str, np.ndarray]:
+    """The tensors of a new publication, by name; none on ranks that do not send."""
+    publication = learner.publish(np.array([5, 6, 7], np.int32))
+    if publication is None:
+        return {}
+    chunks = views(Segment(publication.segment).bytes, publication.tensors)
+    return {m.name: chunk.copy().view(m.dtype).reshape(m.shape) for m, chunk in zip(publication.tensors, chunks)}
+
+
 def train(options: dict[str, Any]) -> None:
-    """The same groups again and again, for ``steps`` steps."""
+    """The same groups again and again, for ``steps`` steps; publishes before and after them where a file is named."""
     learner, groups = new_learner(options), make_groups(3)
+    if options.get("publish"):
+        learner.open_sender(f"ranks-{options['port']}")
+        published(learner)
     if options.get("equal_rewards"):
         for group in groups:
             group.rewards[:] = 1.0
@@ -42,6 +55,11 @@ def train(options: dict[str, Any]) -> None:
     write(options, learner, [[report.policy_version, report.applied, report.metrics] for report in reports])
     if options.get("save"):
         learner.save(options["save"])
+    if options.get("publish"):
+        found = published(learner)
+        if options["rank"] == 0:
+            np.savez(options["publish"], **found)
+        learner._sender.close()
 
 
 def gradients(options: dict[str, Any]) -> None:

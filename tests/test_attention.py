@@ -8,6 +8,7 @@ import torch
 
 from learner import attention
 from learner.attention import Layout
+from shared.errors import ModelRefused
 
 
 def test_layout_repeats_a_shared_prompt():
@@ -124,3 +125,68 @@ def test_packed_attention_passes_scaling_and_dropout_on(monkeypatch):
     attention.packed_attention(None, query, query, query, None, layout=layout, scaling=0.5, dropout=0.1)
     attention.packed_attention(None, query, query, query, None, layout=layout)
     assert given == [(0.5, 0.1), (None, 0.0)]
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 1), (9, 1), (9, 2), (9, 4), (9, 8), (33, 7), (33, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_band_is_attention_to_the_last_tokens(length, window, dtype):
+    inputs = [x.detach().to(dtype).requires_grad_() for x in block(length)]
+    found = attention._banded(*inputs, window, None, 0.0)
+    q, k, v = (x.double() for x in inputs)
+    k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    seen = torch.ones(length, length).tril().bool() & torch.ones(length, length).triu(1 - window).bool()
+    wanted = (q @ k.transpose(2, 3) * 0.25).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    bound = 1e-5 if dtype == torch.float32 else 0.03
+    assert found.dtype == dtype
+    assert (found - wanted).abs().max() < bound
+    weights = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((found * weights).sum(), inputs)
+    for ours, theirs in zip(gradients, torch.autograd.grad((wanted * weights).sum(), inputs), strict=True):
+        assert (ours.double() - theirs.double()).norm() <= bound * (theirs.double().norm() + 1)
+
+
+def test_a_band_gets_the_scale_and_the_dropout():
+    inputs = block(9)
+    assert (attention._banded(*inputs, 4, 1e-6, 0.0) - attention._banded(*inputs, 4, None, 0.0)).abs().max() > 0.1
+    assert (attention._banded(*inputs, 4, None, 0.9) == 0).float().mean() > 0.1
+
+
+def test_only_blocks_beyond_the_window_are_banded(monkeypatch):
+    taken = []
+    monkeypatch.setattr(attention, "_banded", lambda q, k, v, window, *_: taken.append(q.shape[2]) or q)
+    monkeypatch.setattr(attention, "_causal", lambda q, *_: q)
+    query, layout = torch.randn(1, 4, 30, 16), Layout.of([[range(20)], [range(20, 30)]])
+    attention.packed_attention(None, query, query, query, None, layout=layout, sliding_window=10)
+    attention.packed_attention(None, query, query, query, None, layout=layout, sliding_window=20)
+    attention.packed_attention(None, query, query, query, None, layout=layout)
+    assert taken == [20]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"softcap": 50.0}, "needs softcap"),
+        ({"s_aux": torch.zeros(4)}, "needs s_aux"),
+        ({"position_bias": torch.zeros(1), "softcap": 2.0}, "needs position_bias, softcap"),
+        ({"attention_mask": torch.ones(1)}, "needs attention_mask"),
+        ({"something_new": False}, "needs something_new"),
+        ({"is_causal": False}, "is not causal"),
+        ({"layout": None}, "does not hand on"),
+        ({"softcap": None, "s_aux": None, "is_causal": True, "position_ids": torch.zeros(1)}, None),
+    ],
+)
+def test_what_would_change_attention_is_refused_and_not_swallowed(arguments, said):
+    query = torch.randn(1, 4, 5, 16)
+    keywords = {"attention_mask": None, "layout": Layout.of([[range(5)]])} | arguments
+    if said is None:
+        attention.packed_attention(torch.nn.Linear(1, 1), query, query, query, **keywords)
+        return
+    with pytest.raises(ModelRefused, match=f"attention of Linear {said}"):
+        attention.packed_attention(torch.nn.Linear(1, 1), query, query, query, **keywords)
+
+
+def test_a_module_that_is_not_causal_is_refused():
+    query, module = torch.randn(1, 4, 5, 16), torch.nn.Linear(1, 1)
+    module.is_causal = False
+    with pytest.raises(ModelRefused, match="is not causal"):
+        attention.packed_attention(module, query, query, query, None, layout=Layout.of([[range(5)]]))

@@ -274,6 +274,50 @@ def test_nearest_and_one_line():
     assert nearest("zzz", ["group_size", "seed"]) is None
     assert one_line("a\n  b\tc") == "a b c"
     assert one_line("x" * 300, 10) == "x" * 9 + "…"
+    assert one_line("\x1b[36mred\x1b[39m \x1b]0;title\x07 \x9b") == r"red \x1b]0;title\x07 \x9b"
+
+
+PYDANTIC = """pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, Model architectures ['NewForCausalLM'] failed to be inspected. [type=value_error, input_value=ArgsKwargs((), {'model': 'm', 'a': '1, input_type'}), input_type=ArgsKwargs]
+    For further information visit https://errors.pydantic.dev/2.12/v/value_error"""
+FRAMES = '  File "/x/a.py", line 3, in build\n    Thing(**arguments)\n' * 30
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"1 {PYDANTIC[-500:]}", "failed to be inspected."),
+        (f"Traceback (most recent call last):\n{FRAMES}ValueError: no such model\nin the folder", "ValueError: no such model in the folder"),
+        (f"died in its task, ray::Engine() (pid=1)\n{FRAMES}{PYDANTIC}", "Model architectures ['NewForCausalLM'] failed to be inspected."),
+        (
+            f"died, ray::Engine()\n{FRAMES}ImportError: no triton\n\nThe above exception was the direct cause of the following exception:\n\n"
+            f"ray::Engine()\n{FRAMES}{PYDANTIC}",
+            "failed to be inspected. (cause: ImportError: no triton)",
+        ),
+        (
+            f"Traceback (most recent call last):\n{FRAMES}KeyError: 'x'\n\nDuring handling of the above exception, another exception "
+            f"occurred:\n\nTraceback (most recent call last):\n{FRAMES}RuntimeError: {'long ' * 99}",
+            "… (cause: KeyError: 'x')",
+        ),
+        (
+            f"Traceback (most recent call last):\n{FRAMES}ray.exceptions.RayTaskError(OSError): \x1b[36mray::f()\x1b[39m (pid=2)\n"
+            f"{FRAMES}OSError: disk full",
+            "OSError: disk full",
+        ),
+    ],
+    ids=["no traceback", "traceback", "pydantic", "cause", "context", "traceback in a message"],
+)  # fmt: skip
+def test_what_was_raised_stays_when_a_long_error_is_shortened(text, said):
+    line = one_line(text, 400)
+    assert line.endswith(said)
+    assert len(line) <= 400
+    assert "\n" not in line
+    assert "errors.pydantic.dev" not in line
+    assert "File" not in line
+
+
+def test_a_text_that_fits_is_not_shortened():
+    assert one_line('  File "a.py", line 3\nValueError: short', 400) == 'File "a.py", line 3 ValueError: short'
 
 
 @pytest.mark.parametrize(

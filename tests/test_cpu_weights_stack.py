@@ -11,7 +11,11 @@ from torch import nn
 pytest.importorskip("vllm")
 
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
 from rollout import cpu_weights, weight_receiver
 from rollout.cpu_weights import make_ready, plan, put_in_place
@@ -207,12 +211,75 @@ def test_a_bias_that_was_widened_is_rounded_like_its_weight():
     assert torch.equal(model.shift.bias, torch.full((2,), 0.1))
 
 
-@pytest.mark.parametrize(("tied", "own", "expected"), [(True, True, True), (False, True, False), (True, False, False)])
-def test_a_tied_head_is_a_layer_of_its_own_that_the_configuration_ties(tied, own, expected):
+def bare(kind, weight):
+    """A layer of vLLM's without its parallel state."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.weight, layer.quant_method = weight, UnquantizedEmbeddingMethod()
+    return layer
+
+
+@pytest.mark.parametrize(("embedding", "head"), [("wte", "lm_head"), ("word_embeddings", "embed_out")])
+def test_a_tied_head_is_a_layer_that_holds_the_embeddings_parameter_whatever_their_names(embedding, head):
+    model, weight = Model(), nn.Parameter(torch.randn(8, 3))
+    model.body = nn.ModuleDict({embedding: bare(VocabParallelEmbedding, weight)})
+    setattr(model, head, bare(ParallelLMHead, nn.Parameter(weight.detach().clone())))
+    assert cpu_weights.tied_heads(model) == {}  # Equal values are not enough.
+    getattr(model, head).weight = weight
+    assert cpu_weights.tied_heads(model) == {head: f"body.{embedding}"}
+    names = [*NAMES, f"body.{embedding}.weight"]
+    assert plan(model, names)[getattr(model, head)] == {"weight": [f"body.{embedding}.weight"]}
+    weight.data = torch.randn(8, 3)
+    weight_receiver.pack_tied_heads(model)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(getattr(model, head).cpu_linear(x, weight, None), x @ weight.T)
+
+
+def test_one_layer_that_embeds_and_multiplies_is_no_tied_head():
     model = Model()
-    model.config.tie_word_embeddings = tied
-    model.lm_head = ParallelLMHead.__new__(ParallelLMHead) if own else nn.Embedding(8, 2)
-    assert cpu_weights.has_tied_head(model) == expected
+    model.embed = model.lm_head = bare(VocabParallelEmbedding, nn.Parameter(torch.randn(8, 3)))
+    assert cpu_weights.tied_heads(model) == {}
+
+
+def loaded(transpose=False):
+    """A model that has just loaded ``tensors`` as vLLM would; with ``transpose`` its file has them the other way round."""
+    model, tensors = Model(), values(**{"block.out.weight": torch.randn(3, 3)})
+    model.block["out"] = nn.Linear(3, 3, bias=False)
+    model.block["out"].output_size = model.block["out"].input_size = 3
+    model.block["out"].quant_method = UnquantizedLinearMethod()
+    with torch.no_grad():
+        for kind in ("weight", "bias"):
+            getattr(model.block["qkv"], kind).copy_(torch.cat([tensors[f"block.{part}.{kind}"] for part in "qkv"]))
+        model.norm.weight.copy_(tensors["norm.weight"])
+        given = tensors["block.out.weight"]
+        model.block["out"].weight.copy_(given.T if transpose else given)
+    model.block["out"].quant_method.process_weights_after_loading(model.block["out"])
+    return model, tensors
+
+
+def test_a_plan_is_trusted_if_it_gives_what_the_loader_gave():
+    model, tensors = loaded()
+    assert cpu_weights.reproduces(model, plan(model, NAMES), tensors)
+    assert not cpu_weights.reproduces(model, None, tensors)
+    for name in NAMES:
+        changed = tensors | {name: tensors[name] + 1}
+        assert not cpu_weights.reproduces(model, plan(model, NAMES), changed), name
+
+
+@pytest.mark.parametrize("name", ["block.out.weight", "norm.weight"])
+def test_a_plan_is_not_trusted_where_the_loader_does_something_else(name):
+    model, tensors = loaded(transpose=name == "block.out.weight")
+    if name == "norm.weight":  # Another shape.
+        tensors[name] = torch.randn(4)
+    assert not cpu_weights.reproduces(model, plan(model, NAMES), tensors)
+
+
+def test_weights_that_were_packed_away_are_compared_by_their_product():
+    model, tensors = loaded()
+    assert model.block["out"].weight.numel() == 0
+    assert cpu_weights.reproduces(model, plan(model, NAMES), tensors)
+    turned = tensors | {"block.out.weight": tensors["block.out.weight"].T.contiguous()}
+    assert not cpu_weights.reproduces(model, plan(model, NAMES), turned)
 
 
 @pytest.fixture
@@ -222,12 +289,14 @@ def rounds(monkeypatch):
     monkeypatch.setattr(weight_receiver, "plan", lambda model, names: {} if "plain" in names else None)
     monkeypatch.setattr(weight_receiver, "make_ready", lambda model, where, tensors: [])
     monkeypatch.setattr(weight_receiver, "_tensors", lambda info: [])
+    monkeypatch.setattr(weight_receiver, "reproduces", lambda model, where, tensors: where is not None)
     monkeypatch.setattr(weight_receiver, "put_in_place", lambda ready: done.append("placed"))
     monkeypatch.setattr(weight_receiver, "initialize_layerwise_reload", lambda model: done.append("opened"))
     monkeypatch.setattr(weight_receiver, "finalize_layerwise_reload", lambda model, config: done.append("closed"))
     engine = weight_receiver.ShmWeightTransferEngine.__new__(weight_receiver.ShmWeightTransferEngine)
     engine.model, engine.model_config = Model(), None
     engine.model.load_weights = lambda named: done.append("loaded")
+    engine._reproduced = True
     return engine, done
 
 
@@ -240,6 +309,26 @@ def take(engine, update):
     engine.start_weight_update()
     engine.receive_weights(update)
     engine.finish_weight_update()
+
+
+@pytest.mark.parametrize(("first", "later"), [("plain", "placed"), ("strange", "loaded")])
+def test_the_first_publication_tells_whether_a_plan_gives_what_the_loader_gives(rounds, first, later):
+    engine, done = rounds
+    engine._reproduced = None
+    take(engine, info(first))
+    assert done == ["opened", "loaded", "closed"]
+    take(engine, info("plain"))
+    assert later in done[3:]
+
+
+def test_a_worker_that_is_never_asked_to_prepare_compares_nothing(rounds, monkeypatch):
+    engine, done = rounds
+    engine._reproduced = None
+    monkeypatch.setattr(weight_receiver, "reproduces", lambda *_: pytest.fail("compared"))
+    engine.start_weight_update()
+    engine.receive_weights(info("plain"))
+    engine.finish_weight_update()
+    assert done == ["opened", "loaded", "closed"]
 
 
 def test_a_round_places_what_is_ready_and_loads_the_rest(rounds):

@@ -112,6 +112,53 @@ def test_rollout_logprobs_are_those_of_the_sampling_distribution(stack, temperat
         assert "<|end|>" not in completion.text
 
 
+@pytest.fixture
+def flat(stack):
+    """The engine under weights that sample every token about equally often."""
+    engine, policy, run = stack
+    weights = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    with policy.torch.no_grad():
+        policy.model.get_input_embeddings().weight *= 0.05
+    run(engine.receive(policy.publish()))
+    yield lambda **how: run(engine.generate(PROMPT, dataclasses.replace(sampling(256, 34), **how), policy.version))
+    policy.model.load_state_dict(weights)
+    run(engine.receive(policy.publish()))
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "texts"),
+    [
+        ((), {1}, ()),
+        (("<|user|>",), {1, 3}, ()),  # No text: found as a token.
+        (("<|user|>", "<|system|>", "7"), {1, 2, 3}, ("7",)),
+        (("<|user|>7", "=="), {1}, ("<|user|>7", "==")),  # Text that a special token is part of.
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_stop_string_ends_a_completion_whatever_tokens_it_is(stack, flat, stop, tokens, texts, temperature):
+    decode, met = stack[0]._tokenizer.decode, set()
+    for completion in flat(stop=stop, temperature=temperature):
+        ids = completion.token_ids.tolist()
+        assert len(completion.logprobs) == len(ids)
+        ends = [
+            ({token} & tokens or {text for text in texts if text in decode(ids[: i + 1])})
+            for i, token in enumerate(ids)
+        ]
+        assert not any(ends[:-1])  # Nothing goes on behind an end.
+        assert completion.finish_reason == ("stop" if ends[-1] else "length")
+        met |= ends[-1]
+    assert met == tokens | set(texts)
+
+
+def test_the_full_blocks_of_a_prompt_are_shared(stack):
+    from vllm import SamplingParams
+
+    engine, _, run = stack
+    prompt = np.tile(PROMPT, 7)  # 42 tokens, 32 of them in a full block.
+    cached = [run(engine._run(prompt, SamplingParams(max_tokens=1), "shared")).num_cached_tokens for _ in range(2)]
+    assert cached == [0, 32]
+
+
 def test_greedy_is_the_argmax(stack):
     engine, policy, run = stack
     (completion,) = run(engine.generate(PROMPT, sampling(1, 4, 0.0), policy.version))

@@ -320,6 +320,21 @@ TABLE: dict[int, list[Case]] = {
             {"learner.lr": -1.0},
             "error[E102] bad value — run.toml:learner.lr. Found -1.0, expected a number > 0. Fix: learner.lr = 1e-06",
         ),
+        Case(
+            {"rollout.temperature": 0.005},
+            "error[E102] bad value — run.toml:rollout.temperature. Found 0.005, expected a number >= 0.01. "
+            "Fix: rollout.temperature = 1.0",
+        ),
+        Case(
+            {"eval.temperature": 0.0},
+            "error[E102] bad value — run.toml:eval.temperature. Found 0.0, expected a number >= 0.01. "
+            "Fix: set eval.temperature",
+        ),
+        Case(
+            {"rollout.stop": [""]},
+            'error[E102] bad value — run.toml:rollout.stop.0. Found "", expected at least 1 character. '
+            "Fix: set rollout.stop.0",
+        ),
     ],
     3: [
         Case(

@@ -10,6 +10,7 @@ import pytest
 
 from learner.losses import AGGREGATIONS
 from tests.learner_groups import learner_config, make_groups
+from tests.tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.stack
 
@@ -244,6 +245,21 @@ def test_the_saved_policy_loads_in_transformers(train, tmp_path):
     state = model.state_dict()
     assert all(np.array_equal(state[name].numpy(), value) for name, value in weights.items())
     assert len(AutoTokenizer.from_pretrained(tmp_path / "hf")("12+34=")["input_ids"]) == 6
+
+
+@pytest.mark.parametrize(("ranks", "learner"), [(1, {}), (2, {"zero_stage": 3})])
+def test_a_publication_is_what_a_checkpoint_file_would_be(train, tmp_path, ranks, learner):
+    """Of a model whose experts transformers holds as one tensor; proved at the start, trained a step, and compared."""
+    from safetensors.numpy import load_file
+
+    model = {"path": str(write_tiny_model("Qwen3MoE", tmp_path / "model"))}
+    out = {"publish": str(tmp_path / "published.npz"), "save": str(tmp_path / "saved")}
+    train(ranks, learner, model=model, steps=1, **out)
+    published, saved = np.load(out["publish"]), load_file(tmp_path / "saved" / "hf" / "model.safetensors")
+    before = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(published) == set(saved) == set(before)
+    assert all(np.array_equal(published[name], saved[name]) for name in saved)
+    assert any((saved[name] != before[name]).any() for name in saved if ".experts." in name)
 
 
 def test_weights_are_published_only_after_a_step_that_changed_them(model_dir):

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from learner import logprobs as under_test
 from learner.attention import ATTENTION_NAME, register_attention
@@ -230,18 +230,28 @@ def test_bfloat16_weights_give_float32_logprobs_and_bfloat16_gradients():
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("window", [13, 14])
-def test_a_sliding_window_shorter_than_a_sequence_is_refused(window):
-    policy, rows = packed(qwen2()), rows_of()
-    for layer in policy.model.model.layers:
-        layer.self_attn.sliding_window = window
-    tokens = collate(rows, CPU).tokens
-    assert tokens.layout.longest == 15
-    with pytest.raises(ValueError, match="sliding window"):
-        policy(tokens)
-    for layer in policy.model.model.layers:
-        layer.self_attn.sliding_window = 15
-    policy(tokens)
+@pytest.mark.parametrize("window", [2, 5, 14, 15, 16])
+def test_a_sliding_window_is_kept(window):
+    """Sequences of up to 15 tokens, each on its own side of the window."""
+    config = {name: getattr(qwen2().config, name) for name in ("vocab_size", "hidden_size", "head_dim")}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            **config,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.1,
+            sliding_window=window,
+            attn_implementation="eager",
+        )
+    )
+    policy, rows = packed(model), rows_of()
+    found, expected = run(policy, rows), [one_by_one(model, row, 1.0) for row in rows]
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours[0], theirs[0])
+    assert_same_gradients(gradients(policy.model, found), gradients(model, expected))
 
 
 def test_without_entropies_the_rest_is_the_same():

@@ -79,6 +79,23 @@ async def test_only_processes_of_this_host_are_ended_by_number(killed, node, exp
     assert killed == [*expected, "actor"]
 
 
+async def test_the_cause_of_a_death_is_not_cut_out(killed):
+    frames = '  File "/x/a.py", line 3, in __init__\n    super().__init__(*arguments)\n' * 20
+    text = (
+        "The actor died because of an error raised in its creation task, \x1b[36mray::Engine.__init__()\x1b[39m (pid=8, "
+        f"ip=127.0.0.1, actor_id=5f, repr=<launch.ray_actors.Engine object at 0x7f>)\n{frames}"
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, Model architectures "
+        f"['NewForCausalLM'] failed to be inspected. [type=value_error, input_value=ArgsKwargs({'x' * 600}), "
+        "input_type=ArgsKwargs]\n    For further information visit https://errors.pydantic.dev/2.12/v/value_error"
+    )
+    with pytest.raises(ActorDied) as died:
+        await RayActor(Handle({"save": RayActorError(error_msg=text)})).call("save").answer
+    assert str(died.value) == (
+        "The actor died because of an error raised in its creation task … pydantic_core._pydantic_core.ValidationError: "
+        "1 validation error for ModelConfig Value error, Model architectures ['NewForCausalLM'] failed to be inspected."
+    )
+
+
 async def test_what_an_actor_that_did_not_come_up_raised_is_told(killed):
     text = "The actor died because of an error raised in its creation task\n  File x, line 3\nValueError: no such model"
     with pytest.raises(ActorDied, match=r"creation task … ValueError: no such model"):
