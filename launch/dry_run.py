@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 
 from launch.hardware import Shape
-from launch.model_files import count_parameters
+from launch.model_weights import count_parameters
 from launch.placement import Needs, Node, check, table
 from launch.resume import Point
 from launch.run_folder import dump_config

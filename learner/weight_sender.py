@@ -236,18 +236,23 @@ def save_pretrained(engine: Any, weights: dict[str, Tensor], config: Config, dir
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    model = engine.module.model
-    ours, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
     try:
-        model.save_pretrained(directory, state_dict=weights)
+        write_model(engine.module.model, weights, directory)
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    finally:
-        model.config._attn_implementation = ours
     tokenizer = AutoTokenizer.from_pretrained(
         config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code
     )
     if config.model.chat_template:
         tokenizer.chat_template = config.model.chat_template
     tokenizer.save_pretrained(directory)
+
+
+def write_model(model: Any, weights: dict[str, Tensor], directory: str) -> None:
+    """Write ``weights`` and the configuration of ``model`` to ``directory``."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    ours, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
+    try:
+        model.save_pretrained(directory, state_dict=weights)
+    finally:
+        model.config._attn_implementation = ours
