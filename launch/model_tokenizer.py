@@ -71,9 +71,8 @@ def check_ids(config: Config, origin: str, tokenizer: Any, prompts: Iterable[Pro
     if found:
         raise InputError("E402", "tokenizer does not fit", place, found, expected, fix)
     highest = sorted(id for id in tokenizer.get_vocab().values() if id >= rows)
-    some = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)} = {id}" for id in highest[:3])
-    more = ", …" if len(highest) > 3 else ""
-    told = f"Found {len(highest)} ids without an embedding ({some}{more}), expected {expected}. No prompt has them"
+    some = ", ".join(_named(tokenizer, id) for id in highest[:3]) + (", …" if len(highest) > 3 else "")
+    told = f"Found {len(highest)} ids without an embedding: {some}. None occurs"
     return [f"warning[W402] tokenizer is larger than the model — {place}. {told}"]
 
 
@@ -82,15 +81,19 @@ def _occurring(config: Config, tokenizer: Any, rows: int, prompts: Iterable[Prom
     for prompt in prompts:
         highest = int(prompt.token_ids.max(initial=0))
         if highest >= rows:
-            return f'{tokenizer.convert_ids_to_tokens(highest)} = {highest} in the prompt "{one_line(prompt.text, 40)}"'
+            return f'{_named(tokenizer, highest)} in the prompt "{one_line(prompt.text, 40)}"'
     ids = tokenizer.get_vocab()
     for text in config.rollout.stop:
         if ids.get(text, 0) >= rows:
-            return f"{text} = {ids[text]} in rollout.stop"
+            return f"{_named(tokenizer, ids[text])} in rollout.stop"
     ends = _ends(Path(config.model.path)) | ({tokenizer.eos_token_id} - {None})
     if ends and min(ends) >= rows:
-        return f"{tokenizer.convert_ids_to_tokens(min(ends))} = {min(ends)}, the token that ends a completion"
+        return f"{_named(tokenizer, min(ends))}, which ends a completion"
     return ""
+
+
+def _named(tokenizer: Any, token: int) -> str:
+    return f"token {token} ({tokenizer.convert_ids_to_tokens(token)})"
 
 
 def _rows(path: Path) -> int | None:

@@ -130,9 +130,9 @@ def check_weights(path: str, model: Any, tensors: dict[str, dict[str, Any]]) -> 
     for name, there, wanted in sorted(info.mismatched_keys):
         found, fix = f"{name} {list(there)}", "use weights and config.json of the same model"
         raise InputError("E411", "weights do not fit", path, found, f"{list(wanted)} by config.json", fix)
-    if not info.unexpected_keys:
+    unused = sorted(name for name in info.unexpected_keys if tensors.get(name, {}).get("shape") != [])
+    if not unused:  # Single numbers are constants of older versions.
         return []
-    unused = sorted(info.unexpected_keys)
     some = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
     return [
         f"warning[W411] weights not used — {path}. Found {len(unused)} that {type(model).__name__} does not have ({some})"
