@@ -62,6 +62,10 @@ def check_files(path: Path, problems: list[InputError]) -> None:
             fix = f"name the file {WHOLE}, or add the index {INDEX} of its shards"
         problems.append(InputError("E409", "no safetensors", str(path), found, WHOLE, fix))
         return
+    if not (path / WHOLE).is_file() and not _named_by_index(path):
+        found, expected = "no weight_map of names and files", "the index of the shards"
+        problems.append(InputError("E411", "broken weights", f"{path}/{INDEX}", found, expected, "download it again"))
+        return
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         place, found = f"{path}/{INDEX}", f"{_some(missing)} of {len(files)} files missing"

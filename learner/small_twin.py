@@ -88,6 +88,8 @@ def _twin(kind: Any, whole: Any, attention: str) -> Any:
             setattr(config, name, size)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, None)
+    if getattr(config, "sliding_window", None):  # Windows are judged by E407.
+        config.sliding_window = max(config.sliding_window, WIDE)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind._from_config(copy.deepcopy(config)).parameters())
     if size > MOST_PARAMETERS:

@@ -160,6 +160,11 @@ def with_adapter(path: Path) -> None:
     (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/other"}))
 
 
+def with_broken_index(path: Path) -> None:
+    sharded()(path)
+    (path / "model.safetensors.index.json").write_text("<html>")
+
+
 def unindexed(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.safetensors")
 
@@ -191,6 +196,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "E411",
         "model-00002-of-00002.safetensors of 2",
     ),
+    "index of nothing": (with_broken_index, "E411", "model.safetensors.index.json. Found no weight_map"),
     "shards without an index": (unindexed, "E409", "name the file model.safetensors"),
     "GPTQ": (quantised("gptq"), "E412", "gptq"),
     "AWQ": (quantised("awq"), "E412", "awq"),
@@ -380,6 +386,7 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **values}}
 
 
+LONG = rope("longrope", original_max_position_embeddings=16, short_factor=[1.0] * 16, long_factor=[2.0] * 16)
 CONTEXTS: list[tuple[dict[str, Any], int | None]] = [
     ({"max_position_embeddings": 64}, 64),
     ({"n_positions": 32}, 32),
@@ -396,7 +403,7 @@ CONTEXTS: list[tuple[dict[str, Any], int | None]] = [
     ({"max_position_embeddings": 64} | rope("linear", factor=4.0), 256),
     ({"max_position_embeddings": 64} | rope("dynamic", factor=2.0), 128),
     ({"max_position_embeddings": 64} | rope("llama3", factor=8.0, original_max_position_embeddings=16), 64),
-    ({"max_position_embeddings": 64} | rope("longrope", factor=8.0, original_max_position_embeddings=16), 64),
+    ({"max_position_embeddings": 64} | LONG, 64),
     ({"max_position_embeddings": 64} | rope("linear", factor=None), 64),
     ({"max_position_embeddings": 64, "model_type": "gemma3_text"} | rope("linear", factor=8.0), 64),
     ({"max_position_embeddings": 64, "rope_parameters": {"full_attention": {"rope_type": "default"}}}, 64),
@@ -406,6 +413,30 @@ CONTEXTS: list[tuple[dict[str, Any], int | None]] = [
 @pytest.mark.parametrize(("shape", "context"), CONTEXTS)
 def test_the_context_is_what_engine_and_learner_make_of_the_configuration(shape, context):
     assert context_of(shape) == context
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize(
+    ("shape", "context"), [(s, c) for s, c in CONTEXTS if "max_position_embeddings" in s and "None" not in str(s)]
+)
+def test_vllm_takes_the_context_and_only_that(shape, context, tmp_path, monkeypatch):
+    from vllm.config import ModelConfig
+
+    from rollout.vllm_setup import engine_environment
+
+    def takes(length: int) -> bool:
+        try:
+            return ModelConfig(model=str(tmp_path), max_model_len=length, dtype="float32").max_model_len == length
+        except ValueError:
+            return False
+
+    write_model(tmp_path, **{key: value for key, value in shape.items() if key != "model_type"})
+    yarn = "yarn" in str(shape) and context > shape["max_position_embeddings"]
+    if "gemma3" not in str(shape):
+        assert takes(context + 1) is False
+        assert takes(context) is not yarn  # vLLM does not multiply; its rotary table is long enough all the same.
+    monkeypatch.setenv(name := "VLLM_ALLOW_LONG_MAX_MODEL_LEN", engine_environment(make_config(), 0)[name])
+    assert takes(context)
 
 
 WINDOWS: list[tuple[dict[str, Any], int | None]] = [
