@@ -249,10 +249,12 @@ def save_pretrained(engine: Any, weights: dict[str, Tensor], config: Config, dir
 
 
 def write_model(model: Any, weights: dict[str, Tensor], directory: str) -> None:
-    """Write ``weights`` and the configuration of ``model`` to ``directory``."""
+    """Write ``weights``, constants that belong to them and the configuration of ``model`` to ``directory``."""
     Path(directory).mkdir(parents=True, exist_ok=True)
+    kept = model.state_dict().keys()  # Gemma 4 scales its layers by buffers, which are no parameters.
+    constants = {name: buffer for name, buffer in model.named_buffers() if name in kept and not buffer.is_meta}
     ours, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
     try:
-        model.save_pretrained(directory, state_dict=weights)
+        model.save_pretrained(directory, state_dict=weights | constants)
     finally:
         model.config._attn_implementation = ours

@@ -594,3 +594,20 @@ def test_the_learner_refuses_weights_that_are_missing(tmp_path):
     save_file(whole, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"E411.*lm_head.weight.*saved without its output head"):
         PolicyModel.load(config)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE", "Mixtral", "Gemma 4 text", "GPT-2", "DeepSeek-V2", "OPT"])
+def test_a_checkpoint_has_the_names_and_values_that_were_loaded(name, tmp_path):
+    from safetensors.torch import load_file
+
+    from learner.logprobs import PolicyModel
+    from learner.weight_sender import write_model as write
+
+    kind, shape = ARCHITECTURES[name]
+    folder = save_tiny(tmp_path / "model", kind, **shape)
+    policy = PolicyModel.load(make_config(**{"model.path": str(folder)}))
+    weights = {key: weight.data.clone() for key, weight in policy.model.named_parameters()}
+    write(policy.model, weights, str(tmp_path / "hf"))
+    there, again = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "hf"))
+    assert there.keys() == again.keys()
+    assert all((there[key] == again[key]).all() for key in there)
