@@ -44,7 +44,7 @@ def read(path: str, raw: dict[str, Any], trusted: bool) -> Any:
     """
     kind, place = raw.get("model_type"), f"{path}/config.json"
     remote = trusted and "AutoConfig" in (raw.get("auto_map") or {})
-    if kind not in CONFIG_MAPPING and not remote:
+    if str(kind) not in CONFIG_MAPPING and not remote:
         expected, fix = f"a type that transformers {transformers.__version__} knows", "use another model"
         found = f"model_type {kind} of {(raw.get('architectures') or ['a model'])[0]}"
         raise InputError("E412", "architecture not supported", f"{place}:model_type", found, expected, fix)
