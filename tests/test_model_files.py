@@ -386,6 +386,7 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **values}}
 
 
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 LONG = rope("longrope", original_max_position_embeddings=16, short_factor=[1.0] * 16, long_factor=[2.0] * 16)
 CONTEXTS: list[tuple[dict[str, Any], int | None]] = [
     ({"max_position_embeddings": 64}, 64),
@@ -402,7 +403,7 @@ CONTEXTS: list[tuple[dict[str, Any], int | None]] = [
     ({"max_position_embeddings": 64, "rope_scaling": {"type": "yarn", "factor": 2.0}}, 128),
     ({"max_position_embeddings": 64} | rope("linear", factor=4.0), 256),
     ({"max_position_embeddings": 64} | rope("dynamic", factor=2.0), 128),
-    ({"max_position_embeddings": 64} | rope("llama3", factor=8.0, original_max_position_embeddings=16), 64),
+    ({"max_position_embeddings": 64} | LLAMA3, 64),
     ({"max_position_embeddings": 64} | LONG, 64),
     ({"max_position_embeddings": 64} | rope("linear", factor=None), 64),
     ({"max_position_embeddings": 64, "model_type": "gemma3_text"} | rope("linear", factor=8.0), 64),
