@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.environment import check_temporary_folder
 from launch.hardware import Shape
-from launch.model_files import count_parameters
+from launch.model_weights import count_parameters
 from launch.placement import Needs, Node, check, table
 from launch.preflight import Prepared
 from launch.resume import Point

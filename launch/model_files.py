@@ -6,15 +6,15 @@ Nor is any code that ships with it: whether that may run is settled here, before
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 
+from launch.model_config import check_config, check_quantised
+from launch.model_weights import check_files, check_types, read_tensors
 from shared.config import Config
-from shared.errors import InputError, raise_all
+from shared.errors import InputError, InputErrors, raise_all
 
-CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
 """A hub model at one commit: ``org/name@<commit>``."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@.*)?")
@@ -65,143 +65,63 @@ def _code_references(path: Path) -> list[str]:
     return [str(one) for one in flat if one is not None]
 
 
-def check_model(config: Config, origin: str) -> None:
-    """Raises ``InputErrors`` E401, E406-E411 from the model's files alone, E704 from what would pass by them."""
+def check_model(config: Config, origin: str, ours: bool = False) -> list[str]:
+    """Return warnings about the model's files, of which no weight is read.
+
+    With ``ours`` the folder is one that Millrace made: transformers, slow to import, is not asked about it.
+
+    Raises ``InputErrors`` E108, E401, E406-E413, and E704 for settings that would go around these checks.
+    """
     check_code(config, origin)
-    path, place = Path(config.model.path), f"{origin}:model.path"
+    path = Path(config.model.path)
+    raw = _read_config(path, f"{origin}:model.path")
+    problems: list[InputError] = []
+    check_files(path, problems)
+    check_quantised(path, raw, problems)
+    if ours:
+        check_config(config, origin, raw, _has_gpu(), problems)
+        raise_all(problems)
+        return []
+    return _ask_transformers(config, origin, raw, problems)
+
+
+def _ask_transformers(config: Config, origin: str, raw: dict[str, Any], problems: list[InputError]) -> list[str]:
+    """Return warnings about a model whose class, weights and save are tried without values; see ``check_model``."""
+    from learner import meta_model
+    from learner.small_twin import check_twin
+
+    path, trusted = config.model.path, config.model.trust_remote_code
+    try:
+        configuration = meta_model.read(path, raw, trusted)
+        check_config(config, origin, meta_model.canonical(configuration), _has_gpu(), problems)
+        raise_all(problems)
+        check_types(Path(path), problems)
+        raise_all(problems)
+        model = meta_model.build(path, configuration, trusted)
+        check_twin(path, model)
+    except InputError as error:
+        raise InputErrors([*problems, error]) from None
+    warnings = meta_model.rehearse_save(path, model)
+    return warnings + meta_model.check_weights(path, model, read_tensors(Path(path)))
+
+
+def _read_config(path: Path, place: str) -> dict[str, Any]:
+    """Return ``config.json`` of the folder ``path``. Raises ``InputError`` E401."""
     if not (path / "config.json").is_file():
-        named = ", and no cached hub model of that name" if HUB_NAME.fullmatch(config.model.path) else ""
+        named = ", and no cached hub model of that name" if HUB_NAME.fullmatch(str(path)) else ""
         found = f'"{path}" (no {"config.json" if path.is_dir() else f"such directory{named}"})'
         raise InputError("E401", "model not found", place, found, "a Hugging Face model directory", "check the path")
-    problems = []
     try:
-        shape = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(shape, dict):
-            raise ValueError(f"a {type(shape).__name__}")
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"a {type(raw).__name__}")
     except ValueError as error:
-        raise InputError(
-            "E401", "model not readable", f"{path}/config.json", str(error), "a JSON object", "download it again"
-        ) from None
-    heads, context = shape.get("num_attention_heads"), shape.get("max_position_embeddings")
-    tp = config.rollout.tensor_parallel_size
-    if heads and heads % tp:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-        fix = f"use {max(n for n in divisors if n <= tp)}"
-        place_tp = f"{origin}:rollout.tensor_parallel_size"
-        problems.append(
-            InputError("E406", "heads do not split", place_tp, f"{tp} for {heads} heads", f"one of {divisors}", fix)
-        )
-    if context and config.max_model_len > context:
-        longest = context - config.rollout.max_prompt_tokens
-        found = f"{config.rollout.max_prompt_tokens} + {config.max_model_len - config.rollout.max_prompt_tokens} = {config.max_model_len}"
-        fix = f"at most {longest} new tokens" if longest > 0 else f"rollout.max_prompt_tokens below {context}"
-        problems.append(
-            InputError(
-                "E407",
-                "sequence too long",
-                f"{origin}:rollout.max_new_tokens",
-                found,
-                f"<= {context} (model context)",
-                fix,
-            )
-        )
-    for key, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
-        if shape.get(key, neutral) not in (None, neutral):
-            expected = "logits straight from the output head, which the learner's chunked log-probs assume"
-            place_key = f"{path}/config.json:{key}"
-            problems.append(
-                InputError(
-                    "E412", "output head not supported", place_key, str(shape[key]), expected, "use another model"
-                )
-            )
-    if config.algorithm.old_logprobs == "current" and shape.get("attention_dropout"):
-        keys, fix = f"{origin}:algorithm.old_logprobs", 'algorithm.old_logprobs = "auto"'
-        found = f"current with attention_dropout {shape['attention_dropout']}"
-        problems.append(InputError("E108", "options disagree", keys, found, "a pass without dropout", fix))
-    _check_head_dim(path, shape, problems)
-    _check_weights(path, problems)
-    raise_all(problems)
+        file, expected = f"{path}/config.json", "a JSON object"
+        raise InputError("E401", "model not readable", file, str(error), expected, "download it again") from None
+    return raw
 
 
-def _check_head_dim(path: Path, shape: dict[str, Any], problems: list[InputError]) -> None:
+def _has_gpu() -> bool:
     import torch
 
-    if torch.cuda.is_available() or not shape.get("num_attention_heads"):
-        return
-    head_dim = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
-    if head_dim not in CPU_HEAD_DIMS:
-        expected = ", ".join(map(str, CPU_HEAD_DIMS)) + " (CPU attention)"
-        problems.append(
-            InputError(
-                "E410",
-                "head_dim not supported",
-                f"{path}/config.json:head_dim",
-                str(head_dim),
-                expected,
-                "use another model",
-            )
-        )
-
-
-def count_parameters(path: Path) -> int:
-    """Of a model that was checked, by the headers of its weight files."""
-    total = 0
-    for file in path.glob("*.safetensors"):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-    return total
-
-
-def _check_weights(path: Path, problems: list[InputError]) -> None:
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        others = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        found = ", ".join(others) or "no weights"
-        problems.append(
-            InputError(
-                "E409", "no safetensors", str(path), found, "model.safetensors", "convert it once on a trusted machine"
-            )
-        )
-    for file in files:
-        size, header = file.stat().st_size, {}
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            try:
-                header = json.loads(stream.read(length) if 0 < length < size else b"")
-                ends: list[int] | None = [
-                    tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"
-                ]
-            except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-                ends = None
-        if ends is not None and "lm_head.bias" in header:
-            expected = "an output head without bias"
-            problems.append(
-                InputError(
-                    "E412", "output head not supported", str(file), "lm_head.bias", expected, "use another model"
-                )
-            )
-        if ends is None:
-            problems.append(
-                InputError(
-                    "E411",
-                    "broken weights",
-                    str(file),
-                    f"{size} bytes without a header",
-                    "a safetensors file",
-                    "download it again",
-                )
-            )
-            continue
-        whole = 8 + length + max(ends, default=0)
-        if size != whole:
-            problems.append(
-                InputError(
-                    "E411",
-                    "broken weights",
-                    str(file),
-                    f"{size} bytes",
-                    f"{whole} bytes by its header",
-                    "download it again",
-                )
-            )
+    return bool(torch.cuda.is_available())

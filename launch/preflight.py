@@ -5,8 +5,6 @@ Errors of one pass are collected and raised together; nothing here needs a clust
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
+from launch.model_tokenizer import check_ids, load_tokenizer, names_pad_token, rehearse_save
 from launch.prompt_checks import check_held_out, check_rows, complete_rows
 from launch.sinks import check_sinks
 from rollout.datasets import read
@@ -32,11 +31,8 @@ from shared.choices import bind
 from shared.config import Config
 from shared.config_checks import warnings as combination_warnings
 from shared.config_data import Source
-from shared.errors import InputError, InputErrors, nearest, one_line, raise_all
+from shared.errors import InputError, InputErrors, nearest, raise_all
 from shared.types import Prompt
-
-ADDED_TOKENS = 8
-"""More than the class of a tokenizer adds to what its files name."""
 
 
 @dataclass
@@ -57,34 +53,39 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
 
     Raises ``InputErrors`` with all the problems found.
     """
-    from launch.builtin import resolve
+    from launch.builtin import SCHEME, resolve
 
     check_environment(eager=bool(config.rollout.vllm.get("enforce_eager")))
+    ours = config.model.path.startswith(SCHEME)
     config = _with_paths(resolve(config, origin, make_model=not rehearsal), base)
     problems: list[InputError] = []
     _collect(problems, lambda: _check_choices(config, origin))
     _collect(problems, lambda: check_sinks(config, origin))
     _collect(problems, lambda: check_secrets(config, origin))
-    tokenizer = _collect(problems, lambda: _checked_tokenizer(config, origin, light=rehearsal))
+    told = _collect(problems, lambda: check_model(config, origin, ours))
+    load = partial(_saved_tokenizer, config, origin, ours, rehearsal)
+    tokenizer = _collect(problems, load) if told is not None else None
     # Rows are read without a tokenizer too: what is wrong with them, and with rewards, is told in the same pass.
-    load = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else _read
-    train = _collect(problems, lambda: load(config.data.train, "train", f"{origin}:data.train"))
-    held = _collect(problems, lambda: load(config.data.eval or [], "test", f"{origin}:data.eval"))
+    rows = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else _read
+    train = _collect(problems, lambda: rows(config.data.train, "train", f"{origin}:data.train"))
+    held = _collect(problems, lambda: rows(config.data.eval or [], "test", f"{origin}:data.eval"))
     sound = not problems
     reads = _collect(problems, lambda: check_rewards(config, origin, train.columns if train else None)) or {}
     if sound and not problems and held.prompts:  # Else the same would be said twice.
         _collect(problems, lambda: check_rewards(config, origin, held.columns))
     held_out = held.prompts[: config.eval.max_rows] if held else []
-    warnings = combination_warnings(config, origin)
+    warnings = combination_warnings(config, origin) + (told or [])
     if train is not None:
         _collect(problems, lambda: _check_tasks(config, origin, train.prompts + held_out))
         warnings += check_rows(config, train, held_out, reads, problems)
+        prompts = train.prompts + held_out
+        warnings += _collect(problems, lambda: check_ids(config, origin, tokenizer, prompts)) or []
     if held is not None:
         warnings += check_held_out(config, held, reads, problems)
     raise_all(problems)
     assert train is not None
     warnings += filter(None, [open_token_file()])
-    if not _names_pad_token(config):
+    if not names_pad_token(config):
         warnings.append(
             f"info: no pad token — {origin}:model.tokenizer. None is needed: sequences are packed, not padded"
         )
@@ -176,47 +177,12 @@ def _check_choices(config: Config, origin: str) -> None:
     bind(config.eval.early_stopping, EARLY_STOPPING, "early stopping", f"{origin}:eval.early_stopping")
 
 
-def _checked_tokenizer(config: Config, origin: str, light: bool) -> Any:
-    check_model(config, origin)
-    return _load_tokenizer(config, origin, light)
-
-
-def _load_tokenizer(config: Config, origin: str, light: bool) -> Any:
-    """``light``: by the class that reads any tokenizer.json, if that tells enough. To import the automatic one takes longer
-    than all checks together, and what it may do otherwise is a token at an end."""
-    source, trusted = config.model.tokenizer or config.model.path, config.model.trust_remote_code
-    rows = json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")).get("vocab_size")
-    tokenizer = None
-    try:
-        if light and (Path(source) / "tokenizer.json").is_file() and not trusted:
-            from transformers import PreTrainedTokenizerFast
-
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(source, trust_remote_code=False)
-        if tokenizer is None or (rows and len(tokenizer) > rows - ADDED_TOKENS):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-    except Exception as error:  # A damaged file surfaces as whatever its parser raises.
-        place = f"{origin}:model.tokenizer"
-        raise InputError(
-            "E401", "tokenizer not found", place, one_line(error), "a tokenizer directory", "check the path"
-        ) from None
-    if len(tokenizer) < 2:  # transformers makes an empty one where the files are missing.
-        place, found = f"{origin}:model.tokenizer", f"no tokenizer files in {source}"
-        raise InputError("E401", "tokenizer not found", place, found, "a tokenizer directory", "check the path")
-    if rows and len(tokenizer) > rows:
-        place, fix = f"{origin}:model.tokenizer", "use the model's own tokenizer"
-        raise InputError(
-            "E402", "tokenizer does not fit", place, f"{len(tokenizer)} tokens", f"<= {rows} embedding rows", fix
-        )
+def _saved_tokenizer(config: Config, origin: str, ours: bool, rehearsal: bool) -> Any:
+    """Return the tokenizer; one that Millrace made is known to save, and in a rehearsal is read without AutoTokenizer."""
+    tokenizer = load_tokenizer(config, origin, light=ours and rehearsal)
+    if not ours:
+        rehearse_save(origin, tokenizer)
     return tokenizer
-
-
-def _names_pad_token(config: Config) -> bool:
-    """Whether the tokenizer's own files name one; transformers may add one of its class."""
-    folder = Path(config.model.tokenizer or config.model.path)
-    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    return any(re.search(r'"pad_token":\s*["{]', file.read_text(encoding="utf-8")) for file in files if file.is_file())
 
 
 def check_rewards(config: Config, origin: str, columns: list[str] | None) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.model_files import count_parameters
+from launch.model_weights import count_parameters
 from shared.config import Config
 from shared.errors import raise_all
 from shared.weights import SEGMENTS, SHM_BACKEND, backend_of, shared_memory_error, shared_memory_free

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.attention import ATTENTION_NAME, Layout, register_attention
+from learner.model_folder import load_whole
 from shared.config import Config
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
@@ -159,15 +160,12 @@ class PolicyModel(nn.Module):
 
     @classmethod
     def load(cls, config: Config) -> PolicyModel:
-        """The configured model from disk, in its own type, with packed attention."""
-        from transformers import AutoModelForCausalLM
-
+        """Return the configured model from disk, in its own type, with packed attention. Raises ``InputError`` E411."""
         register_attention()
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_whole(
             config.model.path,
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
             trust_remote_code=config.model.trust_remote_code,
         )
         rollout = config.rollout

@@ -285,18 +285,25 @@ def save_pretrained(engine: Any, weights: dict[str, Tensor], config: Config, dir
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    model = engine.module.model
-    ours, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
     try:
-        model.save_pretrained(directory, state_dict=weights)
+        write_model(engine.module.model, weights, directory)
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    finally:
-        model.config._attn_implementation = ours
     tokenizer = AutoTokenizer.from_pretrained(
         config.model.tokenizer or config.model.path, trust_remote_code=config.model.trust_remote_code
     )
     if config.model.chat_template:
         tokenizer.chat_template = config.model.chat_template
     tokenizer.save_pretrained(directory)
+
+
+def write_model(model: Any, weights: dict[str, Tensor], directory: str) -> None:
+    """Write ``weights``, constants that belong to them and the configuration of ``model`` to ``directory``."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    kept = model.state_dict().keys()  # Gemma 4 scales its layers by buffers, which are no parameters.
+    constants = {name: buffer for name, buffer in model.named_buffers() if name in kept and not buffer.is_meta}
+    ours, model.config._attn_implementation = model.config._attn_implementation, "sdpa"
+    try:
+        model.save_pretrained(directory, state_dict=weights | constants)
+    finally:
+        model.config._attn_implementation = ours

@@ -30,6 +30,8 @@ def engine_environment(config: Config, index: int) -> dict[str, str]:
     return {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
+        # The context is checked before the start (E407); vLLM does not know that YaRN multiplies it.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_CPU_OMP_THREADS_BIND": config.rollout.core_list(index),  # Of worker processes, where there are any.
         "OMP_NUM_THREADS": str(config.rollout.cpu_threads),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # Pages of 2 MB.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_model(path: Path, task: str = "addition", **shape: Any) -> Path:
-    """A Qwen2 directory as preflight sees it: configuration, tokenizer, and safetensors of 64 zero bytes."""
+    """A Qwen2 directory as preflight sees it: configuration, tokenizer, and safetensors full of zeros."""
     from launch.builtin import TASKS, make_tokenizer
 
     path.mkdir(parents=True, exist_ok=True)
@@ -76,19 +77,54 @@ def write_model(path: Path, task: str = "addition", **shape: Any) -> Path:
         "architectures": ["Qwen2ForCausalLM"],
         "vocab_size": 512,
         "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
     }
-    (path / "config.json").write_text(json.dumps(defaults | shape), encoding="utf-8")
-    write_safetensors(path / "model.safetensors")
+    table = defaults | shape
+    table.setdefault("num_key_value_heads", table["num_attention_heads"])
+    (path / "config.json").write_text(json.dumps(table), encoding="utf-8")
+    write_tensors(path / "model.safetensors", qwen2_shapes(table))
     make_tokenizer(TASKS[task]).save_pretrained(path)
     return path
 
 
+def qwen2_shapes(table: dict[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of the weights of a Qwen2 with a tied head, by its configuration."""
+    hidden, wide = table["hidden_size"], table["intermediate_size"]
+    head = table.get("head_dim") or hidden // table["num_attention_heads"]
+    shapes = {"model.embed_tokens.weight": [table["vocab_size"], hidden], "model.norm.weight": [hidden]}
+    for layer in range(table["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"), ("v", "num_key_value_heads")):
+            rows = table[heads] * head
+            shapes |= {f"{at}.self_attn.{name}_proj.weight": [rows, hidden], f"{at}.self_attn.{name}_proj.bias": [rows]}
+        shapes[f"{at}.self_attn.o_proj.weight"] = [hidden, table["num_attention_heads"] * head]
+        shapes |= {f"{at}.mlp.{name}_proj.weight": [wide, hidden] for name in ("gate", "up")}
+        shapes[f"{at}.mlp.down_proj.weight"] = [hidden, wide]
+        shapes |= {f"{at}.{name}_layernorm.weight": [hidden] for name in ("input", "post_attention")}
+    return shapes
+
+
+def write_tensors(path: Path, shapes: dict[str, list[int]], dtype: str = "F32") -> None:
+    """A safetensors file of zeros, which take no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * (4 if dtype == "F32" else 1)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
 def write_safetensors(path: Path, missing: int = 0) -> None:
     """One float32 tensor of 16 zeros; the last ``missing`` bytes of the file are cut off."""
-    header = json.dumps({"w": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64 - missing))
+    write_tensors(path, {"w": [16]})
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - missing)
 
 
 def make_prompt(index: int = 0, **columns: Any) -> Prompt:

@@ -69,7 +69,7 @@ LATE = {
         "rollout/reward_models.py",
         "launch/bench_learner.py",
         "launch/builtin.py",
-        "launch/preflight.py",
+        "launch/model_tokenizer.py",
         "launch/report/samples.py",
         "launch/show.py",
     },

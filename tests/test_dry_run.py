@@ -11,7 +11,7 @@ import pytest
 
 from launch import dry_run
 from launch.dry_run import check_room, checkpoint_bytes, memory, most_checkpoints, this_machine
-from launch.model_files import count_parameters
+from launch.model_weights import count_parameters
 from shared.errors import InputErrors
 from tests.fakes import make_config
 

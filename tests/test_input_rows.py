@@ -793,7 +793,7 @@ TABLE: dict[int, list[Case]] = {
     29: [
         Case(
             said="error[E402] tokenizer does not fit — run.toml:model.tokenizer. "
-            "Found 18 tokens, expected <= 8 embedding rows. "
+            'Found token 16 (=) in the prompt "0+1=", expected ids below 8, the embedding rows. '
             "Fix: use the model's own tokenizer",
             spoil=model(vocab_size=8),
         )
@@ -1034,7 +1034,7 @@ TABLE: dict[int, list[Case]] = {
     44: [
         Case(
             said="error[E601] not enough disk — run.output_dir = <here>/out. "
-            "Found 100 B free, expected ~512 B for 2 checkpoints at a time. "
+            "Found 100 B free, expected ~2.18 MB for 2 checkpoints at a time. "
             "Fix: another place, or make room",
             spoil=patch("launch.dry_run.shutil.disk_usage", lambda _: SimpleNamespace(free=100)),
         ),

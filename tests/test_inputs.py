@@ -14,7 +14,7 @@ import pytest
 
 from launch import cli, plan, run, simulate
 from tests.bad_input import ROWS, answering, fake_cluster, forbid_cluster, write_run
-from tests.fakes import write_config, write_model, write_rows, write_safetensors
+from tests.fakes import qwen2_shapes, write_config, write_model, write_rows, write_safetensors, write_tensors
 from tests.pace import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,9 +193,21 @@ def no_tokenizer(model: Path) -> None:
         file.unlink()
 
 
+WINDOWED = {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
+
+
+def renamed_weights(model: Path) -> None:
+    shapes = qwen2_shapes(json.loads((model / "config.json").read_text()))
+    write_tensors(model / "model.safetensors", {f"_orig_mod.{name}": shape for name, shape in shapes.items()})
+
+
 @pytest.mark.parametrize(
     ("code", "where", "shape", "spoil"),
     [
+        ("E411", "model", {}, renamed_weights),
+        ("E407", "run.toml:rollout.max_new_tokens", WINDOWED, None),
+        ("E412", "config.json:quantization_config", {"quantization_config": {"quant_method": "awq"}}, None),
+        ("E412", "config.json:architectures", {"architectures": ["Qwen2ForSequenceClassification"]}, None),
         ("E402", "run.toml:model.tokenizer", {"vocab_size": 8}, None),
         ("E408", "run.toml:model.path", {"auto_map": {"AutoModel": "m.M"}}, None),
         ("E410", "config.json:head_dim", {"num_attention_heads": 4}, None),
@@ -214,6 +226,7 @@ def test_a_wrong_model(answer, place, code, where, shape, spoil):
     if spoil:
         spoil(model)
     refused(answer(), code, where)
+    refused(answer("--dry-run"), code, where)
 
 
 def test_all_problems_are_printed_together(answer):
