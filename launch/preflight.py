@@ -15,10 +15,10 @@ from typing import Any
 from launch.environment import check_environment, check_secrets, open_token_file
 from launch.model_files import PINNED, check_model
 from launch.sinks import check_sinks
-from rollout.datasets import read
 from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
 from rollout.reward_loading import default_column, isolation_of, load_reward, missing_column, reward_name
+from rollout.row_checks import read_checked
 from rollout.sandbox import require_sandbox
 from shared.choices import bind
 from shared.config import Config
@@ -59,7 +59,7 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     _collect(problems, lambda: check_secrets(config, origin))
     tokenizer = _collect(problems, lambda: _checked_tokenizer(config, origin, light=rehearsal))
     # Rows are read without a tokenizer too: what is wrong with them, and with rewards, is told in the same pass.
-    load = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else _read
+    load = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else partial(_read, config)
     train = _collect(problems, lambda: load(config.data.train, "train", f"{origin}:data.train"))
     held = _collect(problems, lambda: load(config.data.eval or [], "test", f"{origin}:data.eval"))
     sound = not problems
@@ -87,11 +87,11 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     return Prepared(config, train, held_out, warnings)
 
 
-def _read(sources: list[Source], split: str, key: str) -> None:
+def _read(config: Config, sources: list[Source], split: str, key: str) -> None:
     """The rows of ``sources``, for what is wrong with them."""
     problems: list[InputError] = []
     for i, source in enumerate(sources):
-        _collect(problems, partial(read, source, split, f"{key}[{i}]" if len(sources) > 1 else key))
+        _collect(problems, partial(read_checked, config, source, split, f"{key}[{i}]" if len(sources) > 1 else key))
     raise_all(problems)
 
 

@@ -226,10 +226,12 @@ def _same(text: str, gold: str) -> float | None:
 
 
 def code_tests(completions: list[Any], *, column: str = "tests", **columns: Any) -> Rewards:
-    """Share of the column's tests that the completion's program passes; each program runs in a sandbox of its own."""
+    """Share of the column's tests that the completion's program passes, run in a sandbox; None without tests."""
     from rollout.code_tests import passed_shares
 
-    return list(passed_shares([text_of(c) for c in completions], columns[column]))
+    each = {name: values for name, values in columns.items() if isinstance(values, list) and values}
+    rows = [{name: values[i] for name, values in each.items()} for i in range(len(completions))]
+    return passed_shares([text_of(c) for c in completions], columns[column], rows)
 
 
 BUILTINS: dict[str, Callable[..., Any]] = {
