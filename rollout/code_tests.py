@@ -15,12 +15,14 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 from rollout.code_answers import same_output, same_value
 from rollout.code_forms import CONTEXT_KEYS, Case, Input, Suite, parse_tests
 from rollout.code_statements import Statement, UnknownTests
 from rollout.reward_calls import CallFailed
+from rollout.rewards import text_of
 from rollout.sandbox import PROGRAMS, SANDBOX_LIMITS, Child, Limits
 
 TIMEOUT_S = 5.0
@@ -32,6 +34,15 @@ START_S, SLACK_S = 2.0, 2.0
 PARALLEL = os.cpu_count() or 1
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _HARNESS: dict[str, Any] = {"function": None}
+
+
+class Configured(Protocol):
+    """What is read of ``shared.config_reward.RewardFunction``."""
+
+    args: dict[str, Any]
+    timeout_s: float | None
+    cpu_s: int | None
+    memory_mb: int | None
 
 
 def program_of(text: str) -> str:
@@ -56,29 +67,48 @@ def passed_share(
     return None if suite is None else _share(text, suite, row or {}, limits, timeout_s)
 
 
-def passed_shares(
-    texts: Sequence[str], tests: Sequence[Any], rows: Sequence[Mapping[str, Any]] | None = None
-) -> list[float | None]:
-    """``passed_share`` of every text, as many at a time as there are cores."""
-    rows = rows or [{}] * len(texts)
-    read: dict[tuple[Any, ...], Suite | None] = {}
-    suites = []
-    for given, row in zip(tests, rows, strict=True):  # The completions of a group share their tests.
-        key = (id(given), *(repr(row.get(name)) for name in CONTEXT_KEYS))
-        if key not in read:
-            read[key] = _suite(given, row)
-        suites.append(read[key])
+class CodeTests:
+    """The reward ``code_tests``: the share of a column's tests that the program of each completion passes."""
 
-    def share(text: str, suite: Suite | None, row: Mapping[str, Any]) -> float | None:
-        return None if suite is None else _share(text, suite, row, SANDBOX_LIMITS, TIMEOUT_S)
+    def __init__(self, column: str, limits: Limits = SANDBOX_LIMITS, timeout_s: float = TIMEOUT_S) -> None:
+        self._column, self._limits, self._timeout_s = column, limits, timeout_s
 
-    with ThreadPoolExecutor(PARALLEL) as pool:
-        return list(pool.map(share, texts, suites, rows))
+    @classmethod
+    def configured(cls, spec: Configured) -> CodeTests:
+        """Make the one of ``spec``, with its limits for one test."""
+        return cls(spec.args.get("column", "tests"), *limits_of_test(spec))
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        """One share a completion, None without tests; as many programs run at a time as there are cores."""
+        each = {name: values for name, values in columns.items() if isinstance(values, list) and values}
+        rows = [{name: values[i] for name, values in each.items()} for i in range(len(completions))]
+        read: dict[tuple[Any, ...], Suite | None] = {}
+        suites = []
+        for given, row in zip(columns[self._column], rows, strict=True):  # Completions of a group share their tests.
+            key = (id(given), *(repr(row.get(name)) for name in CONTEXT_KEYS))
+            if key not in read:
+                read[key] = _suite(given, row)
+            suites.append(read[key])
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            return list(pool.map(self._share, map(text_of, completions), suites, rows))
+
+    def _share(self, text: str, suite: Suite | None, row: Mapping[str, Any]) -> float | None:
+        return None if suite is None else _share(text, suite, row, self._limits, self._timeout_s)
 
 
-def longest_s(counts: Sequence[int]) -> float:
-    """Seconds that ``passed_shares`` may take for programs with so many tests each, whatever the programs do."""
-    times = [_limit_s(count, SANDBOX_LIMITS, TIMEOUT_S) for count in counts]
+def limits_of_test(spec: Configured) -> tuple[Limits, float]:
+    """What one test may use as ``spec`` has it, and its seconds of wall clock."""
+    limits = replace(
+        SANDBOX_LIMITS,
+        cpu_s=spec.cpu_s or SANDBOX_LIMITS.cpu_s,
+        memory_mb=spec.memory_mb or SANDBOX_LIMITS.memory_mb,
+    )
+    return limits, spec.timeout_s or TIMEOUT_S + max(0, limits.cpu_s - SANDBOX_LIMITS.cpu_s)
+
+
+def longest_s(counts: Sequence[int], limits: Limits = SANDBOX_LIMITS, timeout_s: float = TIMEOUT_S) -> float:
+    """Seconds that a call for programs with so many tests each may take, whatever the programs do."""
+    times = [_budget_s(count, limits) + timeout_s + SLACK_S for count in counts]
     return sum(times) / PARALLEL + max(times, default=0.0)
 
 
@@ -95,16 +125,16 @@ def _suite(tests: Any, row: Mapping[str, Any]) -> Suite | None:
         return None
 
 
-def _limit_s(count: int, limits: Limits, timeout_s: float) -> float:
-    """Seconds after which the tests that are left count as failed: on average their CPU limit for each."""
-    return START_S + timeout_s + SLACK_S + count * limits.cpu_s
+def _budget_s(count: int, limits: Limits) -> float:
+    """Seconds after which no further test of a program starts: on average its CPU limit for each."""
+    return START_S + count * limits.cpu_s
 
 
 def _share(text: str, suite: Suite, row: Mapping[str, Any], limits: Limits, timeout_s: float) -> float:
     program, prompt = program_of(text), row.get("prompts")
     # A completion may go on where a prompt of Python ends.
     sources = [program, prompt + program] if isinstance(prompt, str) else [program]
-    until = time.monotonic() + _limit_s(len(suite.cases), limits, timeout_s)
+    until = time.monotonic() + _budget_s(len(suite.cases), limits)
     box, passed = _Box(sources, suite.setup, limits, timeout_s), 0
     try:
         for case in suite.cases:
@@ -158,9 +188,12 @@ class _Box:
         call = {"step": step, "sources": self._sources, "timeout_s": self._timeout_s, **more}
         answer = self._child.call(call, self._timeout_s + SLACK_S)
         self.late += bool(answer.get("late"))
-        if answer.get("dirty") and step != "load":
-            self.close()
+        if "fault" in answer:
+            found, fix = str(answer["fault"]), "see the limits of this machine"
+            raise CallFailed("E308", "no sandbox", found, "a process for a test", fix)
         said = answer.get("said")
+        if answer.get("dirty") and (step != "load" or said is None):
+            self.close()
         return said if isinstance(said, str) else None
 
     def _job(self, case: Case, token: str) -> dict[str, Any]:

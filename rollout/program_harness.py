@@ -51,7 +51,7 @@ class Harness:
         """Run a program on standard input; answer what it printed, None if it did not end well."""
         self._until = time.monotonic() + call["timeout_s"]
         given = os.memfd_create("input")
-        _write_all(given, call["given"].encode("utf-8", "surrogateescape"))
+        _write_all(given, call["given"].encode("utf-8", "replace"))
         os.lseek(given, 0, os.SEEK_SET)
         read, write = os.pipe()
         process = self._fork({0: given, 1: write}, lambda: self._run(call["sources"]))
@@ -134,27 +134,28 @@ class Harness:
     def _watch(self, fork: _Fork, line: bool = False) -> tuple[bytes | None, bool]:
         """Read until the process ends, or a ``line`` of it; (its bytes, or None if too many; True if it is late)."""
         process, read = fork
-        ended, said = os.pidfd_open(process), bytearray()
-        poll = select.poll()
+        ended, poll = os.pidfd_open(process), select.poll()
         poll.register(read, select.POLLIN)
         poll.register(ended, select.POLLIN)
         try:
-            while (left := self._until - time.monotonic()) > 0:
-                ready = {fd for fd, _ in poll.poll(left * 1000)}
-                if read in ready:
-                    part = os.read(read, 1 << 16)
-                    said += part
-                    if not part:
-                        poll.unregister(read)
-                    if len(said) > MOST_PRINTED:
-                        return None, False
-                    if line and b"\n" in said:
-                        return bytes(said), False
-                elif ended in ready:
-                    return bytes(said), False
-            return None, True
+            return self._read(poll, read, line)
         finally:
             os.close(ended)
+
+    def _read(self, poll: select.poll, read: int, line: bool) -> tuple[bytes | None, bool]:
+        said = bytearray()
+        while (left := self._until - time.monotonic()) > 0:
+            ready = {fd for fd, _ in poll.poll(left * 1000)}
+            if read in ready:
+                part = os.read(read, 1 << 16)
+                said += part
+                if not part:  # Its end is closed; the process may still be there.
+                    poll.unregister(read)
+                if len(said) > MOST_PRINTED:
+                    return None, False
+            if (line and b"\n" in said) or (ready and read not in ready):
+                return bytes(said), False
+        return None, True
 
 
 def _end(fork: _Fork) -> int:

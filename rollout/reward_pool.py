@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rollout.code_tests import count_tests, longest_s
+from rollout.code_tests import count_tests, limits_of_test, longest_s
 from rollout.reward_loading import isolation_of, reward_name
 from rollout.reward_worker import Group, RewardWorker, Scores
 from rollout.row_checks import CODE_TESTS, code_column
@@ -157,11 +157,11 @@ class RewardPool:
     def _code_s(self, groups: list[Group]) -> float:
         """Longest time that ``code_tests`` may take for ``groups``: it grows with the number of their tests."""
         total = 0.0
-        for column in (code_column(f) for f in self._settings.functions if f.function == CODE_TESTS):
-            counts: list[int] = []
+        for function in (f for f in self._settings.functions if f.function == CODE_TESTS):
+            column, counts = code_column(function), list[int]()
             for _, prompt, completions in groups:
                 counts += [count_tests(prompt.columns.get(column), prompt.columns)] * len(completions)
-            total += longest_s(counts)
+            total += longest_s(counts, *limits_of_test(function))
         return total
 
     def _finish(self, items: list[_Item], scores: list[Scores]) -> None:

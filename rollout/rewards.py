@@ -227,11 +227,9 @@ def _same(text: str, gold: str) -> float | None:
 
 def code_tests(completions: list[Any], *, column: str = "tests", **columns: Any) -> Rewards:
     """Share of the column's tests that the completion's program passes, run in a sandbox; None without tests."""
-    from rollout.code_tests import passed_shares
+    from rollout.code_tests import CodeTests
 
-    each = {name: values for name, values in columns.items() if isinstance(values, list) and values}
-    rows = [{name: values[i] for name, values in each.items()} for i in range(len(completions))]
-    return passed_shares([text_of(c) for c in completions], columns[column], rows)
+    return CodeTests(column)(completions, **columns)
 
 
 BUILTINS: dict[str, Callable[..., Any]] = {

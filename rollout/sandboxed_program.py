@@ -64,14 +64,20 @@ def main(answers_fd: int) -> None:
     before = _left_behind()
     write_frame(answers, {"token": hello["token"], "ready": True})
     while (call := read_frame(requests)) is not None:
-        answer = steps[call["step"]](call)
+        try:
+            answer = steps[call["step"]](call)
+        except OSError as error:  # This machine's fault, and no program's.
+            answer = {"said": None, "fault": str(error)}
         write_frame(answers, answer | {"token": call["token"], "dirty": _left_behind() != before})
 
 
-def _left_behind() -> tuple[Any, ...]:
+def _left_behind() -> tuple[Any, ...] | None:
     """What the only folder that a program can write to shows of it: names, rights, files and blocks in use."""
-    room = os.statvfs("/tmp")
-    return sorted(os.listdir("/tmp")), os.stat("/tmp").st_mode, room.f_ffree, room.f_bfree
+    try:
+        room = os.statvfs("/tmp")
+        return sorted(os.listdir("/tmp")), os.stat("/tmp").st_mode, room.f_ffree, room.f_bfree
+    except OSError:  # Its rights were taken away.
+        return None
 
 
 def _compiled(sources: list[str], read: Any = compile) -> Any:

@@ -8,9 +8,11 @@ import time
 import pytest
 
 from rollout import code_tests, sandbox
-from rollout.code_tests import PARALLEL, count_tests, longest_s, passed_share
+from rollout.code_tests import PARALLEL, CodeTests, count_tests, limits_of_test, longest_s, passed_share
+from rollout.reward_calls import CallFailed
 from rollout.rewards import BUILTINS
 from rollout.sandbox import Limits
+from shared.config_reward import RewardFunction
 
 pytestmark = [
     pytest.mark.process,
@@ -192,6 +194,8 @@ LEAVES = {
     + "def f(x):\n    there = os.path.exists('/tmp/a/b')\n    os.makedirs('/tmp/a/b', exist_ok=True)\n    return 1 + there",
     "rights of the folder": COUNT
     + "def f(x):\n    there = os.stat('/tmp').st_mode & 0o777 == 0o700\n    os.chmod('/tmp', 0o700)\n    return 1 + there",
+    "no rights of the folder": COUNT + "def f(x):\n    os.chmod('/tmp', 0)\n    return 1",
+    "what loading left": "import os\nif os.path.exists('/tmp/x'):\n    raise ValueError\nopen('/tmp/x', 'w')\ndef f(x):\n    return 1",
     "the working folder": COUNT
     + "def f(x):\n    there = os.getcwd()\n    os.chdir('/')\n    return 1 + (there == '/')",
     "environment": COUNT
@@ -258,6 +262,18 @@ def test_time_grows_with_the_number_of_tests():
     assert count_tests([1], {}) == 0
 
 
+def test_the_limits_of_a_configured_reward_are_those_of_one_test():
+    def share(**fields):
+        return CodeTests.configured(RewardFunction(function="code_tests", **fields))([program], tests=[TESTS])[0]
+
+    program = f"import time\nx = bytearray(700 << 20)\ntime.sleep(0.3)\n{RIGHT}"
+    assert share() == 0
+    assert share(memory_mb=2048) == 1
+    assert share(memory_mb=2048, timeout_s=0.2) == 0
+    limits, timeout_s = limits_of_test(RewardFunction(function="code_tests", cpu_s=9))
+    assert (limits.cpu_s, limits.memory_mb, timeout_s) == (9, 512, 12)
+
+
 def test_a_program_has_one_sandbox_for_its_tests_unless_one_leaves_something_behind(monkeypatch):
     started = []
 
@@ -272,6 +288,19 @@ def test_a_program_has_one_sandbox_for_its_tests_unless_one_leaves_something_beh
     writes = "open('/tmp/left', 'x')\nprint(3)"
     assert passed_share(writes, {"inputs": ["1 2"] * 3, "outputs": ["3"] * 3}) == 1
     assert len(started) == 4
+
+
+def test_what_a_program_leaves_when_it_fails_to_load_does_not_reach_the_next_test():
+    program = "import os\nos.mkdir('/tmp/x')\nraise ValueError"
+    seen = "import os\ndef f(x):\n    return 2\nif not os.path.exists('/tmp/x'):\n    os.mkdir('/tmp/x')\n    raise ValueError"
+    assert passed_share(program, TESTS) == 0
+    assert passed_share(seen, TESTS) == 0
+
+
+def test_a_sandbox_that_cannot_fork_is_no_0(monkeypatch):
+    monkeypatch.setattr(code_tests.Child, "call", lambda *_: {"said": None, "fault": "no memory", "dirty": False})
+    with pytest.raises(CallFailed, match="no memory"):
+        passed_share(RIGHT, TESTS)
 
 
 # --- what a process of a test may do ---
