@@ -66,8 +66,9 @@ def parse(source: str) -> ast.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile(source, "<test>", "exec")
-            return ast.parse(source)
+            tree = ast.parse(source)
+            compile(tree, "<test>", "exec")
+            return tree
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         where = f" in line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         said = error.msg if isinstance(error, SyntaxError) else type(error).__name__

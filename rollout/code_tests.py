@@ -32,7 +32,8 @@ MOST_LATE = 3
 START_S, SLACK_S = 2.0, 2.0
 """Seconds allowed for the start of a sandbox, and for its answer beyond a test's own time."""
 PARALLEL = os.cpu_count() or 1
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```[^\n`]+```|```([^\n`]*)\n(.*?)```", re.DOTALL)
+"""Text in fences: on one line, or with the name of its language and its lines."""
 _HARNESS: dict[str, Any] = {"function": None}
 
 
@@ -46,9 +47,11 @@ class Configured(Protocol):
 
 
 def program_of(text: str) -> str:
-    """The last fenced block of Python, else the whole text."""
-    blocks: list[str] = _FENCE.findall(text)
-    return blocks[-1] if blocks else text
+    """The last fenced block of Python, else the last of no language, else the whole text."""
+    blocks = [(found[1].strip(" \t{.").lower(), found[2]) for found in _FENCE.finditer(text) if found[2] is not None]
+    named = [block for language, block in blocks if language.startswith("py")]
+    plain = [block for language, block in blocks if not language]
+    return (named or plain or [text])[-1]
 
 
 def passed_share(

@@ -59,6 +59,7 @@ def main(answers_fd: int) -> None:
     if hello is None:
         return
     sys.path[:] = hello["path"]
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Each thread's buffer counts against the memory limit.
     harness = Harness(hello["limits"], _run_program, _test_program)
     steps = {"run": harness.run, "load": harness.load, "test": harness.test}
     before = _left_behind()

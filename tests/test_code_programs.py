@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +15,7 @@ from rollout import code_tests, sandbox
 from rollout.code_tests import PARALLEL, CodeTests, count_tests, limits_of_test, longest_s, passed_share
 from rollout.reward_calls import CallFailed
 from rollout.rewards import BUILTINS
-from rollout.sandbox import Limits
+from rollout.sandbox import ROOT, Limits
 from shared.config_reward import RewardFunction
 
 pytestmark = [
@@ -301,6 +305,54 @@ def test_a_sandbox_that_cannot_fork_is_no_0(monkeypatch):
     monkeypatch.setattr(code_tests.Child, "call", lambda *_: {"said": None, "fault": "no memory", "dirty": False})
     with pytest.raises(CallFailed, match="no memory"):
         passed_share(RIGHT, TESTS)
+
+
+def processes(pid: int) -> list[int]:
+    """``pid`` and all its descendants."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(one for child in children for one in processes(int(child)))]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def within_5_s(holds) -> bool:
+    deadline = time.monotonic() + 5
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
+
+
+HANGING = """
+import threading, time
+from rollout.sandbox import PROGRAMS, SANDBOX_LIMITS, Child
+child = Child({"function": None}, "code_tests", SANDBOX_LIMITS, sandboxed=True, main=PROGRAMS)
+call = {"step": "run", "sources": ["import time; time.sleep(300)"], "given": "", "timeout_s": 300}
+threading.Thread(target=lambda: child.call(call, 300), daemon=True).start()
+print(child._process.pid, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("ended", ["child", "parent"])
+def test_no_process_stays_when_a_sandbox_or_its_worker_is_killed(ended):
+    parent = subprocess.Popen([sys.executable, "-c", HANGING], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert within_5_s(lambda: len(processes(child)) >= 3)  # bubblewrap, the harness, the program.
+    pids = processes(child)
+    if ended == "child":
+        os.killpg(child, 9)
+    else:
+        parent.kill()
+    assert within_5_s(lambda: all(map(gone, pids)))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
 
 
 # --- what a process of a test may do ---
