@@ -28,7 +28,7 @@ from rollout.sandbox import PROGRAMS, SANDBOX_LIMITS, Child, Limits
 TIMEOUT_S = 5.0
 """Seconds of wall clock for one test, beside its CPU limit."""
 MOST_LATE = 3
-"""Tests over the wall clock after which the program's other tests count as failed."""
+"""Tests over a limit of time after which the program's other tests count as failed."""
 START_S, SLACK_S = 2.0, 2.0
 """Seconds allowed for the start of a sandbox, and for its answer beyond a test's own time."""
 PARALLEL = os.cpu_count() or 1
@@ -156,7 +156,7 @@ class _Box:
         self._sources, self._setup, self._limits, self._timeout_s = sources, setup, limits, timeout_s
         self._child: Child | None = None
         self.late = 0
-        """Tests that took longer than the wall clock allows."""
+        """Tests that took more wall clock or CPU time than allowed."""
 
     def passes(self, case: Case) -> bool:
         """Run the program on ``case`` in a process of its own. A program that breaks the sandbox fails."""
@@ -172,7 +172,7 @@ class _Box:
             value = self._value(self._ask("test", job=self._job(case, token)), token)
             return bool(value) and (isinstance(case, Statement) or same_value(value[0], case.wanted))
         except CallFailed as failure:
-            self.late += failure.code == "E305"
+            self.late += failure.code in ("E305", "E306")
             self.close()
             if failure.code in ("E304", "E305", "E306"):
                 return False

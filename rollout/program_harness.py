@@ -58,8 +58,9 @@ class Harness:
         os.close(given)
         os.close(write)
         printed, late = self._watch((process, read))
-        good = _end((process, read)) == 0 and not late and printed is not None
-        return {"said": printed.decode("utf-8", "replace") if good and printed is not None else None, "late": late}
+        code = _end((process, read))
+        said = printed.decode("utf-8", "replace") if printed is not None and code == 0 and not late else None
+        return {"said": said, "late": late or code == -signal.SIGXCPU}
 
     def load(self, call: dict[str, Any]) -> dict[str, Any]:
         """Load a program for ``test``; answer whether it is there."""
@@ -90,7 +91,7 @@ class Harness:
     def _answer(self, said: bytes | None, late: bool) -> dict[str, Any]:
         """End the loaded program."""
         assert self._loaded is not None
-        _end(self._loaded)
+        late |= _end(self._loaded) == -signal.SIGXCPU
         os.close(self._job)
         os.close(self._go)
         self._loaded = None

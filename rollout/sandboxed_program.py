@@ -5,6 +5,7 @@ it. ``main`` serves as ``program_harness`` says; what is below it runs in the pr
 """
 
 from __future__ import annotations
+import __future__
 
 import atexit
 import bisect
@@ -36,6 +37,8 @@ RECURSION = 50_000
 """Depth of recursion that judges give to a class ``Solution``."""
 _MODULES = (typing, collections, itertools, functools, heapq, bisect, math, string, operator, random, re, sys)
 _EXECUTE: Callable[..., Any] = exec
+_READ: Callable[..., Any] = functools.partial(compile, dont_inherit=True)
+_LATE_ANNOTATIONS = __future__.annotations.compiler_flag
 
 
 class ListNode:
@@ -81,14 +84,12 @@ def _left_behind() -> tuple[Any, ...] | None:
         return None
 
 
-def _compiled(sources: list[str], read: Any = compile) -> Any:
-    """The first of ``sources`` that compiles. Raises ``SyntaxError`` of the first if none does."""
-    for source in sources[1:]:
+def _compiled(sources: list[str], flags: int = 0, read: Any = _READ) -> Any:
+    """The first of ``sources`` that compiles. Raises ``SyntaxError`` of the last if none does."""
+    for source in sources[:-1]:
         with contextlib.suppress(SyntaxError):
-            return read(sources[0], "<program>", "exec")
-        with contextlib.suppress(SyntaxError):
-            return read(source, "<program>", "exec")
-    return read(sources[0], "<program>", "exec")
+            return read(source, "<program>", "exec", flags)
+    return read(sources[-1], "<program>", "exec", flags)
 
 
 def _run_program(sources: list[str], run: Any = _EXECUTE) -> None:
@@ -111,7 +112,7 @@ def _run_program(sources: list[str], run: Any = _EXECUTE) -> None:
     os._exit(status)
 
 
-def _test_program(sources: list[str], setup: list[str], run: Any = _EXECUTE, read: Any = compile) -> None:
+def _test_program(sources: list[str], setup: list[str], run: Any = _EXECUTE, read: Any = _READ) -> None:
     """Load the program, wait for its test, and answer; what is used then is bound before the program is there."""
     take, put, pread, end = os.read, os.write, os.pread, os._exit
     parse, write, check, find, plain = json.loads, json.dumps, _check, _function, _plain
@@ -124,7 +125,7 @@ def _test_program(sources: list[str], setup: list[str], run: Any = _EXECUTE, rea
     for code in setup:  # What a program may use; what needs the program comes with the test.
         with contextlib.suppress(Exception):
             run(read(code, "<setup>", "exec"), names)
-    run(_compiled(sources), names)
+    run(_compiled(sources, _LATE_ANNOTATIONS), names)  # Judges do not mind types that are not imported.
     put(VERDICT, b"\n")
     take(GO, 1)
     text = b""

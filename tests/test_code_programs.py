@@ -71,6 +71,7 @@ FORMS = {
     "pytest": (ADD_FUNCTION, "from solution import add\n\ndef test_add():\n    assert add(1, 2) == 3\n", {}),
     "unittest": (ADD_FUNCTION, UNITTEST, {}),
     "bare comparison": (ADD_FUNCTION, ["add(1, 2) == 3"], {}),
+    "types that are not imported": ("def add(a: List[int], b) -> Optional[int]:\n    return a + b\n", HUMANEVAL, {}),
     "imports in the list": (ADD_FUNCTION, ["import math", "assert add(1, 2) == math.floor(3.5)"], {}),
     "apps, function": (ADD_FUNCTION, {"fn_name": "add", "inputs": [[1, 2], [3, 4]], "outputs": [3, [7]]}, {}),
     "apps, method": (SOLUTION, json.dumps({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}), {}),
@@ -156,6 +157,7 @@ WAYS = [
     "if __name__ == '__main__':\n    print(6)",
     "import __main__\nx = 6\nprint(__main__.x)",
     "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 6\nprint(A().x)",
+    "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 1\nprint(6 if dataclasses.fields(A)[0].type is int else 0)",
     "import pickle\nclass A:\n    x = 6\nprint(pickle.loads(pickle.dumps(A())).x)",
     "import asyncio\nasync def go():\n    print(6)\nasyncio.run(go())",
     "import numpy\nprint(numpy.loadtxt(sys.stdin.read().split(), dtype=int).sum())",
@@ -244,16 +246,29 @@ def test_a_test_that_hangs_or_crashes_fails_alone(crash):
     body = "\n".join(f"        {line}" for line in crash.split("\n"))
     program = f"def f(x):\n    if x == 1:\n{body}\n    return x + 1"
     tests = ["assert f(0) == 1", "assert f(1) == 2", "assert f(2) == 3"]
-    assert passed_share(program, tests, Limits(1, 512), 0.8) == pytest.approx(2 / 3)
+    assert passed_share(program, tests, Limits(1, 512), 2.0) == pytest.approx(2 / 3)
 
 
-def test_after_three_tests_over_the_wall_clock_the_others_fail_and_are_not_run():
-    started = time.monotonic()
-    program = "import time\nn = int(input())\ntime.sleep(9 if n < 3 else 0)\nprint(n)"
-    tests = [{"input": str(n), "output": str(n)} for n in range(50)]
-    assert passed_share(program, tests, timeout_s=0.5) == 0
-    assert time.monotonic() - started < 5
-    assert passed_share(program.replace("< 3", "< 2"), tests, timeout_s=0.5) == 48 / 50
+@pytest.mark.parametrize(
+    ("program", "wall_s", "share"),
+    [
+        ("import time\ndef f(n):\n    time.sleep(9 if n < 3 else 0)\n    return n", 0.5, 0),
+        ("import time\ndef f(n):\n    time.sleep(9 if n < 2 else 0)\n    return n", 2.0, 38 / 40),
+        ("import time\ntime.sleep(9)\ndef f(n):\n    return n", 0.5, 0),
+        ("def f(n):\n    while n < 3: pass\n    return n", 9.0, 0),
+    ],
+)
+def test_after_three_tests_over_a_limit_of_time_the_others_fail_and_are_not_run(monkeypatch, program, wall_s, share):
+    real, loaded = code_tests.Child.call, []
+
+    def call(child, payload, timeout_s):
+        loaded.extend([1] if payload["step"] == "load" else [])
+        return real(child, payload, timeout_s)
+
+    monkeypatch.setattr(code_tests.Child, "call", call)
+    tests = {"fn_name": "f", "inputs": list(range(40)), "outputs": list(range(40))}
+    assert passed_share(program, tests, Limits(1, 512), wall_s) == share
+    assert len(loaded) == (40 if share else 3)
 
 
 def test_time_grows_with_the_number_of_tests():
