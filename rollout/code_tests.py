@@ -141,7 +141,7 @@ def _share(text: str, suite: Suite, row: Mapping[str, Any], limits: Limits, time
     box, passed = _Box(sources, suite.setup, limits, timeout_s), 0
     try:
         for case in suite.cases:
-            if box.late >= MOST_LATE or time.monotonic() > until:
+            if box.unreadable or box.late >= MOST_LATE or time.monotonic() > until:
                 break
             passed += box.passes(case)
     finally:
@@ -155,6 +155,8 @@ class _Box:
     def __init__(self, sources: list[str], setup: list[str], limits: Limits, timeout_s: float) -> None:
         self._sources, self._setup, self._limits, self._timeout_s = sources, setup, limits, timeout_s
         self._child: Child | None = None
+        self.unreadable = False
+        """True if the program does not compile: it fails every test."""
         self.late = 0
         """Tests that took more wall clock or CPU time than allowed."""
 
@@ -191,6 +193,7 @@ class _Box:
         call = {"step": step, "sources": self._sources, "timeout_s": self._timeout_s, **more}
         answer = self._child.call(call, self._timeout_s + SLACK_S)
         self.late += bool(answer.get("late"))
+        self.unreadable |= bool(answer.get("unreadable"))
         if "fault" in answer:
             found, fix = str(answer["fault"]), "see the limits of this machine"
             raise CallFailed("E308", "no sandbox", found, "a process for a test", fix)

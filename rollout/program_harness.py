@@ -27,6 +27,8 @@ FILES = 256
 """Descriptors of the harness; a program gets fewer."""
 VERDICT, JOB, GO = 3, 4, 5
 """Descriptors in a process that runs statements or calls: where its answer goes, the test, and its arrival."""
+UNREADABLE = 97
+"""Exit code of a process whose program does not compile."""
 _Fork = tuple[int, int]
 """A process, and the descriptor that its answer is read from."""
 
@@ -60,7 +62,7 @@ class Harness:
         printed, late = self._watch((process, read))
         code = _end((process, read))
         said = printed.decode("utf-8", "replace") if printed is not None and code == 0 and not late else None
-        return {"said": said, "late": late or code == -signal.SIGXCPU}
+        return {"said": said, "late": late or code == -signal.SIGXCPU, "unreadable": code == UNREADABLE}
 
     def load(self, call: dict[str, Any]) -> dict[str, Any]:
         """Load a program for ``test``; answer whether it is there."""
@@ -91,11 +93,13 @@ class Harness:
     def _answer(self, said: bytes | None, late: bool) -> dict[str, Any]:
         """End the loaded program."""
         assert self._loaded is not None
-        late |= _end(self._loaded) == -signal.SIGXCPU
+        code = _end(self._loaded)
+        late |= code == -signal.SIGXCPU
         os.close(self._job)
         os.close(self._go)
         self._loaded = None
-        return {"said": None if said is None or late else said.decode("utf-8", "replace"), "late": late}
+        text = None if said is None or late else said.decode("utf-8", "replace")
+        return {"said": text, "late": late, "unreadable": code == UNREADABLE}
 
     def _fork(self, given: dict[int, int], work: Callable[[], None]) -> int:
         """Start a process that does ``work`` and ends; ``given`` holds its descriptors by number."""

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rollout.frames import read_frame, write_frame
-from rollout.program_harness import GO, JOB, VERDICT, Harness
+from rollout.program_harness import GO, JOB, UNREADABLE, VERDICT, Harness
 
 HEAVY = ("numpy",)
 """Installed modules that the harness imports for a program that names them, so that not every test imports them anew."""
@@ -96,11 +96,11 @@ def _left_behind() -> tuple[Any, ...] | None:
 
 
 def _compiled(sources: list[str], flags: int = 0, read: Any = _READ) -> Any:
-    """The first of ``sources`` that compiles. Raises ``SyntaxError`` of the last if none does."""
-    for source in sources[:-1]:
-        with contextlib.suppress(SyntaxError):
+    """The first of ``sources`` that compiles; without one the process ends."""
+    for source in sources:
+        with contextlib.suppress(SyntaxError, ValueError):
             return read(source, "<program>", "exec", flags)
-    return read(sources[-1], "<program>", "exec", flags)
+    return os._exit(UNREADABLE)
 
 
 def _run_program(sources: list[str], run: Any = _EXECUTE) -> None:

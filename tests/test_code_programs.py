@@ -271,6 +271,14 @@ def test_after_three_tests_over_a_limit_of_time_the_others_fail_and_are_not_run(
     assert len(loaded) == (40 if share else 3)
 
 
+@pytest.mark.parametrize("tests", [["f(1)"] * 9, {"inputs": ["1"] * 9, "outputs": ["1"] * 9}])
+def test_a_text_that_is_no_program_is_tried_once(monkeypatch, tests):
+    real, calls = code_tests.Child.call, []
+    monkeypatch.setattr(code_tests.Child, "call", lambda *arguments: calls.append(1) or real(*arguments))
+    assert passed_share("I do not know.", tests, row={"prompts": "What is 1?"}) == 0
+    assert len(calls) == 1
+
+
 def test_time_grows_with_the_number_of_tests():
     def spent(count):
         return longest_s([count] * PARALLEL) - longest_s([0] * PARALLEL)
