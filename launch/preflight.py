@@ -15,7 +15,6 @@ from launch.model_files import PINNED, check_model
 from launch.model_tokenizer import check_ids, load_tokenizer, names_pad_token, rehearse_save
 from launch.prompt_checks import check_held_out, check_rows, complete_rows
 from launch.sinks import check_sinks
-from rollout.datasets import read
 from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
 from rollout.reward_loading import (
@@ -26,6 +25,7 @@ from rollout.reward_loading import (
     read_columns,
     reward_name,
 )
+from rollout.row_checks import read_checked
 from rollout.sandbox import require_sandbox
 from shared.choices import bind
 from shared.config import Config
@@ -66,7 +66,7 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     load = partial(_saved_tokenizer, config, origin, ours, rehearsal)
     tokenizer = _collect(problems, load) if told is not None else None
     # Rows are read without a tokenizer too: what is wrong with them, and with rewards, is told in the same pass.
-    rows = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else _read
+    rows = partial(PromptSet.load, config, tokenizer=tokenizer) if tokenizer is not None else partial(_read, config)
     train = _collect(problems, lambda: rows(config.data.train, "train", f"{origin}:data.train"))
     held = _collect(problems, lambda: rows(config.data.eval or [], "test", f"{origin}:data.eval"))
     sound = not problems
@@ -96,11 +96,11 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     return Prepared(config, train, held_out, list(dict.fromkeys(warnings)))
 
 
-def _read(sources: list[Source], split: str, key: str) -> None:
+def _read(config: Config, sources: list[Source], split: str, key: str) -> None:
     """The rows of ``sources``, for what is wrong with them."""
     problems: list[InputError] = []
     for i, source in enumerate(sources):
-        _collect(problems, partial(read, source, split, f"{key}[{i}]" if len(sources) > 1 else key))
+        _collect(problems, partial(read_checked, config, source, split, f"{key}[{i}]" if len(sources) > 1 else key))
     raise_all(problems)
 
 

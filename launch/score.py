@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from launch.options import Options, guarded
+from rollout.row_checks import check_code_rows
 from shared.config import Config
 from shared.errors import GroupFailed, InputError
 from shared.types import Completion, Prompt
@@ -71,6 +72,9 @@ def _score(arguments: list[str]) -> None:
             },
         }
     )
+    for problem in check_code_rows(config.reward.functions, _placed(Path(options.data), rows)):
+        said = f"{problem.what} — {problem.place}. Found {problem.found}, expected {problem.expected}."
+        print(f"warning[W310] {said} Such rows get no reward", file=sys.stderr)
     rewards, failed = asyncio.run(score_rows(config, rows))
     if not options.json:
         for i, value in enumerate(rewards):
@@ -117,6 +121,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def _placed(path: Path, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """``rows`` with their places in the file at ``path``."""
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)
+    numbers = [number for number, line in lines if line.strip()]
+    return [(f"{path.name}:{number}", row) for number, row in zip(numbers, rows, strict=True)]
 
 
 async def score_rows(config: Config, rows: list[dict[str, Any]]) -> tuple[list[float | None], list[GroupFailed]]:

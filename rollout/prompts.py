@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rollout.chat import ChatTemplate
 from rollout.datasets import Rows, read
 from rollout.messages import messages_of, options_of, tools_of
+from rollout.row_checks import check_code_rows
 from shared.config import Config
 from shared.config_data import Source
 from shared.errors import InputError, nearest, raise_all
@@ -52,7 +53,7 @@ class PromptSet:
     def load(cls, config: Config, sources: list[Source], split: str, key: str, tokenizer: Any) -> PromptSet:
         """Read, check and tokenise ``sources``; ``split`` where they name none.
 
-        Raises ``InputErrors`` E202, E207, E208, E403 and those of ``datasets.read``.
+        Raises ``InputErrors`` E202, E206, E207, E208, E403 and those of ``datasets.read``.
         """
         prompts: list[Prompt] = []
         dropped = dict.fromkeys(("blank", "long", "filtered"), 0)
@@ -100,6 +101,7 @@ class _Reader:
         """Those that can be used, numbered from ``first_id``. Raises ``InputErrors``."""
         self._check_columns()
         column, limit, prompts = self._config.data.prompt_column, self._config.rollout.max_prompt_tokens, []
+        used = []
         for index, (place, row) in enumerate(self._rows.rows):
             text = row[column]
             if text is not None and not isinstance(text, str | list):
@@ -114,7 +116,9 @@ class _Reader:
                 columns = {c: v for c, v in row.items() if c not in ("prompt", "completion", "completion_ids")}
                 token_ids = np.asarray(ids, dtype=np.int32)
                 prompts.append(Prompt(first_id + index, token_ids, shown, columns, self._rows.name))
-        _refuse(self._config, self.blank, self.long, limit)
+                used.append((place, row))
+        problems = check_code_rows(self._config.reward.functions, used)
+        _refuse(self._config, self.blank, self.long, limit, problems)
         return prompts
 
     def _check_columns(self) -> None:
@@ -133,8 +137,9 @@ class _Reader:
             raise InputError("E202", "column name taken", file, found, "no argument of a reward function", fix)
 
 
-def _refuse(config: Config, blank: list[str], long: list[tuple[str, int]], limit: int) -> None:
-    problems = []
+def _refuse(
+    config: Config, blank: list[str], long: list[tuple[str, int]], limit: int, problems: list[InputError]
+) -> None:
     if blank and config.data.on_bad_row == "error":
         place = blank[0] + (f" (and {len(blank) - 1} more)" if len(blank) > 1 else "")
         fix = 'remove them or data.on_bad_row = "drop"'

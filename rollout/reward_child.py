@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import resource
 import signal
@@ -16,6 +15,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+from rollout.frames import read_frame, write_frame
 from rollout.reward_calls import CallFailed, invoke_now
 from rollout.reward_loading import load_reward
 from rollout.row_values import plain
@@ -63,10 +63,8 @@ def _words(failure: CallFailed, limits: dict[str, int]) -> list[Any]:
 
 def _answer(stream: BinaryIO, request: Any, answer: dict[str, Any]) -> None:
     """Send ``answer`` with the request's token, which says which call it belongs to."""
-    data = json.dumps(answer | {"token": request["token"]}, default=plain).encode()
     sys.stdout.flush()
-    stream.write(len(data).to_bytes(4, "big") + data)
-    stream.flush()
+    write_frame(stream, answer | {"token": request["token"]}, plain)
 
 
 def _limit(limits: dict[str, int]) -> None:
@@ -88,11 +86,3 @@ def _more_cpu(seconds: int) -> None:
     soft = int(used.ru_utime + used.ru_stime) + seconds + 1
     with contextlib.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
-def read_frame(stream: BinaryIO) -> Any:
-    """The next JSON value, or None at the end."""
-    header = stream.read(4)
-    if len(header) < 4:
-        return None
-    return json.loads(stream.read(int.from_bytes(header, "big")))

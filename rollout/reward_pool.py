@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from rollout.code_tests import longest_s
+from rollout.code_tests import count_tests, limits_of_test, longest_s
 from rollout.reward_loading import isolation_of, reward_name
 from rollout.reward_worker import Group, RewardWorker, Scores
+from rollout.row_checks import CODE_TESTS, code_column
 from shared.actors import Actor, ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
+from shared.config_reward import RewardFunction
 from shared.errors import GroupFailed, RewardFailed, one_line
 from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
@@ -49,14 +51,7 @@ class RewardPool:
         self.slices: list[TimeSlice] = []
         """What the workers did, as far as their answers told."""
         self._serving: list[asyncio.Task[None]] = []
-        together = config.rollout.group_size * config.reward.groups_per_call
-        limits = [
-            (
-                isolation_of(f),
-                longest_s(together) if f.function == "code_tests" else f.timeout_s or config.reward.timeout_s,
-            )
-            for f in config.reward.functions
-        ]
+        limits = [(isolation_of(f), self._fixed_s(f)) for f in config.reward.functions]
         self._limit_s = sum(seconds for _, seconds in limits)
         if any(isolation != "actor" for isolation, _ in limits):
             self._limit_s += GRACE_S
@@ -142,10 +137,11 @@ class RewardPool:
         actor = self._actors[index]
         try:
             groups = [item.group for item in items]
-            scores = await asyncio.wait_for(actor.call("score", groups, self.state).answer, self._limit_s)
+            limit_s = self._limit_s + self._code_s(groups)
+            scores = await asyncio.wait_for(actor.call("score", groups, self.state).answer, limit_s)
         except TimeoutError:
             self._replace(index)
-            self._again(items, "timeout", f"> {self._limit_s:g} s (worker replaced)")
+            self._again(items, "timeout", f"> {limit_s:g} s (worker replaced)")
         except RewardFailed as failure:
             self._again(items, "timeout" if failure.code == "E305" else failure.code, str(failure), failure)
         except (ActorDied, ActorUnreachable) as error:
@@ -153,6 +149,20 @@ class RewardPool:
             self._again(items, "worker_died", one_line(error))
         else:
             self._finish(items, scores)
+
+    def _fixed_s(self, function: RewardFunction) -> float:
+        """Longest time of one call of ``function``; that of ``code_tests`` depends on its groups."""
+        return 0.0 if function.function == CODE_TESTS else function.timeout_s or self._settings.timeout_s
+
+    def _code_s(self, groups: list[Group]) -> float:
+        """Longest time that ``code_tests`` may take for ``groups``: it grows with the number of their tests."""
+        total = 0.0
+        for function in (f for f in self._settings.functions if f.function == CODE_TESTS):
+            column, counts = code_column(function), list[int]()
+            for _, prompt, completions in groups:
+                counts += [count_tests(prompt.columns.get(column), prompt.columns)] * len(completions)
+            total += longest_s(counts, *limits_of_test(function))
+        return total
 
     def _finish(self, items: list[_Item], scores: list[Scores]) -> None:
         for item, score in zip(items, scores, strict=True):

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from rollout.code_tests import CodeTests
 from rollout.generated_scoring import MOST_PREPARED, tasks_of
 from rollout.reward_calls import CallFailed, Payload, check_values, invoke, invoke_now
 from rollout.reward_loading import isolation_of, load_reward, reward_name, reward_place
@@ -89,7 +90,10 @@ class _Scorer:
         elif spec.url is not None:
             urls = [spec.url] if isinstance(spec.url, str) else spec.url
             self._function = _made(key, lambda: HttpReward(urls, key, HttpOptions(**spec.args)))
-        elif self.isolation == "actor" or spec.function == "code_tests":
+        elif spec.function == "code_tests":
+            load_reward(spec, key)  # For what is wrong with its arguments.
+            self._function = CodeTests.configured(spec)
+        elif self.isolation == "actor":
             self._function = load_reward(spec, key)
         else:
             self._child = self._start()

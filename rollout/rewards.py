@@ -233,15 +233,10 @@ def reasoning_math_accuracy(
 
 
 def code_tests(completions: list[Any], *, column: str = "tests", **columns: Any) -> Rewards:
-    """Share of the column's tests that the completion's program passes; each program runs in a sandbox of its own.
+    """Share of the column's tests that the completion's program passes, run in a sandbox; None without tests."""
+    from rollout.code_tests import CodeTests
 
-    None where the column has no value.
-    """
-    from rollout.code_tests import passed_shares
-
-    pairs = [(text_of(c), tests) for c, tests in zip(completions, columns[column], strict=True) if tests is not None]
-    shares = iter(passed_shares([text for text, _ in pairs], [tests for _, tests in pairs]))
-    return [None if tests is None else next(shares) for tests in columns[column]]
+    return CodeTests(column)(completions, **columns)
 
 
 BUILTINS: dict[str, Callable[..., Any]] = {

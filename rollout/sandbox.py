@@ -15,7 +15,6 @@ import secrets
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 from rollout.reward_calls import CallFailed
 from rollout.reward_child import plain
 from rollout.reward_loading import visible_files
+from rollout.seccomp import seccomp_filter
 from shared.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,8 @@ OUTPUT_LIMIT = 64 << 10
 ANSWER_LIMIT = 64 << 20
 FAILURES = {"E302", "E303", "E304", "E305", "E306"}
 START_LIMIT_S = 60.0
+PROGRAMS = "rollout.sandboxed_program"
+"""The module that starts a process for each test of a program."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +60,29 @@ CHILD_LIMITS = Limits(cpu_s=10, memory_mb=8192, file_mb=1024, files=1024)
 class Child:
     """One isolated process that serves calls of one reward function, one at a time."""
 
-    def __init__(self, spec: dict[str, Any], key: str, limits: Limits, sandboxed: bool, nan_is_none: bool = False):
-        """Start it and wait until the function is imported. Raises ``InputError`` E301 or E308."""
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        key: str,
+        limits: Limits,
+        sandboxed: bool,
+        nan_is_none: bool = False,
+        main: str = "rollout.reward_child",
+    ) -> None:
+        """Start it and wait until the function is imported. Raises ``InputError`` E301 or E308.
+
+        ``main``: the module of the process; ``PROGRAMS`` may fork, all others may not.
+        """
         self._limits, self.output, self.cut = limits, bytearray(), False
         answers, answers_end = os.pipe()
-        code = (
-            f"import sys; sys.path.insert(0, {str(ROOT)!r}); from rollout.reward_child import main; main({answers_end})"
-        )
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {main} import main; main({answers_end})"
         command = [sys.executable, "-B", "-c", code]
         self._seccomp = None
         if sandboxed:
             self._seccomp = tempfile.TemporaryFile()  # noqa: SIM115 - closed in kill()
-            self._seccomp.write(seccomp_filter())
+            self._seccomp.write(seccomp_filter(processes=main == PROGRAMS))
             self._seccomp.seek(0)
-            command = [*wall(_source_of(spec), self._seccomp.fileno()), *command]
+            command = [*wall(_source_of(spec), self._seccomp.fileno(), first=main == PROGRAMS), *command]
         passed = (answers_end, self._seccomp.fileno()) if self._seccomp else (answers_end,)
         # The parent is killed as a whole at times; then the kernel ends the child too (see reward_child).
         self._process = subprocess.Popen(
@@ -214,10 +225,14 @@ class Child:
                 self.cut |= len(part) > room
 
 
-def wall(visible: list[Path], seccomp_fd: int) -> list[str]:
-    """bubblewrap's command line: everything unshared, the interpreter and ``visible`` read-only, nothing else."""
+def wall(visible: list[Path], seccomp_fd: int, first: bool = False) -> list[str]:
+    """bubblewrap's command line: everything unshared, the interpreter and ``visible`` read-only, nothing else.
+
+    ``first``: the command is process 1 of the sandbox, which no other process in there can signal.
+    """
     command = ["bwrap", "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv", "--seccomp", str(seccomp_fd)]
+    command += ["--as-pid-1"] if first else []
     command += ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "sbin", "lib", "lib32", "lib64"):
         link = Path("/") / name
@@ -270,30 +285,3 @@ def require_sandbox(key: str) -> None:
     if problem:
         fix = "install bubblewrap (and allow user namespaces), or use a non-code reward"
         raise InputError("E308", "no sandbox", key, problem, "bubblewrap and user namespaces", fix)
-
-
-ALLOW, DENY, NO_SYSCALL, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
-CLONE_THREAD = 0x10000
-# Architecture, clone, clone3, and what no scoring needs: fork, vfork, ptrace, unshare, setns, mount, bpf, keyctl,
-# perf_event_open, userfaultfd, io_uring_setup.
-SYSCALLS = {
-    "x86_64": (0xC000003E, 56, 435, (57, 58, 101, 272, 308, 165, 321, 250, 298, 323, 425)),
-    "aarch64": (0xC00000B7, 220, 435, (117, 97, 268, 40, 280, 219, 241, 282, 425)),
-}
-
-
-def seccomp_filter() -> bytes:
-    """A BPF program for ``bwrap --seccomp``: threads may be made, processes may not; a process limit would not bind root."""
-    machine = os.uname().machine
-    if machine not in SYSCALLS:
-        raise NotImplementedError(f"no system call filter for {machine}")
-    architecture, clone, clone3, denied = SYSCALLS[machine]
-    load, jump_equal, jump_set, jump_greater, answer = 0x20, 0x15, 0x45, 0x35, 0x06
-    steps = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (answer, 0, 0, KILL), (load, 0, 0, 0)]
-    steps += [(jump_greater, 0, 1, 0x40000000), (answer, 0, 0, DENY)]  # The x32 calls, by other numbers.
-    for number in denied:
-        steps += [(jump_equal, 0, 1, number), (answer, 0, 0, DENY)]
-    steps += [(jump_equal, 0, 1, clone3), (answer, 0, 0, NO_SYSCALL)]  # The C library falls back to clone.
-    steps += [(jump_equal, 0, 3, clone), (load, 0, 0, 16), (jump_set, 1, 0, CLONE_THREAD), (answer, 0, 0, DENY)]
-    steps += [(answer, 0, 0, ALLOW)]
-    return b"".join(struct.pack("HBBI", *step) for step in steps)

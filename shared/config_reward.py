@@ -29,11 +29,11 @@ class RewardFunction(Section):
     isolation: Literal["actor", "subprocess", "sandbox"] | None = None
     """Where it runs; default: a subprocess for your own code, the pool's actor for what is built in."""
     timeout_s: Annotated[float, Field(gt=0)] | None = None
-    """Longest time of one call; default: reward.timeout_s."""
+    """Longest time of one call; default: reward.timeout_s. Of one test of ``code_tests``; default: 5."""
     cpu_s: Positive | None = None
-    """Isolated: CPU seconds of one call; default: 2 in the sandbox, else the time limit."""
+    """Isolated: CPU seconds of one call, or of one test of ``code_tests``; default: 2 in the sandbox, else the time limit."""
     memory_mb: Positive | None = None
-    """Isolated: address space; default: 512 in the sandbox, else 8192."""
+    """Isolated: address space in MB; default: 512 in the sandbox, else 8192."""
     nan_is_none: bool = False
     """Read a returned NaN as "not applicable" instead of refusing it."""
     objective: dict[str, Any] | None = None

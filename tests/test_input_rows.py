@@ -547,6 +547,20 @@ TABLE: dict[int, list[Case]] = {
                 [{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "2"}],
             ),
         ),
+        Case(
+            {"reward.functions": [{"function": "code_tests"}]},
+            "error[E206] tests not understood — train.jsonl:3:tests (and 1 more). "
+            'Found invalid syntax in line 1 of "assert f(1) =", '
+            "expected statements that compile, check(candidate), inputs and outputs, or fn_name with both. "
+            "Fix: write tests that compile",
+            spoil=both(
+                file(
+                    "train.jsonl",
+                    '{"prompt": "1", "tests": "f(1)"}\n\n{"prompt": "2", "tests": "assert f(1) ="}\n{"prompt": "3", "tests": "[]"}\n',
+                ),
+                patch("rollout.sandbox.sandbox_problem", lambda: None),
+            ),
+        ),
     ],
     15: [
         Case(

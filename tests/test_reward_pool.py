@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from rollout.code_tests import PARALLEL
 from rollout.reward_pool import GRACE_S, RewardPool, Scores
 from shared.actors import ActorDied
 from shared.errors import GroupFailed, RewardFailed
@@ -215,6 +216,17 @@ def test_the_pools_deadline_leaves_isolated_functions_time_to_end_their_children
     assert limit({"function": "exact_match"}) == 2
     assert limit({"function": "exact_match"}, {"function": "final_number", "timeout_s": 5}) == 7
     assert limit({"function": "exact_match", "isolation": "subprocess"}) == 2 + GRACE_S
+
+
+def test_the_pools_deadline_grows_with_the_tests_of_a_program(make):
+    def limit(tests, **fields):
+        pool = make([], **{"reward.functions": [{"function": "code_tests", **fields}]})[0]
+        return pool._code_s([(0, prompt(tests=tests), completions("x"))])
+
+    assert limit(["f(1)"] * 101) - limit(["f(1)"]) == pytest.approx(200 * (1 + 1 / PARALLEL))
+    assert limit(["f(1)"] * 101, cpu_s=5) - limit(["f(1)"], cpu_s=5) == pytest.approx(500 * (1 + 1 / PARALLEL))
+    assert limit(["f(1)"], timeout_s=90) > 90
+    assert limit(None) == limit("def (") < 20
 
 
 async def test_close_kills_every_worker(make):

@@ -184,3 +184,12 @@ def test_with_ray_the_last_line_holds_the_rewards_and_a_hanging_row_is_null(tmp_
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"rewards": [1, None, None, 3], "failed": [1]}
     assert "E305" in done.stderr
+
+
+@pytest.mark.process
+def test_rows_whose_tests_are_not_understood_are_named_and_get_no_reward(verb, monkeypatch):
+    monkeypatch.setattr("rollout.code_tests._share", lambda *_: 1.0)
+    rows = [{"prompt": "", "completion": "x", "tests": tests} for tests in ("assert x", "assert (", "[]")]
+    code, lines, errors = verb(rows, "--reward", "code_tests", "--json")
+    assert (code, json.loads(lines[-1])) == (0, {"rewards": [1.0, None, None], "failed": []})
+    assert "warning[W310] tests not understood — rows.jsonl:2:tests (and 1 more). Found '(' was never closed" in errors
