@@ -22,7 +22,7 @@ from launch.partners import Done, Engines, Learners, Recorder, Rewards, Training
 from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
 from rollout.prompts import PromptStream
-from rollout.reward_worker import penalise_truncated
+from rollout.scores import penalise_truncated
 from shared import faults
 from shared.choices import bind
 from shared.config import Config

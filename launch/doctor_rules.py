@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from launch.doctor_samples import Sample, target_length
-from rollout.reward_worker import Scores
+from rollout.scores import Scores
 from shared.config import Config
 from shared.config_reward import RewardFunction
 

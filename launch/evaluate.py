@@ -20,7 +20,8 @@ from shared.errors import GroupFailed, InputError, RewardFailed
 from shared.types import Completion, Prompt
 
 if TYPE_CHECKING:
-    from rollout.reward_worker import Group, Scores
+    from rollout.reward_worker import Group
+from rollout.scores import Scores
 
 NO_STEPS = {"global_step": 0, "epoch": 0, "max_steps": 0, "log_history": []}
 """What reward functions hear of the training: there is none."""

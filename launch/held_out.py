@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from launch.failures import FailureBudget
 from rollout.engine import Sampling
 from rollout.reward_loading import reward_name
-from rollout.reward_worker import Scores
+from rollout.scores import Scores
 from shared.config import Config
 from shared.errors import GroupFailed, NothingToLearn
 from shared.types import Completion, Prompt

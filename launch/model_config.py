@@ -91,16 +91,14 @@ def _check_heads(config: Config, origin: str, shape: Shape, problems: list[Input
 
 
 def _check_lengths(config: Config, origin: str, shape: Shape, problems: list[InputError]) -> None:
-    prompt, trained = config.rollout.max_prompt_tokens, config.rollout.max_new_tokens
-    limits = [(context_of(shape), config.max_model_len - prompt, "model context")]
-    limits.append((window_of(shape), trained, "sliding window, which the learner does not cut"))
-    for limit, new, name in limits:
-        if limit is None or prompt + new <= limit:
-            continue
-        place, found = f"{origin}:rollout.max_new_tokens", f"{prompt} + {new} = {prompt + new}"
-        longest = limit - prompt
-        fix = f"at most {longest} new tokens" if longest > 0 else f"rollout.max_prompt_tokens below {limit}"
-        problems.append(InputError("E407", "sequence too long", place, found, f"<= {limit} ({name})", fix))
+    prompt, limit = config.rollout.max_prompt_tokens, context_of(shape)
+    new = config.max_model_len - prompt
+    if limit is None or prompt + new <= limit:
+        return
+    place, found = f"{origin}:rollout.max_new_tokens", f"{prompt} + {new} = {prompt + new}"
+    longest = limit - prompt
+    fix = f"at most {longest} new tokens" if longest > 0 else f"rollout.max_prompt_tokens below {limit}"
+    problems.append(InputError("E407", "sequence too long", place, found, f"<= {limit} (model context)", fix))
 
 
 def context_of(shape: Shape) -> int | None:
@@ -132,16 +130,6 @@ def _ropes(shape: Shape) -> list[Shape]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def window_of(shape: Shape) -> int | None:
-    """Return the tokens that a sliding window lets a token see, itself included; None if all layers see everything."""
-    window, kinds = shape.get("sliding_window"), shape.get("layer_types")
-    if window is None or not _is_number(window) or window <= 0 or shape.get("use_sliding_window") is False:
-        return None
-    if kinds is not None and "sliding_attention" not in kinds:
-        return None
-    return int(window)
 
 
 def _check_output_head(file: str, shape: Shape, problems: list[InputError]) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 
 from launch.simulated_engine import SimulatedActor, SimulatedEngine
 from launch.timings import Timings
-from rollout.reward_worker import Group, Scores
+from rollout.reward_worker import Group
+from rollout.scores import Scores
 from shared.config import Config
 from shared.ledger import TimeLedger, TimeSlice
 from shared.types import RolloutGroup, StepReport

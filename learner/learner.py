@@ -22,8 +22,9 @@ from learner.losses import LossInputs, LossSettings, grpo_loss
 from learner.packing_proof import prove_packing
 from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference
+from learner.saving import save_pretrained, whole_copies
 from learner.step_metrics import over_updates, reduce_metrics, token_means
-from learner.weight_sender import NcclSender, make_sender, save_pretrained, whole_copies
+from learner.weight_sender import NcclSender, make_sender
 from shared import faults
 from shared.config import Config
 from shared.ledger import TimeLedger, TimeSlice

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gener
 from transformers.utils import logging
 
 from learner.model_folder import make_savable, refuse_missing
-from learner.weight_sender import write_model
+from learner.saving import write_model
 from shared.errors import InputError, one_line
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")

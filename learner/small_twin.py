@@ -22,6 +22,8 @@ WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermedi
 WORDS, WIDE, MOST_LAYERS = 128, 64, 4
 MOST_PARAMETERS = 100_000_000
 """Largest twin that is built: sizes under names that are not known here stay those of the whole model."""
+WINDOW = 8
+"""Tokens of a sliding window: fewer than a sequence has, so that the window counts."""
 LENGTHS = (9, 5)
 """Tokens of two completions that are packed after one prompt."""
 LARGEST_ERROR = 1e-3
@@ -88,8 +90,8 @@ def _twin(kind: Any, whole: Any, attention: str) -> Any:
             setattr(config, name, size)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, None)
-    if getattr(config, "sliding_window", None):  # Windows are judged by E407.
-        config.sliding_window = max(config.sliding_window, WIDE)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = WINDOW
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind._from_config(copy.deepcopy(config)).parameters())
     if size > MOST_PARAMETERS:

@@ -17,8 +17,9 @@ import numpy as np
 
 from rollout.code_tests import count_tests, limits_of_test, longest_s
 from rollout.reward_loading import isolation_of, reward_name
-from rollout.reward_worker import Group, RewardWorker, Scores
+from rollout.reward_worker import Group, RewardWorker
 from rollout.row_checks import CODE_TESTS, code_column
+from rollout.scores import Scores
 from shared.actors import Actor, ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
 from shared.config_reward import RewardFunction

@@ -11,9 +11,9 @@ import contextlib
 import copy
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,44 +24,14 @@ from rollout.reward_calls import CallFailed, Payload, check_values, invoke, invo
 from rollout.reward_loading import isolation_of, load_reward, reward_name, reward_place
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from rollout.sandbox import CHILD_LIMITS, SANDBOX_LIMITS, Child, require_sandbox
+from rollout.scores import Scores
 from shared import faults
 from shared.config_reward import Reward, RewardFunction
 from shared.errors import InputError, RewardFailed, one_line
 from shared.ledger import TimeLedger, TimeSlice
-from shared.types import Completion, FloatArray, Prompt
+from shared.types import Completion, Prompt
 
 Group = tuple[int, Prompt, tuple[Completion, ...]]
-
-
-@dataclass
-class Scores:
-    """What the reward functions made of one group of G completions."""
-
-    parts: dict[str, FloatArray]
-    """``[G] float32`` per function; NaN where it returned None."""
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns given to ``log_extra``."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Scalars given to ``log_metric``, averaged over the call."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Time inside each function, of the whole call."""
-    warnings: list[str] = field(default_factory=list)
-    times: TimeSlice | None = None
-    """What the worker did since its last answer; in the first group of a call."""
-
-    def combined(self, functions: Sequence[RewardFunction]) -> FloatArray:
-        """``[G] float32``: weighted sum over the functions that applied; NaN where none did."""
-        stacked = np.stack([self.parts[reward_name(f)] for f in functions])
-        weights = np.array([f.weight for f in functions], dtype=np.float32)[:, None]
-        total = np.nansum(stacked * weights, axis=0)
-        return np.where(np.isnan(stacked).all(axis=0), np.nan, total).astype(np.float32)
-
-
-def penalise_truncated(rewards: FloatArray, completions: Sequence[Completion], penalty: float) -> FloatArray:
-    """``rewards [G]`` where completions that hit the limit get ``penalty`` times theirs, or ``penalty`` if negative."""
-    cut = np.array([completion.finish_reason == "length" for completion in completions])
-    changed = rewards * penalty if penalty >= 0 else np.where(np.isnan(rewards), rewards, penalty)
-    return np.where(cut, changed, rewards).astype(np.float32)
 
 
 class _Scorer:
@@ -273,7 +243,7 @@ class RewardWorker:
 def _payload(groups: list[Group], state: dict[str, Any]) -> Payload:
     """The keyword lists of one call: groups one after the other, a prompt's values repeated for its completions."""
     pairs = [(prompt, completion) for _, prompt, completions in groups for completion in completions]
-    names = dict.fromkeys(name for _, prompt, _ in groups for name in prompt.columns)
+    names = {name: None for _, prompt, _ in groups for name in prompt.columns}
     return {
         "prompts": [prompt.text for prompt, _ in pairs],
         "completions": [
@@ -288,8 +258,7 @@ def _payload(groups: list[Group], state: dict[str, Any]) -> Payload:
 
 def _failed(failure: CallFailed, name: str, groups: list[Group]) -> RewardFailed:
     """The failure with its place: function, sample and group."""
-    place, text = name, ""
-    sample = failure.sample
+    place, text, sample = name, "", failure.sample
     for group_id, _, completions in groups:
         if 0 <= sample < len(completions):
             place, text = f"{name}, sample {sample} of group {group_id}", completions[sample].text

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from rollout.reward_pool import Scores
+from rollout.scores import Scores
 from shared.actors import Call
 from shared.config import Config
 from shared.ledger import TimeBook

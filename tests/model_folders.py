@@ -38,7 +38,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3Moe", EXPERTS | {"head_dim": 32, "num_experts": 4}),
     "Gemma": ("Gemma", {"head_dim": 32}),
     "Gemma 3 text": ("Gemma3Text", {"head_dim": 32, "sliding_window": 64, "layer_types": BOTH}),
-    "Gemma 4 text": ("Gemma4Text", {"head_dim": 32, "global_head_dim": 32, "sliding_window": 64, "layer_types": BOTH}),
+    "Gemma 4 text": (
+        "Gemma4Text",
+        {"head_dim": 32, "global_head_dim": 32, "sliding_window": 64, "layer_types": BOTH}
+        | {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 32},
+    ),
     "Phi-3": ("Phi3", {"sliding_window": None, "original_max_position_embeddings": 256}),
     "OLMo": ("Olmo", {}),
     "OLMo 2": ("Olmo2", {}),

@@ -10,7 +10,7 @@ import pytest
 from launch.controller import Controller
 from launch.early_stopping import EARLY_STOPPING, NoStopping, Patience
 from rollout.prompts import PromptStream
-from rollout.reward_pool import Scores
+from rollout.scores import Scores
 from shared.errors import InputError
 from tests.fakes import FakeEngines, FakeLearners, FakeRecorder, FakeRewards, make_config, make_prompt
 

@@ -12,7 +12,7 @@ import pytest
 from launch import evaluate as verb
 from launch.failures import FailureBudget
 from launch.held_out import Judges, evaluate, pass_at_k, pass_reward
-from rollout.reward_worker import Scores
+from rollout.scores import Scores
 from shared.errors import GroupFailed, NothingToLearn
 from tests.fakes import make_completion, make_config, make_prompt
 

@@ -1048,16 +1048,16 @@ TABLE: dict[int, list[Case]] = {
     44: [
         Case(
             said="error[E601] not enough disk — run.output_dir = <here>/out. "
-            "Found 100 B free, expected ~2.18 MB for 2 checkpoints at a time. "
+            "Found 100 B free, expected ~2.17 MB for 2 checkpoints at a time. "
             "Fix: another place, or make room",
             spoil=patch("launch.dry_run.shutil.disk_usage", lambda _: SimpleNamespace(free=100)),
         ),
         Case(
             {"run.steps": 100, "run.checkpoint_every": 10, "run.keep_checkpoints": 6},
             "error[E601] not enough disk — run.output_dir = <here>/out. "
-            "Found 1.02 kB free, expected ~1.79 kB for 7 checkpoints at a time. "
+            "Found 4.35 MB free, expected ~7.61 MB for 7 checkpoints at a time. "
             "Fix: run.keep_checkpoints = 3",
-            spoil=patch("launch.dry_run.shutil.disk_usage", lambda _: SimpleNamespace(free=4 * 256)),
+            spoil=patch("launch.dry_run.shutil.disk_usage", lambda _: SimpleNamespace(free=4 * 16 * 67968)),
         ),
         Case(
             {"model.path": "builtin:addition"},

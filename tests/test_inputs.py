@@ -193,9 +193,6 @@ def no_tokenizer(model: Path) -> None:
         file.unlink()
 
 
-WINDOWED = {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"]}
-
-
 def renamed_weights(model: Path) -> None:
     shapes = qwen2_shapes(json.loads((model / "config.json").read_text()))
     write_tensors(model / "model.safetensors", {f"_orig_mod.{name}": shape for name, shape in shapes.items()})
@@ -205,7 +202,6 @@ def renamed_weights(model: Path) -> None:
     ("code", "where", "shape", "spoil"),
     [
         ("E411", "model", {}, renamed_weights),
-        ("E407", "run.toml:rollout.max_new_tokens", WINDOWED, None),
         ("E412", "config.json:quantization_config", {"quantization_config": {"quant_method": "awq"}}, None),
         ("E412", "config.json:architectures", {"architectures": ["Qwen2ForSequenceClassification"]}, None),
         ("E402", "run.toml:model.tokenizer", {"vocab_size": 8}, None),

@@ -21,7 +21,7 @@ from learner.learner_group import LearnerGroup
 from rollout.engine_pool import EnginePool
 from rollout.prompts import PromptStream
 from rollout.reward_pool import RewardPool
-from rollout.reward_worker import Scores
+from rollout.scores import Scores
 from shared.ledger import TimeSlice
 from tests.fakes import make_completion, make_config, make_prompt
 

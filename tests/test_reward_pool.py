@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rollout.code_tests import PARALLEL
-from rollout.reward_pool import GRACE_S, RewardPool, Scores
+from rollout.reward_pool import GRACE_S, RewardPool
+from rollout.scores import Scores
 from shared.actors import ActorDied
 from shared.errors import GroupFailed, RewardFailed
 from shared.types import Completion, Prompt

@@ -12,7 +12,8 @@ import pytest
 
 from launch.preflight import check_rewards
 from rollout import reward_worker, sandbox
-from rollout.reward_worker import RewardWorker, Scores, penalise_truncated
+from rollout.reward_worker import RewardWorker
+from rollout.scores import Scores, penalise_truncated
 from shared.config_reward import Reward, RewardFunction
 from shared.errors import InputError, InputErrors, RewardFailed
 from shared.types import Completion, Prompt

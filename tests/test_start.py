@@ -53,9 +53,11 @@ def start(tmp_path, monkeypatch, capsys):
     return call
 
 
+PARAMETERS = 67968
+"""Of the model that ``write_model`` makes."""
 PHASES = (
     r"checking run\.toml: settings, model, data and rewards",
-    r"model of 16 parameters, 4 rows to train on, 0 to evaluate on",
+    r"model of 68 thousand parameters, 4 rows to train on, 0 to evaluate on",
     r"starting a private Ray",
     r"starting 1 engine, 1 learner rank and 2 reward workers; what they print is in .*/out/logs",
     r"engines compile the model as they start; rollout\.vllm\.enforce_eager = true leaves it out",
@@ -122,10 +124,10 @@ def test_a_private_ray_that_does_not_start_is_one_line_with_its_logs(monkeypatch
 @pytest.mark.parametrize(
     ("changes", "on_gpu", "size"),
     [
-        ({}, False, 2 * 16 * 4),
-        ({"model.dtype": "bfloat16"}, False, 2 * 16 * 2),
+        ({}, False, 2 * PARAMETERS * 4),
+        ({"model.dtype": "bfloat16"}, False, 2 * PARAMETERS * 2),
         ({}, True, 0),
-        ({"rollout.weights": "host"}, True, 2 * 16 * 4),
+        ({"rollout.weights": "host"}, True, 2 * PARAMETERS * 4),
         ({"rollout.colocate": True}, True, 0),
     ],
 )
@@ -146,8 +148,9 @@ def test_every_host_that_gets_weights_must_have_room_for_them(tmp_path, monkeypa
         return SimpleNamespace(run=there)
 
     needs = Needs.of(make_config(), on_gpu=False)
-    ranks = [slot("a", 128), slot("c", 0)]  # The second rank sends nothing.
-    engines = [slot("a", 128), slot("b", 127), slot("b", 127), slot("d", 64)]
+    need = 2 * PARAMETERS * 4
+    ranks = [slot("a", need), slot("c", 0)]  # The second rank sends nothing.
+    engines = [slot("a", need), slot("b", need - 1), slot("b", need - 1), slot("d", need // 2)]
     problems = []
     try:
         asyncio.run(check_hosts(make_config(), SimpleNamespace(needs=needs, ranks=ranks, engines=engines)))

@@ -181,7 +181,7 @@ def test_a_segment_without_room_names_its_file_and_leaves_none(run_id, room_for_
 
 def test_a_sender_without_room_for_two_copies_says_what_is_needed_and_takes_nothing(run_id, room_for_one, monkeypatch):
     monkeypatch.setattr("learner.weight_sender.shared_memory_free", lambda: 64 << 20)
-    engine = SimpleNamespace(module=torch.nn.Linear(1000, 1000))
+    engine = SimpleNamespace(module=torch.nn.ModuleDict({"model": torch.nn.Linear(1000, 1000)}))
     with pytest.raises(InputError) as caught:
         ShmSender(engine, run_id, is_sender=True)
     assert re.fullmatch(
@@ -195,7 +195,7 @@ def test_a_sender_without_room_for_two_copies_says_what_is_needed_and_takes_noth
 def test_an_error_that_is_not_of_room_stays_what_it_is(run_id):
     Segment(segment_name(run_id, "b"), 8)
     with pytest.raises(FileExistsError):
-        ShmSender(SimpleNamespace(module=torch.nn.Linear(2, 2)), run_id, is_sender=True)
+        ShmSender(SimpleNamespace(module=torch.nn.ModuleDict({"model": torch.nn.Linear(2, 2)})), run_id, is_sender=True)
 
 
 def test_what_a_killed_run_left_in_shared_memory_is_free_for_the_next(run_id):

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launch.controller import Controller, penalise_truncated
+from launch.controller import Controller
 from rollout.buffer import RolloutBuffer
 from rollout.prompts import PromptStream
-from rollout.reward_pool import Scores
+from rollout.scores import Scores, penalise_truncated
 from shared.errors import NothingToLearn
 from tests.fakes import (
     FakeEngines,
