@@ -32,8 +32,8 @@ $(VENV)/installed: requirements/cpu.lock pyproject.toml
 quickstart: install
 	$(BIN)/python launch/run.py launch/configs/quickstart.toml
 
-# Both cores work: one has everything that starts vLLM, Ray or DeepSpeed, the other the rest.
-PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+# Three processes on two cores: whoever starts vLLM, Ray or DeepSpeed waits half of the time.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

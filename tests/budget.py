@@ -51,8 +51,9 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addoption("--times", action="store_true", help="print seconds by file and by fixture")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Scale timeouts; keep together what shares fixtures; begin with what takes longest."""
+    """Scale timeouts; keep together what shares fixtures, before xdist reads its groups; begin with what takes longest."""
     for item in items:
         marker = item.get_closest_marker("timeout")
         limit = marker.args[0] if marker else TIMEOUT_S
@@ -66,14 +67,18 @@ def _tier(item: pytest.Item) -> str:
     return next((name for name in ("stack", "process") if item.get_closest_marker(name)), "light")
 
 
+SHARED = ("quickstart", "ranks_of", "private_ray")
+"""Fixtures of the session that take long to make: all tests that use one run in the same process."""
+
+
 def _group(item: pytest.Item) -> str:
-    """All of the stack in one process: two starts of vLLM at once are slower than one after the other."""
-    tier = _tier(item)
-    return tier if tier == "stack" else f"{item.path.stem}-{tier}"
+    names = getattr(item, "fixturenames", ())
+    shared = next((name for name in SHARED if name in names), None)
+    return shared or f"{item.path.stem}-{_tier(item)}"
 
 
-def _rank(item: pytest.Item) -> tuple[int, bool]:
-    return ("stack", "process", "light").index(_tier(item)), "private_ray" not in getattr(item, "fixturenames", ())
+def _rank(item: pytest.Item) -> int:
+    return ("stack", "process", "light").index(_tier(item))
 
 
 # --- in the process that runs a test ---

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 
@@ -36,7 +38,7 @@ class Policy:
         named = list(self.model.named_parameters())
         metas = describe((name, p.dtype, tuple(p.shape)) for name, p in named)
         self.version += 1
-        segment = Segment(segment_name("test", str(self.version)), metas[-1].offset + metas[-1].nbytes)
+        segment = Segment(segment_name(f"test-{os.getpid()}", str(self.version)), metas[-1].offset + metas[-1].nbytes)
         self.segments.append(segment)
         for view, (_, p) in zip(views(segment.bytes, metas), named, strict=True):
             np.copyto(view, p.detach().contiguous().view(-1).view(self.torch.uint8).numpy())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from launch.model_files import check_model
 from launch.model_tokenizer import check_ids, load_tokenizer, rehearse_save
 from launch.model_weights import count_parameters, read_tensors
 from shared.errors import InputError, InputErrors
+from tests.conftest import ROOT
 from tests.fakes import make_config, make_prompt, qwen2_shapes, write_model, write_tensors
 from tests.model_folders import ARCHITECTURES, BASE, save_tiny
+from tests.pace import scaled
 
 
 @pytest.fixture(autouse=True)
@@ -416,28 +420,46 @@ def test_the_context_is_what_engine_and_learner_make_of_the_configuration(shape,
     assert context_of(shape) == context
 
 
-@pytest.mark.stack
-@pytest.mark.parametrize(
-    ("shape", "context"), [(s, c) for s, c in CONTEXTS if "max_position_embeddings" in s and "None" not in str(s)]
-)
-def test_vllm_takes_the_context_and_only_that(shape, context, tmp_path, monkeypatch):
-    from vllm.config import ModelConfig
+# In a process of its own: vLLM reads its environment once, and an engine in this process has read it.
+TAKES = """
+import json, os, sys
+from vllm.config import ModelConfig
 
+def takes(folder, length):
+    try:
+        return ModelConfig(model=folder, max_model_len=length, dtype="float32").max_model_len == length
+    except ValueError:
+        return False
+
+os.environ.pop(sys.argv[1], None)
+asked = json.loads(sys.argv[3])
+strict = [[takes(folder, length), takes(folder, length + 1)] for folder, length in asked]
+os.environ[sys.argv[1]] = sys.argv[2]
+print(json.dumps([[*found, takes(*one)] for found, one in zip(strict, asked)]))
+"""
+
+
+@pytest.mark.stack
+def test_vllm_takes_the_context_and_only_that(tmp_path):
     from rollout.vllm_setup import engine_environment
 
-    def takes(length: int) -> bool:
-        try:
-            return ModelConfig(model=str(tmp_path), max_model_len=length, dtype="float32").max_model_len == length
-        except ValueError:
-            return False
-
-    write_model(tmp_path, **{key: value for key, value in shape.items() if key != "model_type"})
-    yarn = "yarn" in str(shape) and context > shape["max_position_embeddings"]
-    if "gemma3" not in str(shape):
-        assert takes(context + 1) is False
-        assert takes(context) is not yarn  # vLLM does not multiply; its rotary table is long enough all the same.
-    monkeypatch.setenv(name := "VLLM_ALLOW_LONG_MAX_MODEL_LEN", engine_environment(make_config(), 0)[name])
-    assert takes(context)
+    cases = [(s, c) for s, c in CONTEXTS if "max_position_embeddings" in s and "None" not in str(s)]
+    assert len(cases) > 10
+    for i, (shape, _) in enumerate(cases):
+        write_model(tmp_path / str(i), **{key: value for key, value in shape.items() if key != "model_type"})
+    name = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+    asked = json.dumps([[str(tmp_path / str(i)), context] for i, (_, context) in enumerate(cases)])
+    command = [sys.executable, "-c", TAKES, name, engine_environment(make_config(), 0)[name], asked]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=scaled(200), check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for (shape, context), (exactly, longer, allowed) in zip(
+        cases, json.loads(done.stdout.splitlines()[-1]), strict=True
+    ):
+        assert allowed, shape
+        if "gemma3" not in str(shape):
+            yarn = "yarn" in str(shape) and context > shape["max_position_embeddings"]
+            assert not longer, shape
+            assert exactly is not yarn, shape  # vLLM does not multiply; its rotary table is long enough all the same.
 
 
 def test_a_sequence_may_be_longer_than_a_sliding_window():

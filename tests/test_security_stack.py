@@ -54,11 +54,17 @@ def session():
 # --- a Ray by itself ---
 
 CONNECT = """
-import sys
+import functools, sys
 from launch import cluster
+from learner.distributed import free_port
 from tests.fakes import make_config
-if "open" in sys.argv:
-    cluster._keep_private = lambda: None
+keep = cluster._keep_private
+def keep_private():
+    if "open" not in sys.argv:
+        keep()
+    import ray._private.parameter as parameters  # Another Ray of this machine may have the usual port of the job server.
+    parameters.RayParams = functools.partial(parameters.RayParams, dashboard_agent_listen_port=free_port())
+cluster._keep_private = keep_private
 cluster.connect(make_config())
 import ray
 address = ray.util.get_node_ip_address()
