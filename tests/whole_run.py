@@ -88,7 +88,8 @@ def listeners_of(processes: set[psutil.Process]) -> set[tuple[str, str, int]]:
 
 def own_environment(session: str, **more: str) -> dict[str, str]:
     """As a user's shell has it: without what tests in this process have set for Ray."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_TMPDIR": session} | more
+    users = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return users | {"RAY_TMPDIR": session, "RAY_worker_niceness": "0"} | more
 
 
 def watched_run(place: Path) -> Iterator[WatchedRun]:
