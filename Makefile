@@ -33,7 +33,7 @@ quickstart: install
 	$(BIN)/python launch/run.py launch/configs/quickstart.toml
 
 # Three processes on two cores: whoever starts vLLM, Ray or DeepSpeed waits half of the time.
-PYTEST := $(BIN)/python -m pytest -q --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

@@ -51,34 +51,45 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addoption("--times", action="store_true", help="print seconds by file and by fixture")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Scale timeouts; keep together what shares fixtures, before xdist reads its groups; begin with what takes longest."""
+    """Scale timeouts, and begin with what takes longest."""
     for item in items:
         marker = item.get_closest_marker("timeout")
         limit = marker.args[0] if marker else TIMEOUT_S
         item.add_marker(pytest.mark.timeout(scaled(limit)), append=False)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
     items.sort(key=_rank)
 
 
-def _tier(item: pytest.Item) -> str:
-    return next((name for name in ("stack", "process") if item.get_closest_marker(name)), "light")
-
-
-SHARED = ("quickstart", "ranks_of", "private_ray")
-"""Fixtures of the session that take long to make: all tests that use one run in the same process."""
-
-
-def _group(item: pytest.Item) -> str:
-    names = getattr(item, "fixturenames", ())
-    shared = next((name for name in SHARED if name in names), None)
-    return shared or f"{item.path.stem}-{_tier(item)}"
-
-
 def _rank(item: pytest.Item) -> int:
-    return ("stack", "process", "light").index(_tier(item))
+    if "quickstart" in getattr(item, "fixturenames", ()):
+        return 0
+    return next((rank for rank, name in enumerate(("stack", "process"), 1) if item.get_closest_marker(name)), 3)
+
+
+TOGETHER = {
+    **dict.fromkeys(("test_end_to_end", "test_security_stack"), "quickstart"),
+    **dict.fromkeys(("test_learner_stack", "test_learner_state"), "ranks"),
+    **dict.fromkeys(("test_placement_stack", "test_hosts_stack", "test_reward_pool"), "ray"),
+}
+"""Test file -> the name of a group that runs in one process: its files share a fixture that takes long to make."""
+APART = {"test_generated_security", "test_generated_guards"}
+"""Test files without a shared fixture, whose tests may run anywhere."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hand out tests by file, or by group of files.
+
+    The marker ``xdist_group`` has no effect: pytest-xdist 3.8 writes it into an attribute that pytest 9.2 lacks.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            stem = nodeid.partition("::")[0].rpartition("/")[2].removesuffix(".py")
+            return nodeid if stem in APART else TOGETHER.get(stem, stem)
+
+    return ByGroup(config, log)
 
 
 # --- in the process that runs a test ---

@@ -20,7 +20,7 @@ os.environ.pop("RAY_ADDRESS", None)
 PRIVATE = Path(tempfile.mkdtemp(prefix="mr-"))  # Short: Ray's socket paths are limited to about 107 bytes.
 os.environ["RAY_TMPDIR"] = str(PRIVATE)
 # Ray's own choice is 15: engines and learners would starve beside tests that compute.
-os.environ["RAY_worker_niceness"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
 os.environ["HOME"] = str(PRIVATE / "home")
 for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "TORCHINDUCTOR_CACHE_DIR"):
     os.environ.pop(variable, None)

@@ -70,7 +70,7 @@ def test_a_slow_machine_has_more_time(tmp_path):
 
 
 def test_the_budget_holds_in_the_workers_of_xdist_too(tmp_path):
-    done = run(tmp_path, SLEEPS + MARKED + OWN.replace("time.sleep(0.5)", "pass"), "-n", "2", "--dist", "loadgroup")
+    done = run(tmp_path, SLEEPS + MARKED + OWN.replace("time.sleep(0.5)", "pass"), "-n", "2", "--dist", "loadscope")
     assert "OVER BUDGET test_it.py::test_sleeps" in done.stdout
     assert done.stdout.count("OVER BUDGET") == 1
     assert done.returncode == 1
@@ -82,3 +82,18 @@ def test_seconds_are_shown_by_file_and_by_fixture(tmp_path):
     seconds = {row[1]: float(row[0]) for row in rows if len(row) == 2 and row[0].replace(".", "").isdigit()}
     assert seconds["test_it.py"] >= 0.5
     assert seconds["1 x engine (test_it.py)"] >= 0.5
+
+
+def test_files_that_share_a_fixture_run_in_one_process():
+    from tests.budget import APART, TOGETHER
+
+    there = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert APART | TOGETHER.keys() <= there
+    assert APART.isdisjoint(TOGETHER)
+    for name, fixture in (("quickstart", "quickstart"), ("ranks", "ranks_of"), ("ray", "private_ray")):
+        using = {
+            path.stem
+            for path in (ROOT / "tests").glob("test_*.py")
+            if f"{fixture}," in (text := path.read_text()) or f"{fixture})" in text
+        }
+        assert {file for file, group in TOGETHER.items() if group == name} >= using - {"test_budget"}
