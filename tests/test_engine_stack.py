@@ -220,8 +220,8 @@ def test_generation_goes_on_across_a_publication_and_every_token_names_its_weigh
     publication = policy.publish()
 
     async def both():
-        running = [asyncio.create_task(engine.generate(PROMPT, sampling(8, 40), before)) for _ in range(16)]
-        await asyncio.sleep(0.1)
+        running = [asyncio.create_task(engine.generate(PROMPT, sampling(8, 40), before)) for _ in range(64)]
+        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)  # Others are half way.
         await engine.receive(publication)
         return [c for group in await asyncio.gather(*running) for c in group]
 
@@ -254,7 +254,7 @@ def test_a_stale_kv_cache_is_measured_and_dropped_when_it_matters(stack, limit, 
     async def across(publication, version):
         """Completions that began before ``publication`` and ended after it; the gap measured on one of them."""
         running = [asyncio.create_task(engine.generate(PROMPT, sampling(8, 40), version)) for _ in range(64)]
-        await asyncio.sleep(0.05)
+        await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)  # Others are half way.
         taken = await engine.receive(publication)
         completions = [c for group in await asyncio.gather(*running) for c in group]
         assert any(len(c.version_spans) == 2 for c in completions)

@@ -196,6 +196,7 @@ async def join_as_a_learner(session: Any) -> None:
             patched.delenv(name)
         deepspeed = SimpleNamespace(init_distributed=init_distributed, ops=SimpleNamespace())
         patched.setitem(sys.modules, "deepspeed", deepspeed)
+        patched.setattr("torch.distributed.is_initialized", lambda: False)  # A learner may live in this process.
         join_group(session.prepared.config, 0, 1, ("127.0.0.1", 0))
 
 
