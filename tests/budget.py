@@ -7,6 +7,7 @@ own. ``tests/conftest.py`` registers this module as a plugin.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +33,8 @@ HEAVY = (
     "httpx",
 )
 """Libraries whose first import is not charged to the test in which it happens."""
+CROWDED = 2.0 if "PYTEST_XDIST_WORKER" in os.environ else 1.0
+"""Processes that share cores, caches and memory slow each other down, beside what the waiting for a core explains."""
 UNLIMITED = ("usepdb", "--hypothesis-profile")
 """Options of a session that has no budget."""
 IMPORT_S = 20.0
@@ -137,7 +140,7 @@ def pytest_runtest_makereport(
         begun, waited, shared, heavy = item.stash[BEGUN]
         whole = time.perf_counter() - begun
         own = whole - (waited_s() - waited) - (_shared_s - shared)
-        limit = scaled(BUDGET_S) + (scaled(IMPORT_S) if _heavy() > heavy else 0)
+        limit = CROWDED * scaled(BUDGET_S) + (scaled(IMPORT_S) if _heavy() > heavy else 0)
         free = any(item.get_closest_marker(name) for name in COSTLY) or any(map(item.config.getoption, UNLIMITED))
         started = item.config.stash.get(FIXTURES, [])
         report.cost = {"whole": whole, "over": None if free or own <= limit else own, "fixtures": list(started)}

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.process
 
 CONFTEST = """
 from tests import budget
-budget.BUDGET_S = 0.3
+budget.BUDGET_S = 0.2
 def pytest_addoption(parser):
     budget.add_options(parser)
 def pytest_configure(config):

@@ -283,6 +283,7 @@ def test_actors_get_those_switches_off_whatever_their_node_says(monkeypatch):
     assert {name: engine[name] for name in SAFE} == dict.fromkeys(SAFE, "0")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("off", [False, True])
 def test_what_torchs_switch_would_do(place, off):
     file, name = poison(place / "model", place / "canary"), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
