@@ -1,4 +1,4 @@
-"""Count the rows whose gold answer no completion can match, before a run rolls them out for ever.
+"""Count the rows whose gold answer no completion can match, before a run samples from them in vain.
 
 A built-in reward returns None for them, so they cost samples and teach nothing. Numbers and texts are read here. Formulas
 that only math-verify can read are tried as their own answers, in the reward's own process and within a time limit.
@@ -26,7 +26,7 @@ MOST_READ, MOST_TRIED, TOGETHER, LIMIT_S = 20_000, 200, 20, 4.0
 
 
 def rows_without_score(config: Config, origin: str, prompts: Sequence[Prompt]) -> list[str]:
-    """A warning W309 for each built-in reward that some rows of ``prompts`` can never satisfy."""
+    """Return a warning W309 for each built-in reward that some rows of ``prompts`` can never satisfy."""
     lines = []
     for i, spec in enumerate(config.reward.functions):
         column = spec.args.get("column") or default_column(spec.function or "")
@@ -51,7 +51,7 @@ def rows_without_score(config: Config, origin: str, prompts: Sequence[Prompt]) -
 
 
 def _spread(prompts: Sequence[Prompt], most: int) -> Sequence[Prompt]:
-    """At most so many of ``prompts``, evenly over all of them."""
+    """Return at most ``most`` of ``prompts``, evenly spaced."""
     if len(prompts) <= most:
         return prompts
     return [prompts[i] for i in np.linspace(0, len(prompts) - 1, most).round().astype(int)]
@@ -60,7 +60,7 @@ def _spread(prompts: Sequence[Prompt], most: int) -> Sequence[Prompt]:
 def _tried(
     config: Config, spec: RewardFunction, column: str, prompts: Sequence[Prompt]
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """``(those that were scored, those of them that are not equal to themselves)``."""
+    """Score the golds of ``prompts`` as their own answers; returns ``(prompts scored, those of them that did not get 1)``."""
     function = RewardFunction(function="math_accuracy", args={"column": column}, timeout_s=spec.timeout_s)
     try:
         worker = RewardWorker(config.reward.model_copy(update={"functions": [function]}), isolate=True)

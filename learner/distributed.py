@@ -47,7 +47,8 @@ def join_group(config: Config, rank: int, world_size: int, master: tuple[str, in
     import deepspeed
 
     if not torch.cuda.is_available():
-        # DeepSpeed would compile its one operator for CPUs here, under a lock file that a killed process leaves for ever.
+        # DeepSpeed would compile its one operator for CPUs here, under a lock file that a killed process
+        # leaves behind.
         # Only its own inference calls that operator. An empty table of what this machine can compile leaves it out.
         deepspeed.ops.__compatible_ops__ = {}
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

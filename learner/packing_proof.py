@@ -69,7 +69,7 @@ def _prove(forward: Callable[..., tuple[Tensor, ...]], policy: PolicyModel, devi
     if leaks:
         raise ModelRefused(
             f"model refused: packed sequences leak into each other in {_name(policy)}: log-probs of a completion change "
-            f"{', '.join(leaks)} nats (allowed {limit:.2g}); use a model in which attention alone mixes tokens"
+            f"{', '.join(leaks)} nats (allowed {limit:.2g}); use a model that mixes tokens by attention only"
         )
 
 

@@ -1,4 +1,4 @@
-"""The tokens of a step with the highest entropy, whose policy term alone counts (arXiv 2506.01939).
+"""The tokens of a step with the highest entropy, the only ones whose policy term counts (arXiv 2506.01939).
 
 The threshold is the quantile of the whole step, over all ranks. Invariant: tokens of one context (the same prompt, the
 same tokens before them) have one entropy; rounding, which differs between micro-batches, never separates them.
@@ -101,5 +101,5 @@ def contexts(rows: Sequence[Row]) -> dict[int, IntArray]:
 
 
 def _sortable(token_ids: IntArray) -> bytes:
-    """``token_ids`` as bytes that sort as the tokens do, a beginning before what goes on from it."""
+    """Return ``token_ids`` as bytes that sort as the tokens do; a prefix sorts before every longer sequence."""
     return token_ids.astype(">u4").tobytes()

@@ -110,7 +110,7 @@ def limits_of_test(spec: Configured) -> tuple[Limits, float]:
 
 
 def longest_s(counts: Sequence[int], limits: Limits = SANDBOX_LIMITS, timeout_s: float = TIMEOUT_S) -> float:
-    """Seconds that a call for programs with so many tests each may take, whatever the programs do."""
+    """Return the most seconds that one call may take for programs with ``counts`` tests each."""
     times = [_budget_s(count, limits) + timeout_s + SLACK_S for count in counts]
     return sum(times) / PARALLEL + max(times, default=0.0)
 
@@ -135,7 +135,7 @@ def _budget_s(count: int, limits: Limits) -> float:
 
 def _share(text: str, suite: Suite, row: Mapping[str, Any], limits: Limits, timeout_s: float) -> float:
     program, prompt = program_of(text), row.get("prompts")
-    # A completion may go on where a prompt of Python ends.
+    # A completion may continue a prompt of Python.
     sources = [program, prompt + program] if isinstance(prompt, str) else [program]
     until = time.monotonic() + _budget_s(len(suite.cases), limits)
     box, passed = _Box(sources, suite.setup, limits, timeout_s), 0

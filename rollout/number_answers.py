@@ -210,7 +210,7 @@ def _is_excluded(text: str, start: int) -> bool:
 
 
 def nearest_quantity(text: str, word: str, within: int = 60) -> Quantity | None:
-    """The first quantity after the last ``word``, if it begins within so many characters; else None."""
+    """Return the first quantity after the last ``word`` if a digit follows within ``within`` characters, else None."""
     at = text.lower().rfind(word)
     return None if at < 0 or not re.search(r"\d", in_ascii(text[at : at + within])) else _first_quantity(text[at:])
 

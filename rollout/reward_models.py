@@ -88,7 +88,9 @@ class ClassifierReward:
         if isinstance(prompt, str) and isinstance(completion, str):
             return prompt + completion
         messages = list(prompt) + list(completion)
-        if len(prompt) and prompt[-1]["role"] == "assistant" and len(completion) == 1:  # A begun turn goes on.
+        if (
+            len(prompt) and prompt[-1]["role"] == "assistant" and len(completion) == 1
+        ):  # The completion continues a begun turn.
             begun = {"content": str(prompt[-1]["content"]) + str(completion[0]["content"])}
             messages = [*prompt[:-1], completion[0] | begun]
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False))

@@ -71,7 +71,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Nothing to connect."""
 
     def prepare(self, update_info: ShmUpdateInfo) -> None:
-        """Pack the next weights beside the live ones, while generation goes on; where that cannot be, do nothing.
+        """Pack the next weights beside the live ones while the engine generates; do nothing if they cannot be packed so.
 
         The first publication is left to vLLM's own loader, which the later ones are measured by.
         """
@@ -185,7 +185,7 @@ def pack_tied_heads(model: torch.nn.Module) -> None:
     """Let every tied output head of ``model`` multiply by its embedding's new values.
 
     A checkpoint of a tied model has no weights of the head, so a reload leaves the head as it was. On a CPU the head
-    multiplies by a packed copy and would go on producing the old policy's logits.
+    multiplies by a packed copy and would keep producing the old policy's logits.
     """
     for path in tied_heads(model):
         head = model.get_submodule(path)

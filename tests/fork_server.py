@@ -127,7 +127,7 @@ def _attend(connection: socket.socket) -> None:
 
 
 def _run(program: str, arguments: list[str], folder: str, environment: dict[str, str], streams: array.array) -> None:
-    """Be ``program``: the streams, folder and environment of whoever asked, then its main function."""
+    """Take over the streams, folder and environment of the caller, then run ``program``."""
     code = 1
     try:
         for number, stream in enumerate(streams):

@@ -144,7 +144,7 @@ def test_a_stop_string_ends_a_completion_whatever_tokens_it_is(stack, flat, stop
             ({token} & tokens or {text for text in texts if text in decode(ids[: i + 1])})
             for i, token in enumerate(ids)
         ]
-        assert not any(ends[:-1])  # Nothing goes on behind an end.
+        assert not any(ends[:-1])  # No token follows an end token.
         assert completion.finish_reason == ("stop" if ends[-1] else "length")
         met |= ends[-1]
     assert met == tokens | set(texts)

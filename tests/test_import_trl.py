@@ -420,7 +420,7 @@ def test_a_mean_is_over_what_trl_divides_by(settings, name, args):
             {"top_entropy_quantile": 0.2},
             "top_entropy_quantile: threshold of the whole step; there of every micro-batch",
         ),
-        ({"mask_truncated_completions": True}, "mask_truncated_completions: TRL's number of tokens goes on counting"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions: TRL's number of tokens includes"),
     ],
 )
 def test_what_is_averaged_otherwise_is_said(settings, said):
@@ -429,7 +429,9 @@ def test_what_is_averaged_otherwise_is_said(settings, said):
 
 
 def test_where_nothing_is_counted_in_tokens_masked_completions_mean_the_same():
-    assert "goes on counting" not in from_settings({"loss_type": "grpo", "mask_truncated_completions": True})[1]
+    assert (
+        "number of tokens includes" not in from_settings({"loss_type": "grpo", "mask_truncated_completions": True})[1]
+    )
 
 
 def test_arguments_of_a_loss():

@@ -162,7 +162,7 @@ def _aggregation(t: Translation) -> None:
         t.differs("loss_type", "bnpo averages micro-batches of shuffled sequences; here a chunk holds neighbours")
     t.put("algorithm.aggregation", {"name": name} | arguments, "loss_type")
     if t["mask_truncated_completions"] and name in ("token_mean", "batch_token_mean"):
-        text = "TRL's number of tokens goes on counting those of masked completions; here they leave it"
+        text = "TRL's number of tokens includes those of masked completions; here it does not"
         t.differs("mask_truncated_completions", text)
 
 
