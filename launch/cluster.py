@@ -266,7 +266,8 @@ async def reserve(needs: Needs) -> Reservation:
         raise InputError("E501", "not enough resources", "cluster", found, expected, fix, table(needs, nodes()))
     reservation = Reservation([], [], [RaySlot({})] * needs.rewards, needs)
     try:
-        await asyncio.wait_for(_fill(reservation, arrangement), PLACEMENT_TIMEOUT_S)
+        async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
+            await _fill(reservation, arrangement)
     except TimeoutError:
         reservation.release()
         found, fix = f"resources still taken after {PLACEMENT_TIMEOUT_S:g} s", "end the other jobs, or ask for less"

@@ -57,7 +57,8 @@ class Keeper:
         task, self._task = self._task, None
         written, version = False, self.version
         try:
-            written = await asyncio.wait_for(asyncio.shield(task), DISK_LIMIT_S)
+            async with asyncio.timeout(DISK_LIMIT_S):
+                written = await asyncio.shield(task)
         except TimeoutError:
             self._recorder.unsaved(version, OSError(f"not on the disk after {DISK_LIMIT_S:g} s"))
         finally:

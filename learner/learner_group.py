@@ -163,4 +163,5 @@ class LearnerGroup:
 
     async def _free_address(self) -> tuple[str, int]:
         """Host of the first rank, and a port there."""
-        return await asyncio.wait_for(self._slots[0].run(_free_address), START_TIMEOUT_S)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            return await self._slots[0].run(_free_address)

@@ -32,6 +32,7 @@ class RolloutBuffer:
         self._capacity = groups_per_batch * self._batches_ahead
         self._barren_limit, self._max_resampled = barren_limit, max_resampled
         self._warn_at = min(WARN_STEPS * groups_per_batch, barren_limit // 2)
+        self._warned = False
         self._resampled = 0
         self._slots = 0
         self._waiting: OrderedDict[int, RolloutGroup | _Hole | None] = OrderedDict()
@@ -169,6 +170,7 @@ class RolloutBuffer:
         if self._barren >= self._barren_limit:
             expected += f" within algorithm.barren_limit = {self._barren_limit}"
             raise NothingToLearn("E307", what, place, found, expected, fix)
-        if self._barren == self._warn_at:
+        if self._barren == self._warn_at and not self._warned:
+            self._warned = True
             fix += f"; at {self._barren_limit} (algorithm.barren_limit) the run ends"
             print(f"warning[W307] {what} — {place}. Found {found}, expected {expected}. Fix: {fix}", flush=True)

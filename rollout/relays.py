@@ -134,7 +134,8 @@ class Relays:
             target, cut = self._on(node), self._cut(shipment)
             begun = asyncio.get_running_loop().time()
             try:
-                segment = await asyncio.wait_for(self._move(shipment, node, target, cut), limit_s)
+                async with asyncio.timeout(limit_s):
+                    segment = await self._move(shipment, node, target, cut)
                 return replace(shipment.publication, segment=segment)
             except ArgumentLost as error:
                 why, counts = one_line(error), await self._recut(shipment, cut)
@@ -170,7 +171,8 @@ class Relays:
     async def _is_dead(self, sender: Actor, segment: str) -> bool:
         """Whether it says so itself: one that is silent may have much to do."""
         try:
-            await asyncio.wait_for(sender.call("piece", segment, 0, 0).answer, ASK_LIMIT_S)
+            async with asyncio.timeout(ASK_LIMIT_S):
+                await sender.call("piece", segment, 0, 0).answer
         except ActorDied:
             return True
         except (ActorUnreachable, OSError):  # The next try will tell.

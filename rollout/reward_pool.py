@@ -98,8 +98,13 @@ class RewardPool:
 
     async def close_books(self) -> None:
         """Ask every worker for what is still missing in ``slices``; one that dies or hangs now has nothing to add."""
-        calls = [asyncio.wait_for(actor.call("times").answer, GRACE_S) for actor in self._actors]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
+        calls = [asyncio.ensure_future(actor.call("times").answer) for actor in self._actors]
+        if not calls:
+            return
+        answered, silent = await asyncio.wait(calls, timeout=GRACE_S)
+        for call in silent:
+            call.cancel()
+        answers = await asyncio.gather(*answered, return_exceptions=True)
         self.slices += [answer for answer in answers if isinstance(answer, TimeSlice)]
 
     def close(self) -> None:
@@ -139,7 +144,8 @@ class RewardPool:
         try:
             groups = [item.group for item in items]
             limit_s = self._limit_s + self._code_s(groups)
-            scores = await asyncio.wait_for(actor.call("score", groups, self.state).answer, limit_s)
+            async with asyncio.timeout(limit_s):
+                scores = await actor.call("score", groups, self.state).answer
         except TimeoutError:
             self._replace(index)
             self._again(items, "timeout", f"> {limit_s:g} s (worker replaced)")

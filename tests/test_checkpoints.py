@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.keeper import Keeper
 from shared import checkpoints
 from shared.errors import InputError
+from shared.ledger import TimeLedger
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,3 +222,20 @@ def test_a_file_that_no_manifest_names_is_no_harm(parent):
     (parent / "step-old").mkdir()
     assert json.loads((parent / "step-000010" / "MANIFEST.json").read_text())["step"] == 10
     assert checkpoints.newest(parent)[0].name == "step-000010"
+
+
+def test_a_run_that_is_cancelled_in_the_moment_its_checkpoint_is_written_ends():
+    async def run():
+        written = asyncio.get_running_loop().create_future()
+        recorder = SimpleNamespace(draft=lambda version: "draft", commit=lambda *_: written)
+        learners = SimpleNamespace(save=lambda draft: asyncio.sleep(0))
+        keeper = Keeper(learners, recorder, TimeLedger("run"))
+        keeper._task = written
+        waiting = asyncio.create_task(keeper.finish())
+        await asyncio.sleep(0)
+        written.set_result(True)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(run())
