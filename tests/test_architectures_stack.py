@@ -12,6 +12,7 @@ import pytest
 
 from shared.config import Config
 from shared.types import Prompt, RolloutGroup
+from tests.pace import scaled
 from tests.tiny_models import ATTENTION_ALONE, write_tiny_model
 
 pytestmark = pytest.mark.stack
@@ -85,7 +86,7 @@ class LearnerHost:
 _HELD = {}
 
 
-def _start(kind, config):
+def _open(kind, config):
     _HELD["it"] = kind(config)
 
 
@@ -94,21 +95,29 @@ def _call(method, arguments):
 
 
 class Remote:
-    """An object in a process of its own, as in a run: vLLM changes classes of transformers where it lives."""
+    """A process that holds one object after the other; as in a run, vLLM changes classes of transformers in its own."""
 
-    def __init__(self, kind, config):
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self._started = self._pool.submit(_start, kind, config)
+    def __init__(self, kind):
+        self._kind, self._pool = kind, ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+    def open(self, config):
+        """Begin to build the object; the next call waits for it."""
+        self._opened = self._pool.submit(_open, self._kind, config)
 
     def __call__(self, method, *arguments):
-        self._started.result(timeout=600)
-        return self._pool.submit(_call, method, arguments).result(timeout=600)
+        self._opened.result(timeout=scaled(200))
+        return self._pool.submit(_call, method, arguments).result(timeout=scaled(200))
 
-    def close(self):
-        try:
-            self("close")
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+    def end(self):
+        self._pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    learner, engine = Remote(LearnerHost), Remote(EngineHost)
+    yield learner, engine
+    learner.end()
+    engine.end()
 
 
 def sampled(engine, config, version):
@@ -123,9 +132,11 @@ def sampled(engine, config, version):
     return groups
 
 
-def two_steps(config):
+def two_steps(hosts, config):
     """Gaps of versions 0, 1 and 2; the largest gap of a rollout token in each step; all completions."""
-    learner, engine = Remote(LearnerHost, config), Remote(EngineHost, config)
+    learner, engine = hosts
+    learner.open(config)
+    engine.open(config)
     try:
         gaps, tokens, completions = [engine("take", learner("publish"))], [], []
         for version in range(2):
@@ -137,15 +148,15 @@ def two_steps(config):
             gaps.append(engine("take", publication))
         return gaps, tokens, completions
     finally:
-        engine.close()
-        learner.close()
+        engine("close")
+        learner("close")
 
 
 @pytest.mark.parametrize(
     "name", [n if n in CHEAP else pytest.param(n, marks=pytest.mark.slow) for n in ATTENTION_ALONE]
 )
-def test_two_steps_with_every_weight_proved(tmp_path, name):
-    gaps, tokens, completions = two_steps(config_of(write_tiny_model(name, tmp_path / name, ENDS)))
+def test_two_steps_with_every_weight_proved(tmp_path, hosts, name):
+    gaps, tokens, completions = two_steps(hosts, config_of(write_tiny_model(name, tmp_path / name, ENDS)))
     assert max(gaps) < 1e-3
     assert max(tokens) < 1e-3
     last = [int(completion.token_ids[-1]) for completion in completions if completion.finish_reason == "stop"]
