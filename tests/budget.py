@@ -141,7 +141,9 @@ def pytest_runtest_makereport(
         whole = time.perf_counter() - begun
         own = whole - (waited_s() - waited) - (_shared_s - shared)
         limit = CROWDED * scaled(BUDGET_S) + (scaled(IMPORT_S) if _heavy() > heavy else 0)
-        free = any(item.get_closest_marker(name) for name in COSTLY) or any(map(item.config.getoption, UNLIMITED))
+        free = any(item.get_closest_marker(name) for name in COSTLY) or any(
+            item.config.getoption(name, None) for name in UNLIMITED
+        )
         started = item.config.stash.get(FIXTURES, [])
         report.cost = {"whole": whole, "over": None if free or own <= limit else own, "fixtures": list(started)}
         started.clear()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.pace import VARIABLE
+from tests.pace import VARIABLE, scaled
 
 pytestmark = pytest.mark.process
 
@@ -34,54 +34,58 @@ def test_second(engine): pass
 OWN = SHARED.replace('(scope="module")', "")
 
 
-def run(folder, code: str, *options: str, pace: str = "1") -> subprocess.CompletedProcess:
+def run(folder, codes: dict[str, str], *options: str, pace: str = "1") -> subprocess.CompletedProcess:
+    """Run pytest on files ``test_<name>.py``, without plugins that it does not need."""
     (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "test_it.py").write_text(code)
-    markers = "".join(f"\n    {name}: x" for name in ("stack", "process", "slow", "chaos"))
+    for name, code in codes.items():
+        (folder / f"test_{name}.py").write_text(code)
+    markers = "".join(f"\n    {name}: x" for name in ("stack", "process", "slow", "chaos", "timeout"))
     (folder / "pytest.ini").write_text(f"[pytest]\nmarkers ={markers}\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder), *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), VARIABLE: pace}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "xdist.plugin",
+        str(folder),
+        *options,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), VARIABLE: pace, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=scaled(120), check=False
     )
 
 
-@pytest.mark.parametrize(
-    ("code", "over"),
-    [
-        (QUICK, []),
-        (SLEEPS, ["test_it.py::test_sleeps"]),
-        (MARKED, []),
-        (SHARED, []),
-        (OWN, ["test_it.py::test_first", "test_it.py::test_second"]),
-    ],
-)
-def test_an_unmarked_test_that_takes_too_long_fails_the_run(tmp_path, code, over):
-    done = run(tmp_path, code)
-    told = [line.split()[2].rstrip(":") for line in done.stdout.splitlines() if line.startswith("OVER BUDGET")]
-    assert told == over, done.stdout + done.stderr
-    assert done.returncode == bool(over)
-    assert " passed" in done.stdout
+def told(done: subprocess.CompletedProcess) -> list[str]:
+    lines = done.stdout.splitlines()
+    return sorted(line.split()[2].rstrip(":") for line in lines if line.startswith("OVER BUDGET"))
 
 
-def test_a_slow_machine_has_more_time(tmp_path):
-    done = run(tmp_path, SLEEPS, pace="4")
-    assert done.returncode == 0, done.stdout
+def test_an_unmarked_test_that_takes_too_long_fails_the_run_and_a_table_shows_where_seconds_went(tmp_path):
+    done = run(tmp_path, {"quick": QUICK, "sleeps": SLEEPS, "marked": MARKED, "shared": SHARED, "own": OWN}, "--times")
+    over = ["test_own.py::test_first", "test_own.py::test_second", "test_sleeps.py::test_sleeps"]
+    assert told(done) == over, done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "7 passed" in done.stdout
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    seconds = {row[1]: float(row[0]) for row in rows if len(row) == 2 and row[0].replace(".", "").isdigit()}
+    assert seconds["test_shared.py"] >= 0.5
+    assert seconds["1 x engine (test_shared.py)"] >= 0.5
+
+
+def test_tests_within_the_budget_pass_and_a_slow_machine_has_more_time(tmp_path):
+    done = run(tmp_path, {"sleeps": SLEEPS, "own": OWN}, pace="4")
+    assert (done.returncode, told(done)) == (0, []), done.stdout
 
 
 def test_the_budget_holds_in_the_workers_of_xdist_too(tmp_path):
-    done = run(tmp_path, SLEEPS + MARKED + OWN.replace("time.sleep(0.5)", "pass"), "-n", "2", "--dist", "loadscope")
-    assert "OVER BUDGET test_it.py::test_sleeps" in done.stdout
-    assert done.stdout.count("OVER BUDGET") == 1
+    codes = {"sleeps": SLEEPS, "marked": MARKED, "own": OWN.replace("time.sleep(0.5)", "pass")}
+    done = run(tmp_path, codes, "-n", "2", "--dist", "loadscope")
+    assert told(done) == ["test_sleeps.py::test_sleeps"], done.stdout
     assert done.returncode == 1
-
-
-def test_seconds_are_shown_by_file_and_by_fixture(tmp_path):
-    done = run(tmp_path, SHARED, "--times")
-    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    seconds = {row[1]: float(row[0]) for row in rows if len(row) == 2 and row[0].replace(".", "").isdigit()}
-    assert seconds["test_it.py"] >= 0.5
-    assert seconds["1 x engine (test_it.py)"] >= 0.5
 
 
 def test_files_that_share_a_fixture_run_in_one_process():
