@@ -32,7 +32,9 @@ def build(arguments: dict[str, Any]) -> Any:
     from vllm.v1.executor import Executor
 
     config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
-    config.scheduler_config.enable_chunked_prefill = False  # As an argument it brings a warning of other models' faults.
+    config.scheduler_config.enable_chunked_prefill = (
+        False  # As an argument it brings a warning of other models' faults.
+    )
     return LLMEngine(config, Executor.get_class(config), log_stats=False, usage_context=UsageContext.LLM_CLASS)
 
 
