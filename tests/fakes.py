@@ -402,7 +402,7 @@ instance = Brevity(1)
 class FakeActor:
     """Answers a call with what its async method of that name returns or raises; a killed one answers no more."""
 
-    killed = False
+    killed = released = False
 
     def call(self, method: str, *arguments: Any) -> Call:
         work = asyncio.ensure_future(getattr(self, method)(*arguments))
@@ -420,6 +420,7 @@ class FakeActor:
         self.killed = True
 
     def release(self) -> None:
+        self.released = True
         self.kill()
 
 
