@@ -72,7 +72,7 @@ class Controller:
         self._again: list[int] = []
         self._time = TimeLedger("controller")
         self._keeper = Keeper(learners, recorder, self._time)
-        self._accounts = Accounts(config, recorder.book, self._time, (engines, rewards, learners))
+        self._accounts = Accounts(config, recorder.book, self._time, (engines, rewards, learners), recorder.room)
 
     async def run(self) -> None:
         """Publish the weights, evaluate, train, evaluate, save. Any failure on either side ends both."""

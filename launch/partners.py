@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from launch.accounts import Part
+from launch.room import Room
 from rollout.engine import Sampling
 from shared.errors import GroupFailed
 from shared.ledger import TimeBook
@@ -70,6 +71,7 @@ class Recorder(Protocol):
 
     book: TimeBook
     samples: SampleLedger
+    room: Room | None
 
     def step(self, step: int, metrics: dict[str, float], groups: list[RolloutGroup], digest: str) -> None: ...
     def evaluated(self, step: int, metrics: dict[str, float], story: str) -> None: ...

@@ -186,6 +186,7 @@ class Session:
         from launch.cluster import check_resources, claim, ray_session
         from launch.garbage import collected_by_the_clock
         from launch.parts import started
+        from launch.room import room_of
         from launch.run_folder import RunFolder
         from launch.scale import obey
 
@@ -206,6 +207,7 @@ class Session:
                 async with started(config, needs, folder.path) as parts, collected_by_the_clock():
                     took = f"{time.monotonic() - self.began:.0f} s"
                     print(f"engines, learner and reward workers up after {took} ({await parts.where()})", flush=True)
+                    folder.room = room_of(needs)
                     scaling = asyncio.create_task(obey(folder.path, parts.engines))
                     await self._lives(folder, parts)
                     scaling.cancel()

@@ -23,6 +23,7 @@ from launch import replaced
 from launch.display import Screen, clock, screen_for
 from launch.failures import sample_file
 from launch.resume import NOTHING, QUEUED, STATE, Point, model_digest, rewind_rows, take_lock
+from launch.room import Room
 from launch.sinks import Sinks
 from launch.stored_groups import write_groups
 from shared import checkpoints
@@ -61,6 +62,8 @@ class RunFolder:
         self.replaced = ""
         """The run that this one replaces, whose files are not removed yet, in words."""
         self.is_cut_short = False
+        self.room: Room | None = None
+        """Cores and GPUs that the run could still take, once that is known."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(path)

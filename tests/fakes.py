@@ -305,6 +305,7 @@ class FakeRecorder:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(dir=os.environ["RAY_TMPDIR"]))
         self.book = TimeBook()
+        self.room = None
         self.samples = SampleLedger(self.folder / "samples.jsonl")
         self.summaries: list[dict[str, Any]] = []
         self.steps: list[tuple[int, dict[str, float], list[RolloutGroup]]] = []

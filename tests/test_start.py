@@ -43,6 +43,7 @@ def start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("launch.cluster.claim", lambda _: None)
     monkeypatch.setattr("launch.parts.started", nothing)
     monkeypatch.setattr("launch.scale.obey", nowhere)
+    monkeypatch.setattr("launch.room.room_of", lambda _: None)
     monkeypatch.setattr(run.Session, "_lives", nowhere)
 
     def call(*flags, **changes):
