@@ -220,17 +220,21 @@ class Session:
         from launch.stacks import dump_stacks
         from shared.errors import LearnerLost, Stalled
 
-        config, lost = self.prepared.config, 0
+        config, held_out, lost = self.prepared.config, self.prepared.held_out, 0
         partners = (parts.engines, parts.rewards, parts.learners, folder)
         while True:
             try:
                 if lost:
                     await self._recover(folder, parts)
                 folder.rewind(self.point)
-                controller = self.controller = Controller(config, self.stream, self.prepared.held_out, *partners)
+                controller = self.controller = Controller(config, self.stream, held_out, *partners)
                 if self.point is not None:
                     await parts.learners.load(str(self.point.place))
                     controller.restore(self.point.state, self.point.queued(config, self.stream))
+                then = (
+                    f"an evaluation on {len(held_out):,} rows" if held_out and self.point is None else "the next step"
+                )
+                print(f"sending the first weights to the engines; then comes {then}", flush=True)
                 return await controller.run()
             except LearnerLost as error:
                 lost += 1

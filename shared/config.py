@@ -26,7 +26,7 @@ class Run(Section):
     """Run folder. A relative path is taken from the working directory (under a Ray job: from ~/millrace)."""
     resume: Annotated[str, Field(pattern=r"^(auto|never|overwrite|\d+)$")] = "auto"
     """An output_dir that holds an earlier run: go on from its newest good checkpoint (auto) or from that of a step ("120"),
-    refuse it (never), or empty it (overwrite)."""
+    refuse it (never), or replace it as soon as the new run has a checkpoint (overwrite)."""
     seed: NonNegative = 0
     """Seeds data order, sampling and learner."""
     steps: Positive = 100

@@ -106,6 +106,35 @@ def test_each_part_says_when_it_is_ready_if_the_run_has_a_folder(monkeypatch, tm
     assert sorted(capsys.readouterr().out.splitlines()) == (said if told else [])
 
 
+def test_a_long_start_says_again_who_is_missing_and_where_the_logs_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(parts, "START_TOLD_EVERY_S", 0.1)
+
+    async def slow(*_):
+        await asyncio.sleep(0.35)
+
+    async def reserved(needs):
+        await slow()
+        return SimpleNamespace(needs=needs, ranks=[], engines=[], rewards=[])
+
+    monkeypatch.setattr(parts, "reserve", reserved)
+    monkeypatch.setattr(parts, "check_files", nowhere)
+    for name, wait in (("RewardPool", nowhere), ("LearnerGroup", slow), ("EnginePool", slow)):
+        monkeypatch.setattr(parts, name, lambda *_, wait=wait: SimpleNamespace(start=wait, close=nowhere))
+
+    async def go(place):
+        async with started(make_config(), Needs.of(make_config(), on_gpu=False), place):
+            await asyncio.sleep(0.2)  # Nothing is missing any more.
+
+    asyncio.run(go(None))
+    assert capsys.readouterr().out == ""
+    asyncio.run(go(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    again = [line for line in lines if line.startswith("still waiting for ")]
+    assert re.fullmatch(r"still waiting for room on the cluster, \d+ s so far \(logs: .*/logs\)", again[0])
+    assert re.fullmatch(r"still waiting for engines and learner, \d+ s so far \(logs: .*/logs\)", again[-1])
+    assert lines[-1].startswith(("engines ready", "learner ready"))
+
+
 def test_a_private_ray_that_does_not_start_is_one_line_with_its_logs(monkeypatch):
     def overloaded(**_):
         raise Exception("The current node timed out during startup.\nThis could happen ...")
