@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from launch.placement import Needs
+from launch.room import Room
 from shared.config import Config
 from shared.errors import MillraceError, one_line
 from shared.ledger import RESIDUE_LIMIT, TimeBook, TimeLedger, TimeSlice
@@ -55,9 +57,11 @@ def trainer_state(config: Config, version: int, epoch: float, history: list[dict
 class Accounts:
     """The books of one run."""
 
-    def __init__(self, config: Config, book: TimeBook, ledger: TimeLedger, parts: Sequence[Part]) -> None:
-        """``ledger`` is the controller's own."""
-        self._config, self._book, self._ledger, self._parts = config, book, ledger, parts
+    def __init__(
+        self, config: Config, book: TimeBook, ledger: TimeLedger, parts: Sequence[Part], room: Room | None = None
+    ) -> None:
+        """``ledger`` is the controller's own; ``room`` is what the run could still take, if that is known."""
+        self._config, self._book, self._ledger, self._parts, self._room = config, book, ledger, parts, room
         self._started = self._last = time.monotonic()
         self.seen = 0
         """Tokens of prompts and completions since the run began: of all that was sampled and has met its fate."""
@@ -132,7 +136,7 @@ class Accounts:
                 "work": useful / generated,
                 "time": _busy(trained),
             },
-            "verdict": verdict(trained, self._config),
+            "verdict": verdict(trained, self._config, self._room),
         }
 
     def _devices(self, engines: int) -> int:
@@ -186,8 +190,11 @@ def _share(times: dict[str, dict[str, float]], kind: str, *states: str) -> float
     return sum(row.get(state, 0.0) for row in rows for state in states) / wall if wall else 0.0
 
 
-def verdict(times: dict[str, dict[str, float]], config: Config) -> str:
-    """One sentence: what bounds the run whose process spent ``times[process][state]`` seconds, and what to change."""
+def verdict(times: dict[str, dict[str, float]], config: Config, room: Room | None = None) -> str:
+    """One sentence: what bounds the run whose process spent ``times[process][state]`` seconds, and what to change.
+
+    Where ``room`` is known and used up, nothing is advised that would take more cores or GPUs.
+    """
     learner = 1 - _share(times, "learner", *LEARNER_IDLE)
     engines, unfed = _share(times, "engine", "generate"), _share(times, "engine", "wait_for_prompts")
     updating = _share(times, "engine", "pause", "receive")
@@ -196,10 +203,9 @@ def verdict(times: dict[str, dict[str, float]], config: Config) -> str:
     if evaluating > 0.25:
         return f"Evaluation takes {evaluating:.0%} of the training: raise eval.every_steps or lower eval.max_rows."
     if scoring > 0.8 > learner:
-        return (
-            f"The reward workers bound this run, busy {scoring:.0%} of the time: "
-            f"raise reward.workers (now {config.reward.workers})."
-        )
+        remote = any(function.url for function in config.reward.functions)
+        more = _more("reward.workers", config.reward.workers, {} if remote else {"CPU": 1.0}, room, "faster functions")
+        return f"The reward workers bound this run, busy {scoring:.0%} of the time: {more}."
     if updating > 0.2:
         return (
             f"Weight updates hold the engines for {updating:.0%} of the time: "
@@ -215,13 +221,23 @@ def verdict(times: dict[str, dict[str, float]], config: Config) -> str:
             f"Neither engines ({engines:.0%} busy) nor learner ({learner:.0%}) bound this run: "
             f"raise rollout.max_staleness (now {staleness})."
         )
+    needs = Needs.of(config, on_gpu=room is not None and room.on_gpu)
     if learner >= engines:
+        more = _more("learner.num_ranks", config.learner.num_ranks, needs.rank, room, "fewer tokens a step")
         return (
             f"The learner bounds this run, busy {learner:.0%} of the time while the engines wait {unfed:.0%} "
-            f"for prompts: raise learner.num_ranks (now {config.learner.num_ranks})."
+            f"for prompts: {more}."
         )
     waiting = _share(times, "learner", "wait_for_groups")
+    more = _more("rollout.num_engines", config.rollout.num_engines, needs.engine, room, "shorter completions")
     return (
         f"The engines bound this run, generating {engines:.0%} of the time while the learner waits {waiting:.0%} "
-        f"for groups: raise rollout.num_engines (now {config.rollout.num_engines})."
+        f"for groups: {more}."
     )
+
+
+def _more(key: str, now: int, bundle: dict[str, float], room: Room | None, without: str) -> str:
+    """Advise to raise ``key`` if there is room for one more; else say what would help ``without`` more room."""
+    if room is None or room.fits(bundle):
+        return f"raise {key} (now {now})"
+    return f"{room.words}, and a higher {key} (now {now}) would not help; a larger machine would, or {without}"

@@ -75,7 +75,7 @@ def train_steps(
 ) -> Iterator[dict[str, Any]]:
     """Train, and yield each step's row of metrics, evaluations included (``step`` says when); arguments as for ``train``.
 
-    The run goes on while the caller looks at a row. Leaving the loop early ends the run; its last checkpoint stands.
+    The run goes on while the caller looks at a row. Leaving the loop early ends the run, which saves what it has learned.
     """
     told = _Told()
     session = _Background(config, rewards, rows, settings or {}, told)

@@ -24,6 +24,8 @@ from shared.errors import LearnerLost
 from shared.weights import NCCL_BACKEND, backend_of, remove_segments
 
 ROOM_TOLD_EVERY_S, ROOM_LIMIT_S = 10.0, 600.0
+START_TOLD_EVERY_S = 30.0
+"""Seconds after which a start says again what it waits for."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +76,24 @@ class Parts:
 @asynccontextmanager
 async def started(config: Config, needs: Needs, output: Path | None = None) -> AsyncIterator[Parts]:
     """The parts of a run with ``config``, in a session of Ray that has what it ``needs``, writing into ``output``."""
-    run_id = uuid.uuid4().hex[:12]
+    run_id, told = uuid.uuid4().hex[:12], output is not None
     try:
-        reservation = await reserve(needs)
-        await check_hosts(config, reservation)
-        if output is not None:
-            await check_files(config, output, reservation)
+        async with _telling({"room on the cluster"}, output):
+            reservation = await reserve(needs)
+            await check_hosts(config, reservation)
+            if output is not None:
+                await check_files(config, output, reservation)
         environment = worker_environment(output)
         rewards = RewardPool(config, reservation.rewards, environment)
         learners = LearnerGroup(config, run_id, reservation.ranks, environment)
         engines = EnginePool(config, reservation, environment)
         try:
             starts = {"engines": engines.start(), "learner": learners.start(), "reward workers": rewards.start()}
-            await asyncio.gather(*(_ready(name, start, output is not None) for name, start in starts.items()))
+            async with _telling(missing := set(starts), output):
+                await asyncio.gather(*(_ready(name, start, missing, told) for name, start in starts.items()))
             parts = Parts(engines, rewards, learners, backend_of(config, needs.on_gpu) == NCCL_BACKEND)
-            await parts.link()
+            async with _telling({"the link between learner and engines"}, output):
+                await parts.link()
             yield parts
         finally:  # It would start engines again for as long as it lives.
             await engines.close()
@@ -96,9 +101,29 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
         remove_segments(run_id)
 
 
-async def _ready(name: str, start: Awaitable[None], told: bool) -> None:
-    """Wait for a part of the run; say how long it took if that is to be ``told``."""
+@asynccontextmanager
+async def _telling(missing: set[str], output: Path | None) -> AsyncIterator[None]:
+    """Say now and then what of ``missing`` the block still waits for, if the run has a folder, and where its logs are."""
+
+    async def tell() -> None:
+        began = time.monotonic()
+        while True:
+            await asyncio.sleep(START_TOLD_EVERY_S)
+            waited, names = time.monotonic() - began, " and ".join(sorted(missing))
+            print(f"still waiting for {names}, {waited:.0f} s so far (logs: {output}/logs)", flush=True)
+
+    task = asyncio.create_task(tell()) if output is not None else None
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.cancel()
+
+
+async def _ready(name: str, start: Awaitable[None], missing: set[str], told: bool) -> None:
+    """Wait for a part of the run, and take it out of ``missing``; say how long it took if that is to be ``told``."""
     began = time.monotonic()
     await start
+    missing.discard(name)
     if told:
         print(f"{name} ready after {time.monotonic() - began:.0f} s", flush=True)

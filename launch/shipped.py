@@ -37,7 +37,13 @@ def _configs(arguments: list[str]) -> None:
         guess, expected = nearest(name, there), f"one of {', '.join(there)}"
         fix = f"millrace configs {guess}" if guess else "millrace configs"
         raise InputError("E105", "no such configuration", "command line", name, expected, fix)
-    print(there[name].read_text(encoding="utf-8"), end="")
+    print(copy_of(there[name]), end="")
+
+
+def copy_of(path: Path) -> str:
+    """The text of a shipped configuration as a user's own: a run that is started again goes on and replaces nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith('resume = "overwrite"'))
 
 
 def _list(paths: list[Path]) -> str:

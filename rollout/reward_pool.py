@@ -108,11 +108,11 @@ class RewardPool:
         self.slices += [answer for answer in answers if isinstance(answer, TimeSlice)]
 
     def close(self) -> None:
-        """Kill the workers."""
+        """End the workers. Ray is told first: of a process that ends by itself it would warn on the terminal."""
         for task in self._serving:
             task.cancel()
         for actor in self._actors:
-            actor.kill()
+            actor.release()
 
     async def _serve(self, index: int) -> None:
         """Hand groups to worker ``index``, one call at a time."""

@@ -26,7 +26,7 @@ class Run(Section):
     """Run folder. A relative path is taken from the working directory (under a Ray job: from ~/millrace)."""
     resume: Annotated[str, Field(pattern=r"^(auto|never|overwrite|\d+)$")] = "auto"
     """An output_dir that holds an earlier run: go on from its newest good checkpoint (auto) or from that of a step ("120"),
-    refuse it (never), or empty it (overwrite)."""
+    refuse it (never), or replace it as soon as the new run has a checkpoint (overwrite)."""
     seed: NonNegative = 0
     """Seeds data order, sampling and learner."""
     steps: Positive = 100
@@ -115,7 +115,7 @@ class Rollout(Section):
     canary_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest log-prob difference of the canary prompt; default 1e-3 in float32, 0.25 in bfloat16."""
     vllm: dict[str, Any] = {}
-    """Further arguments of vLLM's AsyncEngineArgs."""
+    """Further arguments of vLLM's AsyncEngineArgs. On CPUs no prompt is prefilled in pieces, whatever they say."""
 
     def cores(self, engine: int) -> set[int] | None:
         """Cores of an engine, for example of ``0-3,6``; None: wherever the system puts it."""

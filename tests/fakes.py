@@ -305,6 +305,7 @@ class FakeRecorder:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(dir=os.environ["RAY_TMPDIR"]))
         self.book = TimeBook()
+        self.room = None
         self.samples = SampleLedger(self.folder / "samples.jsonl")
         self.summaries: list[dict[str, Any]] = []
         self.steps: list[tuple[int, dict[str, float], list[RolloutGroup]]] = []
@@ -337,6 +338,9 @@ class FakeRecorder:
         await asyncio.sleep(0)
         self.commits.append((draft, json.loads(json.dumps(state)), queued))
         return True
+
+    def cut_short(self) -> None:
+        pass
 
     def unsaved(self, step: int, error: OSError) -> None:
         self.unsaved_steps.append(step)
@@ -399,7 +403,7 @@ instance = Brevity(1)
 class FakeActor:
     """Answers a call with what its async method of that name returns or raises; a killed one answers no more."""
 
-    killed = False
+    killed = released = False
 
     def call(self, method: str, *arguments: Any) -> Call:
         work = asyncio.ensure_future(getattr(self, method)(*arguments))
@@ -417,6 +421,7 @@ class FakeActor:
         self.killed = True
 
     def release(self) -> None:
+        self.released = True
         self.kill()
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from launch.accounts import Accounts, tokens_of, useful_tokens, verdict
+from launch.placement import Needs, Node
+from launch.room import Room, room_of
 from shared.errors import EngineFailed
 from shared.ledger import TimeBook, TimeLedger, TimeSlice
 from shared.types import Completion, Prompt, RolloutGroup
@@ -130,6 +132,51 @@ def test_one_sentence_names_what_bounds_a_run_and_the_setting(spent, changes, bo
     assert setting in said
     assert said.endswith(".")
     assert said.count(". ") == 0
+
+
+LEARNER, ENGINES = times(0.5, 0.4, 0.1, 0.95, 0.05), times(0.95, 0.0, 0.05, 0.5, 0.5)
+REWARDS = times(0.3, 0.6, 0.1, 0.3, 0.7, score=0.95)
+URL = {"reward.functions": [{"url": "https://judge.example/score"}]}
+FULL, FREE = Room(2, 0, 0, 0, False), Room(8, 4, 0, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("spent", "changes", "room", "said"),
+    [
+        (LEARNER, {}, FREE, "raise learner.num_ranks (now 1)."),
+        (LEARNER, {}, FULL, "all 2 cores are in use, and a higher learner.num_ranks (now 1) would not help"),
+        (LEARNER, {"learner.cpu_threads": 5}, FREE, "all 8 cores are in use"),
+        (ENGINES, {}, FREE, "raise rollout.num_engines (now 1)."),
+        (ENGINES, {}, FULL, "; a larger machine would, or shorter completions."),
+        (ENGINES, {}, Room(1, 0, 0, 0, False), "the only core is in use"),
+        (ENGINES, {}, Room(64, 60, 8, 0, True), "all 8 GPUs are in use"),
+        (ENGINES, {}, Room(64, 0, 8, 1, True), "raise rollout.num_engines (now 1)."),
+        (ENGINES, {"rollout.tensor_parallel_size": 2}, Room(64, 60, 8, 1, True), "would not help"),
+        (REWARDS, {}, FULL, "would not help; a larger machine would, or faster functions."),
+        (REWARDS, {}, FREE, "raise reward.workers (now 1)."),
+        (REWARDS, URL, FULL, "raise reward.workers (now 1)."),
+    ],
+)
+def test_nothing_is_advised_that_the_machine_has_no_room_for(spent, changes, room, said):
+    sentence = verdict(spent, make_config(**{"rollout.max_staleness": 2} | changes), room)
+    assert said in sentence
+    assert ("raise" in sentence) == ("raise" in said)
+
+
+def test_the_room_of_a_machine_is_its_cores_less_what_the_run_uses(monkeypatch, tmp_path):
+    here = [Node("here", {"CPU": 32.0, "GPU": 2.0})]
+    monkeypatch.setattr("launch.cluster.nodes", lambda: here)
+    monkeypatch.setattr("launch.cluster.free", lambda: [Node("here", {"CPU": 5.0, "GPU": 1.0})])
+    monkeypatch.setattr("launch.room.os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("launch.room.QUOTA", tmp_path / "cpu.max")
+    needs = Needs.of(make_config(**{"rollout.cpu_threads": 4, "reward.workers": 3}), on_gpu=False)
+    assert room_of(needs) == Room(16, 16 - 4 - 1 - 3, 2, 1, False)
+    (tmp_path / "cpu.max").write_text("250000 100000\n")
+    assert room_of(needs) == Room(2, 0, 2, 1, False)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert room_of(needs).cores == 16
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert room_of(needs) == Room(32, 5, 2, 1, False)
 
 
 async def test_times_that_are_missing_are_said_and_a_fault_of_ours_travels(capsys):

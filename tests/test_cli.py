@@ -15,6 +15,7 @@ from launch import bench, cli, shipped
 from launch.bench import WORKLOADS
 from launch.cli import GROUPS, VERBS
 from launch.options import ConfigOptions, Options, guarded, settings_help
+from shared import config_loader
 from shared.config_loader import config_file, known_keys, load_config
 from shared.errors import InputError
 from tests.pace import scaled
@@ -145,6 +146,15 @@ def test_shipped_configurations_are_listed_and_printed(monkeypatch, capsys):
         assert len(re.findall(rf"^  {name} +\S.{{20,}}$", out, re.M)) == 1, name
     assert call(monkeypatch, "configs", "gsm8k") == 0
     assert capsys.readouterr().out == (ROOT / "launch" / "configs" / "gsm8k.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", config_loader.shipped())
+def test_a_copy_of_a_shipped_configuration_goes_on_and_overwrites_nothing(monkeypatch, capsys, tmp_path, name):
+    assert call(monkeypatch, "configs", name) == 0
+    (tmp_path / "my.toml").write_text(capsys.readouterr().out)
+    mine, theirs = load_config([str(tmp_path / "my.toml")]), load_config([name])
+    assert mine.run.resume == "auto"
+    assert mine == theirs.model_copy(update={"run": theirs.run.model_copy(update={"resume": "auto"})})
 
 
 def test_a_shipped_configuration_that_does_not_exist(capsys):

@@ -564,7 +564,7 @@ class Mortal(FakeLearners):
         ([("train", 2), ("train", 4)], 1, False),
     ],
 )
-async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypatch, deaths, most, ends):
+async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypatch, capsys, deaths, most, ends):
     config = make_config(**{"run.steps": 4, "run.max_restarts": most, "reward.max_failed_share": 1.0})
     stream = PromptStream([make_prompt(i) for i in range(7)], seed=0)
     learners, engines = Mortal(deaths), FakeEngines()
@@ -582,6 +582,7 @@ async def test_a_learner_may_be_lost_so_often_wherever_it_is(tmp_path, monkeypat
     else:
         with pytest.raises(LearnerLost):
             await lives
+    assert "sending the first weights to the engines; then comes the next step\n" in capsys.readouterr().out
     folder.finish()
 
 

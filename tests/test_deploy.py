@@ -12,6 +12,7 @@ import yaml
 
 from launch.cli import VERBS
 from launch.cluster import Needs
+from launch.keeper import INTERRUPT_LIMIT_S
 from launch.run import parser
 from shared.config_loader import known_keys, load_config
 
@@ -212,7 +213,7 @@ def test_the_end_of_the_head_reaches_the_driver_and_not_its_shell():
     assert not re.search(pattern, f"/bin/sh -c {entrypoint}")
     assert not re.search(pattern, f"{shell} {option} {script}")
     drain = next(e["value"] for e in PODS["head"]["containers"][0]["env"] if "DRAIN" in e["name"])
-    assert 3 + float(drain) < PODS["head"]["terminationGracePeriodSeconds"]
+    assert INTERRUPT_LIMIT_S + float(drain) < PODS["head"]["terminationGracePeriodSeconds"]
 
 
 def test_only_the_pods_of_the_job_the_submitter_and_the_operator_get_in():

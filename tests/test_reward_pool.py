@@ -230,11 +230,11 @@ def test_the_pools_deadline_grows_with_the_tests_of_a_program(make):
     assert limit(None) == limit("def (") < 20
 
 
-async def test_close_kills_every_worker(make):
+async def test_close_ends_every_worker_in_a_way_that_ray_does_not_warn_of(make):
     pool, actors, _ = make([], **{"reward.workers": 3})
     await together(pool, 0)
     pool.close()
-    assert all(actor.killed for actor in actors)
+    assert [actor.released for actor in actors] == [True] * 3
 
 
 # --- Ray for real ---

@@ -184,6 +184,7 @@ def test_with_ray_the_last_line_holds_the_rewards_and_a_hanging_row_is_null(tmp_
     assert done.returncode == 2, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"rewards": [1, None, None, 3], "failed": [1]}
     assert "E305" in done.stderr
+    assert "(raylet)" not in done.stdout + done.stderr
 
 
 @pytest.mark.process

@@ -43,6 +43,7 @@ def start(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("launch.cluster.claim", lambda _: None)
     monkeypatch.setattr("launch.parts.started", nothing)
     monkeypatch.setattr("launch.scale.obey", nowhere)
+    monkeypatch.setattr("launch.room.room_of", lambda _: None)
     monkeypatch.setattr(run.Session, "_lives", nowhere)
 
     def call(*flags, **changes):
@@ -103,6 +104,35 @@ def test_each_part_says_when_it_is_ready_if_the_run_has_a_folder(monkeypatch, tm
     asyncio.run(go())
     said = ["engines ready after 0 s", "learner ready after 0 s", "reward workers ready after 0 s"]
     assert sorted(capsys.readouterr().out.splitlines()) == (said if told else [])
+
+
+def test_a_long_start_says_again_who_is_missing_and_where_the_logs_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(parts, "START_TOLD_EVERY_S", 0.1)
+
+    async def slow(*_):
+        await asyncio.sleep(0.35)
+
+    async def reserved(needs):
+        await slow()
+        return SimpleNamespace(needs=needs, ranks=[], engines=[], rewards=[])
+
+    monkeypatch.setattr(parts, "reserve", reserved)
+    monkeypatch.setattr(parts, "check_files", nowhere)
+    for name, wait in (("RewardPool", nowhere), ("LearnerGroup", slow), ("EnginePool", slow)):
+        monkeypatch.setattr(parts, name, lambda *_, wait=wait: SimpleNamespace(start=wait, close=nowhere))
+
+    async def go(place):
+        async with started(make_config(), Needs.of(make_config(), on_gpu=False), place):
+            await asyncio.sleep(0.2)  # Nothing is missing any more.
+
+    asyncio.run(go(None))
+    assert capsys.readouterr().out == ""
+    asyncio.run(go(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    again = [line for line in lines if line.startswith("still waiting for ")]
+    assert re.fullmatch(r"still waiting for room on the cluster, \d+ s so far \(logs: .*/logs\)", again[0])
+    assert re.fullmatch(r"still waiting for engines and learner, \d+ s so far \(logs: .*/logs\)", again[-1])
+    assert lines[-1].startswith(("engines ready", "learner ready"))
 
 
 def test_a_private_ray_that_does_not_start_is_one_line_with_its_logs(monkeypatch):

@@ -15,8 +15,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# SIGTERM a minute before the time is up; the driver needs three seconds to end well.
-#SBATCH --signal=B:TERM@60
+# SIGTERM two minutes before the time is up: the driver finishes its step, writes a checkpoint and ends.
+#SBATCH --signal=B:TERM@120
 # shellcheck disable=SC1091,SC2329  # The environment is not ours; traps call the functions.
 set -euo pipefail
 READY_S=300
