@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from launch.options import ConfigOptions, guarded
 from shared.config import Config
 from shared.config_loader import config_file, load_config
-from shared.errors import InputError
+from shared.errors import InputError, visible
 
 if TYPE_CHECKING:
     from launch.display import Screen
@@ -130,7 +130,7 @@ def prepare_session(
     point = find(prepared.config, output, stream, source.name)
     check_room(prepared.config, output, source.name)
     for warning in prepared.warnings:
-        print(warning, flush=True)
+        print(visible(warning), flush=True)
     evaluated = point is not None and (not prepared.held_out or point.state["evaluated"] == point.version)
     if point is not None and point.version >= config.run.steps and evaluated:
         print(f"{output}: complete at step {point.version}; raise run.steps to go on", flush=True)

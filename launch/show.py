@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launch.options import Options, check_number, guarded
 from shared.config_loader import load_config
-from shared.errors import InputError, one_line
+from shared.errors import InputError, one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,7 +155,7 @@ def _pieces(run: Path) -> Callable[[list[int]], list[str]] | None:
             model.tokenizer or model.path, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        print(f"warning[W603] tokens without colours: no tokenizer ({error})", file=sys.stderr)
+        print(f"warning[W603] tokens without colours: no tokenizer ({one_line(error)})", file=sys.stderr)
         return None
     return lambda ids: [tokenizer.decode([i]) for i in ids]
 
@@ -168,7 +168,7 @@ def _list(console: Console, groups: list[Group]) -> None:
     for group in groups:
         first = group.rows[0]
         tokens = sum(row["tokens"] for row in group.rows)
-        prompt = Text(" ".join(first["prompt"].split()), overflow="ellipsis", no_wrap=True)
+        prompt = Text(visible(" ".join(first["prompt"].split())), overflow="ellipsis", no_wrap=True)
         cells = f"{first['group_id']}", f"{first['step']}", f"{group.mean:.3f}", f"{group.spread:.3f}", f"{tokens}"
         table.add_row(*cells, prompt)
     console.print(table)
@@ -217,11 +217,16 @@ def page(
     from rich.text import Text
 
     first = group.rows[0]
-    parts: list[Any] = [Text(first["prompt"], style="bold")]
+    parts: list[Any] = [Text(visible(first["prompt"]), style="bold")]
     for row in sorted(group.rows, key=lambda row: -(row["reward"] if row["reward"] is not None else -math.inf)):
-        parts += [Rule(Text(_figures(row), style="dim"), align="left", style="dim"), _completion(row, colour, pieces)]
+        parts += [
+            Rule(Text(visible(_figures(row)), style="dim"), align="left", style="dim"),
+            _completion(row, colour, pieces),
+        ]
     title = f"group {first['group_id']}  step {first['step']}  reward {group.mean:.3f}"
-    return Panel(Together(*parts), title=Text(title), subtitle=Text(number), title_align="left", subtitle_align="right")
+    return Panel(
+        Together(*parts), title=Text(visible(title)), subtitle=Text(number), title_align="left", subtitle_align="right"
+    )
 
 
 def _figures(row: Row) -> str:
@@ -243,10 +248,10 @@ def _completion(row: Row, colour: str, pieces: Callable[[list[int]], list[str]] 
     from rich.text import Text
 
     if colour == "none" or pieces is None:
-        return Text(row["completion"])
+        return Text(visible(row["completion"]))
     text = Text()
     for piece, shade in zip(pieces(row["token_ids"]), _shades(row, colour), strict=True):
-        text.append(piece, style=f"black on {SCALE[shade]}" if 2 <= shade <= 5 else f"white on {SCALE[shade]}")
+        text.append(visible(piece), style=f"black on {SCALE[shade]}" if 2 <= shade <= 5 else f"white on {SCALE[shade]}")
     return text
 
 

@@ -51,13 +51,18 @@ def _row(group: RolloutGroup, i: int, step: int | None) -> dict[str, Any]:
         "advantage": None if group.advantages is None else float(group.advantages[i]),
     }
     row |= {f"rewards/{name}": float(values[i]) for name, values in group.reward_parts.items()}
-    row |= {f"extra/{name}": str(values[i]) for name, values in group.extra.items()}
+    row |= {f"extra/{name}": _storable(values[i]) for name, values in group.extra.items()}
     return row | {
         "token_ids": completion.token_ids.tolist(),
         "rollout_logprobs": completion.logprobs.tolist(),
         "versions": [number for span in completion.version_spans for number in span],
         "names": json.dumps({"parts": list(group.reward_parts), "extra": list(group.extra), "metrics": group.metrics}),
     }
+
+
+def _storable(value: Any) -> str:
+    """``value`` as text, with halves of characters written out: a reward service may send them, and no file holds them."""
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_groups(path: Path, prompt_of: Callable[[int], Prompt]) -> list[RolloutGroup]:

@@ -16,6 +16,58 @@ import numpy as np
 
 from shared.types import RolloutGroup
 
+OWN = frozenset(
+    [
+        "step",
+        "logged",
+        "advantages",
+        "buffer",
+        "checkpoint",
+        "clip_ratio",
+        "completions",
+        "engines",
+        "entropy",
+        "entropy_coef",
+        "entropy_kept_frac",
+        "eval",
+        "frac_reward_zero_std",
+        "goodput",
+        "grad_norm",
+        "groups",
+        "importance_sampling",
+        "kl",
+        "kl_coef",
+        "kl_control_skipped",
+        "learning_rate",
+        "loss",
+        "micro_batches",
+        "num_tokens",
+        "off_policy",
+        "policy_loss",
+        "policy_version",
+        "rejection",
+        "reward",
+        "reward_group_std",
+        "reward_kl",
+        "reward_kl_per_token",
+        "reward_pool",
+        "reward_std",
+        "rewards",
+        "rollout_logprobs_not_finite",
+        "samples",
+        "source",
+        "staleness",
+        "sync",
+        "throughput",
+        "time",
+        "train_tokens",
+        "trainable_tokens",
+        "truncated_sampling",
+        "updates",
+    ]
+)
+"""First parts, up to a ``/``, of the names that a run writes: a reward function that logs such a name gets ``logged/`` before it."""
+
 
 def group_metrics(
     groups: Sequence[RolloutGroup], policy_version: int, replaced: Sequence[RolloutGroup] = ()
@@ -53,7 +105,7 @@ def group_metrics(
         metrics["completions/min_terminated_length"] = float(lengths[ended].min())
         metrics["completions/max_terminated_length"] = float(lengths[ended].max())
     for name in dict.fromkeys(name for group in groups for name in group.metrics):
-        metrics[name] = _mean(np.array([group.metrics[name] for group in groups if name in group.metrics]))
+        metrics.setdefault(name, _mean(np.array([g.metrics[name] for g in groups if name in g.metrics])))
     nones = np.array([[np.isnan(values).mean() for values in group.reward_parts.values()] for group in groups])
     metrics["reward/partly_applicable_groups"] = (
         float(((nones > 0) & (nones < 1)).any(axis=1).sum()) if nones.size else 0.0

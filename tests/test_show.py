@@ -67,6 +67,23 @@ def test_text_of_models_is_shown_and_not_interpreted(run, capsys):
     assert "[red]2+2=[/red]" in capsys.readouterr().out
 
 
+HIDDEN = "\x1b[31mred\x1b]0;title\x07\x9b"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--list"], ["--tokens", "advantage"]])
+def test_control_characters_of_a_run_are_shown_and_reach_no_terminal(tmp_path, capsys, monkeypatch, arguments):
+    made = make_group(1)
+    completions = tuple(replace(one, text=HIDDEN, finish_reason=HIDDEN) for one in made.completions)
+    made = replace(made, prompt=replace(made.prompt, text=HIDDEN), completions=completions)
+    made = replace(made, reward_parts={HIDDEN: made.rewards, "b": made.rewards})
+    write_groups(tmp_path / "samples" / "step-000001.parquet", [made], 1)
+    monkeypatch.setattr(show, "_pieces", lambda _: lambda ids: [HIDDEN for _ in ids])
+    assert show.main([str(tmp_path), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b" in out
+    assert not set(HIDDEN) & {character for character in out if ord(character) < 32 or 127 <= ord(character) < 160}
+
+
 def test_one_line_a_group(run, capsys):
     show.main([str(run), "--step", "0", "--list"])
     lines = capsys.readouterr().out.splitlines()
