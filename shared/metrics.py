@@ -14,7 +14,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from shared.errors import InputError
 from shared.types import RolloutGroup
+
+Row = dict[str, Any]
 
 OWN = frozenset(
     [
@@ -149,6 +152,30 @@ class MetricsWriter:
         self._file.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All objects of a run folder's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_metrics(directory: Path) -> list[Row]:
+    """All objects of a run folder's ``metrics.jsonl``. Raises ``InputError`` E606 for a line that is none."""
+    return [row for _, row in read_lines(directory / "metrics.jsonl") if row is not None]
+
+
+def read_lines(path: Path) -> list[tuple[str, Row | None]]:
+    """The lines of a file of JSON objects that have a ``step``, each with its object. Raises ``InputError`` E606 for others.
+
+    An empty line has none, and a last line that a running or killed run has written in part.
+    """
+    lines: list[tuple[str, Row | None]] = []
+    for number, data in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        line = data.decode("utf-8", "replace")
+        row = _row(data)
+        if row is None and data.endswith(b"\n") and data.strip():
+            found, fix = repr(line.strip()[:40]), "remove that line"
+            raise InputError("E606", "damaged record", f"{path}:{number}", found, "an object with a step", fix)
+        lines.append((line, row))
+    return lines
+
+
+def _row(data: bytes) -> Row | None:
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
