@@ -9,14 +9,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from rollout.reward_models import is_loopback
-from shared.config import Config
 from shared.errors import InputError, raise_all
 
 VERSIONS = {
@@ -37,9 +34,6 @@ CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 """Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
 OVERRIDE = "MILLRACE_ALLOW_OPEN_DASHBOARD"
-SECRET_WORDS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"}
-SECRET_LENGTH = 8
-"""Shorter values are flags and names, not secrets."""
 PROBE_S = 3.0
 
 
@@ -116,35 +110,6 @@ def check_temporary_folder() -> None:
     except OSError as error:
         found, expected = f"{there}: {error.strerror}", "a writable folder: Ray keeps its files there"
     raise InputError("E503", "no temporary folder", f"environment:{name}", found, expected, fix)
-
-
-def check_secrets(config: Config, origin: str) -> None:
-    """Raises ``InputErrors`` E704 if the configuration, which the run folder repeats, holds a secret of the environment."""
-    secrets = {
-        value: name
-        for name, value in os.environ.items()
-        if SECRET_WORDS & set(name.upper().split("_")) and len(value) >= SECRET_LENGTH and not value.startswith("/")
-    }
-    problems = []
-    for key, text in _texts(config.model_dump(), ""):
-        name = next((name for value, name in secrets.items() if value in text), None)
-        found = f"the value of {name}" if name else "a password" if "://" in text and urlsplit(text).password else None
-        if found:
-            fix = 'name the variable instead, as in args = { token_env = "NAME" }'
-            problems.append(InputError("E704", "secret in the config", f"{origin}:{key}", found, "no secret", fix))
-    raise_all(problems)
-
-
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every string in ``value``, keys of free tables included, with the setting that holds it."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from _texts(inner, f"{key}[{i}]")
 
 
 def open_token_file() -> str | None:
