@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder
+from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, refuse_open_gcs, temporary_folder
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
@@ -106,6 +106,7 @@ def connect(config: Config) -> None:
             fix = "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster has them"
         raise InputError("E502", "cannot reach Ray", f"RAY_ADDRESS={address}", found, "a live cluster", fix) from None
     try:
+        refuse_open_gcs(getattr(context, "address_info", {}).get("gcs_address") or "")
         refuse_open_dashboard(getattr(context, "dashboard_url", None) or "")
     except InputError:
         ray.shutdown()

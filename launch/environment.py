@@ -7,6 +7,7 @@ import http.client
 import importlib.metadata
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from importlib.machinery import PathFinder
@@ -35,6 +36,8 @@ SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_L
 """Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
 OVERRIDE = "MILLRACE_ALLOW_OPEN_DASHBOARD"
 PROBE_S = 3.0
+GCS_PROBE = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+"""What Ray's control service (GCS) is asked without a token: a call that changes nothing."""
 
 
 def check_environment(eager: bool = False) -> None:
@@ -146,3 +149,35 @@ def refuse_open_dashboard(address: str) -> None:
         found = f"{address} gives its jobs to anyone"
         fix = f"start Ray with RAY_AUTH_MODE=token or --dashboard-host=127.0.0.1, or set {OVERRIDE}=1"
         raise InputError("E704", "open dashboard", "RAY_ADDRESS", found, "a token, or this machine alone", fix)
+
+
+def refuse_open_gcs(address: str) -> None:
+    """Raises ``InputError`` E704 if Ray's control service answers off this machine without a token: it starts processes too.
+
+    ``address``: host and port as Ray gives them. A service of this machine is asked at the machine's own address: it listens
+    there too, whatever address it was told. What does not answer cannot be judged from here, and passes.
+    """
+    import grpc
+
+    parts = urlsplit(f"//{address}")
+    host = _own_address() if is_loopback(parts.hostname or "") else parts.hostname
+    if not host or not parts.port or os.environ.get(OVERRIDE) == "1":
+        return
+    shown = f"[{host}]:{parts.port}" if ":" in host else f"{host}:{parts.port}"
+    with grpc.insecure_channel(shown, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(GCS_PROBE)(b"", timeout=PROBE_S)
+        except grpc.RpcError:  # It wants a token, or TLS, or is not there.
+            return
+    found, fix = f"{shown} answers anyone", f"start Ray with RAY_AUTH_MODE=token, or set {OVERRIDE}=1"
+    raise InputError("E704", "open cluster", "RAY_ADDRESS", found, "a token, or this machine alone", fix)
+
+
+def _own_address() -> str:
+    """The address of this machine on its network; empty without a network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
+        try:
+            unsent.connect(("8.8.8.8", 53))
+        except OSError:
+            return ""
+        return str(unsent.getsockname()[0])

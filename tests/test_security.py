@@ -12,15 +12,24 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launch import cluster, doctor, evaluate, run
 from launch.config_secrets import check_secrets
-from launch.environment import OVERRIDE, SAFE, check_environment, open_token_file, refuse_open_dashboard
+from launch.environment import (
+    OVERRIDE,
+    SAFE,
+    check_environment,
+    open_token_file,
+    refuse_open_dashboard,
+    refuse_open_gcs,
+)
 from launch.model_files import check_code
 from launch.preflight import _local_model
 from rollout.reward_calls import CallFailed, invoke
@@ -398,6 +407,69 @@ def test_a_run_leaves_a_cluster_with_an_open_dashboard(dashboard, monkeypatch):
     with pytest.raises(
         InputError, match=r"E704\] open dashboard — RAY_ADDRESS\. Found 127.* to anyone, expected a token"
     ):
+        cluster.connect(make_config())
+    assert ray.calls["shutdown"] == 1
+
+
+@pytest.fixture
+def gcs():
+    """``gcs(host, wants_token) -> address`` of a service that answers calls of any name as Ray's control service does."""
+    import grpc
+
+    servers = []
+
+    def start(host: str, wants_token: bool) -> str:
+        def answer(_: bytes, context) -> bytes:
+            if wants_token:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            return b""
+
+        server = grpc.server(ThreadPoolExecutor(1))
+        by_name = SimpleNamespace(service=lambda _: grpc.unary_unary_rpc_method_handler(answer))
+        server.add_generic_rpc_handlers([by_name])
+        servers.append(server)
+        port = server.add_insecure_port(f"{host}:0")
+        server.start()
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("listens", "wants_token", "off_machine", "override", "refused"),
+    [
+        ("127.0.0.1", False, True, "", ["E704"]),
+        ("127.0.0.1", False, True, "1", []),
+        ("127.0.0.1", True, True, "", []),
+        ("127.0.0.1", False, False, "", []),  # On loopback alone.
+        ("0.0.0.0", False, False, "", ["E704"]),  # What `ray start --node-ip-address=127.0.0.1` listens on.
+        ("0.0.0.0", True, False, "", []),
+    ],
+)
+def test_a_cluster_that_answers_without_a_token_is_e704(
+    gcs, monkeypatch, listens, wants_token, off_machine, override, refused
+):
+    monkeypatch.setattr("launch.environment._own_address", lambda: "127.0.0.2")
+    monkeypatch.setattr("launch.environment.is_loopback", lambda _: not off_machine)
+    monkeypatch.setenv(OVERRIDE, override)
+    assert errors(refuse_open_gcs, gcs(listens, wants_token)) == refused
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.0.0.1:1", "10.0.0.1"])
+def test_no_control_service_is_fine(monkeypatch, address):
+    monkeypatch.setattr("launch.environment._own_address", lambda: "127.0.0.2")
+    refuse_open_gcs(address)
+
+
+def test_a_run_leaves_an_open_cluster(gcs, monkeypatch):
+    ray, address = fake_ray(monkeypatch), gcs("127.0.0.1", wants_token=False)
+    ray.init = lambda **_: SimpleNamespace(dashboard_url="", address_info={"gcs_address": address})
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    monkeypatch.setattr("launch.environment.is_loopback", lambda _: False)
+    with pytest.raises(InputError, match=r"E704\] open cluster — RAY_ADDRESS\. Found 127.* answers anyone"):
         cluster.connect(make_config())
     assert ray.calls["shutdown"] == 1
 
