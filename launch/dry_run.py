@@ -13,11 +13,11 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.environment import check_temporary_folder
 from launch.hardware import Shape
 from launch.model_weights import count_parameters
 from launch.placement import Needs, Node, check, table
 from launch.preflight import Prepared
+from launch.private_ray import check_temporary_folder
 from launch.resume import Point
 from launch.run_folder import dump_config
 from launch.shared_memory import check_this_host, shared_memory_bytes

