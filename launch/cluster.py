@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -21,13 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder
+from launch.environment import SAFE, refuse_open_dashboard, refuse_open_gcs
 from launch.interrupts import kept
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
+from launch.private_ray import check_temporary_folder, keep_private, remove_folders, start_private
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
 from shared.config import Config
-from shared.errors import InputError, MillraceError, one_line, raise_all
+from shared.errors import InputError, one_line, raise_all
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACEMENT_TIMEOUT_S = 60.0
@@ -84,65 +84,54 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     address = os.environ.get("RAY_ADDRESS")
     if not address and "ray" not in sys.modules:
-        _keep_private()
+        keep_private()
     import ray
 
     # Outside the main thread Ray warns of a signal handler that it cannot set; nobody needs it there.
     level = "warning" if threading.current_thread() is threading.main_thread() else "error"
     quiet: dict[str, Any] = {"log_to_driver": bool(os.environ.get("MILLRACE_WORKER_LOGS")), "logging_level": level}
-    init = kept()(ray.init)
     if not address:
         # Threads of one machine may share cores; Ray's own count is only bookkeeping here.
         cpus = max(os.cpu_count() or 1, int(Needs.of(config, on_gpu=False).total("CPU")))
-        try:
-            init(address="local", num_cpus=cpus, include_dashboard=False, namespace=uuid.uuid4().hex, **quiet)
-        except Exception as error:  # A busy machine, most often: Ray gives its processes 30 s.
-            logs = f"{temporary_folder()[1]}/ray/session_latest/logs"
-            raise MillraceError(f"a private Ray did not start: {one_line(error)} (logs: {logs})") from None
+        with kept():
+            start_private(num_cpus=cpus, namespace=uuid.uuid4().hex, **quiet)
         return
     try:
-        context = init(address=address, namespace=uuid.uuid4().hex, **quiet)
+        context = kept()(ray.init)(address=address, namespace=uuid.uuid4().hex, **quiet)
     except Exception as error:  # Ray has no one kind for it: ConnectionError, RuntimeError, its own for a token, ...
         found, fix = one_line(error), "start it, or unset RAY_ADDRESS"
         if any(word in found.lower() for word in ("token", "authenticat")):
             fix = "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster has them"
         raise InputError("E502", "cannot reach Ray", f"RAY_ADDRESS={address}", found, "a live cluster", fix) from None
     try:
+        refuse_open_gcs(getattr(context, "address_info", {}).get("gcs_address") or "")
         refuse_open_dashboard(getattr(context, "dashboard_url", None) or "")
     except InputError:
         ray.shutdown()
         raise
 
 
-def _keep_private() -> None:
-    """What Ray reads when it is imported and started, for a Ray of this run alone.
-
-    The address 127.0.0.1 as an argument would be replaced by the machine's own; Ray's one way to loopback is its
-    switch against clusters, made for other systems. The token is of this process: Ray's own would be written to the
-    home folder for all to read.
-    """
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def disconnect() -> None:
-    """Leave the cluster, or end the private one."""
+def disconnect(failed: bool = False) -> None:
+    """Leave the cluster, or end the private one; what Ray logged is kept, and told, if the run ``failed``."""
     import ray
 
     ray.shutdown()
+    remove_folders(failed)
 
 
 @asynccontextmanager
 async def ray_session(config: Config) -> AsyncIterator[None]:
     """Connected to Ray for the length of the block; no task that it left behind outlives the connection."""
     connect(config)
+    failed = False
     try:
         yield
+    except Exception as error:
+        failed = not isinstance(error, InputError)
+        raise
     finally:
         await _end_tasks()
-        disconnect()
+        disconnect(failed)
 
 
 async def _end_tasks() -> None:

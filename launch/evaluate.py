@@ -16,7 +16,7 @@ from launch.options import ConfigOptions, guarded
 from shared.config import Config
 from shared.config_loader import config_file, load_config
 from shared.config_reward import Reward
-from shared.errors import GroupFailed, InputError, RewardFailed
+from shared.errors import GroupFailed, InputError, RewardFailed, visible
 from shared.types import Completion, Prompt
 
 if TYPE_CHECKING:
@@ -65,8 +65,9 @@ def _evaluate(arguments: list[str]) -> None:
         place = f"{source.name}:data.eval"
         raise InputError("E201", "no evaluation rows", place, "nothing", "held-out rows", "set data.eval")
     scores = asyncio.run(score(prepared.config, prepared.held_out))
-    width = max(map(len, scores))
-    for name, value in scores.items():
+    named = {visible(name): value for name, value in scores.items()}
+    width = max(map(len, named))
+    for name, value in named.items():
         print(f"{name:{width}}  {value:.4f}")
     print(json.dumps({"model": prepared.config.model.path, "rows": len(prepared.held_out), **scores}), flush=True)
 

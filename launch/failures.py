@@ -14,7 +14,7 @@ from pathlib import Path
 from rollout.buffer import RolloutBuffer
 from shared.config import Config
 from shared.config_reward import Reward
-from shared.errors import GroupFailed, InputError, LearnerFailed, Stalled
+from shared.errors import GroupFailed, InputError, LearnerFailed, Stalled, visible
 from shared.types import Prompt, RolloutGroup, StepReport
 
 WINDOW = 200
@@ -98,7 +98,7 @@ class TooManyFailures(InputError):
 
     def __str__(self) -> str:
         first = f"\nfirst failure: {_innermost(self.trace)}" if self.trace else ""
-        return f"{super().__str__()}\nlast: {self.last}{first}"
+        return visible(f"{super().__str__()}\nlast: {self.last}{first}")
 
 
 def _innermost(trace: str) -> str:

@@ -18,7 +18,7 @@ from launch.trl.script import read_script
 from launch.trl.settings import VERSION
 from launch.trl.translation import Translation, written
 from shared.config_loader import known_keys, load_config
-from shared.errors import InputError, nearest
+from shared.errors import InputError, nearest, visible
 
 MARK = "# From "
 """How a file that this verb wrote begins; no other is written over."""
@@ -70,7 +70,7 @@ def _import(arguments: list[str]) -> None:
             raise InputError("E106", "bad option", place, f"{path} is there already", expected, "choose another name")
     for path, content in new.items():
         path.write_text(content, encoding="utf-8")
-    print("\n".join([f"written: {options.output}", *report]), flush=True)
+    print(visible("\n".join([f"written: {options.output}", *report])), flush=True)
 
 
 def read(path: Path) -> Found:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.interrupts import Ended, raised
-from shared.errors import InputError, MillraceError, nearest, one_line
+from shared.errors import InputError, MillraceError, nearest, one_line, visible
 
 
 class _Layout(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -185,7 +185,7 @@ def guarded(arguments: list[str] | None, verb: Callable[[list[str]], None], pars
     except Exception as error:  # A bug of ours or a fault of a machine: the one case that needs its traceback.
         if debug:
             raise
-        traceback.print_exc()
+        print(visible(traceback.format_exc()), end="", file=sys.stderr)
         said = f"error[E000] unexpected {type(error).__name__}: {one_line(error)}\nexit code 1"
         print(said, file=sys.stderr, flush=True)
         return 1

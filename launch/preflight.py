@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.environment import check_environment, check_secrets, open_token_file
+from launch.config_secrets import check_secrets
+from launch.environment import check_environment, open_token_file
 from launch.model_files import PINNED, check_model
 from launch.model_tokenizer import check_ids, load_tokenizer, names_pad_token, rehearse_save
 from launch.prompt_checks import check_held_out, check_rows, complete_rows

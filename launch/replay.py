@@ -7,7 +7,6 @@ repeated exactly, without engines and without rewards. Ends with exit code 1 at 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import uuid
 from dataclasses import replace
@@ -17,9 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launch.options import Options, guarded
+from launch.resume import WEIGHTS
+from launch.stored_groups import sample_files
 from shared.config import Config
 from shared.config_loader import load_config
 from shared.errors import InputError, MillraceError
+from shared.metrics import read_lines
 
 if TYPE_CHECKING:
     from learner.learner_group import LearnerGroup
@@ -58,7 +60,7 @@ def _replay(arguments: list[str]) -> None:
 def stored_steps(run: Path, last: int | None) -> dict[int, Path]:
     """Files of the run's groups by step. Raises ``InputError`` E603 if there are none, or a step is missing."""
     trained = sorted(digests(run))
-    files = {int(path.stem.removeprefix("step-")): path for path in sorted((run / "samples").glob("step-*.parquet"))}
+    files = sample_files(run)
     wanted = [step for step in trained if last is None or step <= last]
     missing = [step for step in wanted if step not in files]
     if not wanted or missing:
@@ -70,11 +72,9 @@ def stored_steps(run: Path, last: int | None) -> dict[int, Path]:
 
 def digests(run: Path) -> dict[int, str]:
     """Digest of the published weights by step."""
-    from launch.run_folder import WEIGHTS
-
     path = run / WEIGHTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["step"]: row["digest"] for row in map(json.loads, lines)}
+    rows = [row for _, row in read_lines(path) if row] if path.exists() else []
+    return {row["step"]: str(row.get("digest", "")) for row in rows}
 
 
 async def replay(config: Config, stream: PromptStream, files: dict[int, Path], expected: dict[int, str]) -> None:

@@ -24,10 +24,13 @@ from rollout.prompts import PromptStream
 from shared.checkpoints import all_of, newest, of_step
 from shared.config import Config
 from shared.errors import InputError, raise_all
-from shared.metrics import read_metrics
+from shared.metrics import read_lines
+from shared.sample_ledger import is_at
 from shared.types import RolloutGroup
 
 STATE, QUEUED = "state/run.json", "state/queued.parquet"
+METRICS, WEIGHTS, SAMPLES = "metrics.jsonl", "ledger/weights.jsonl", "ledger/samples.jsonl"
+"""What is recorded step by step: metrics, digests of the published weights, and the sample ledger."""
 SETTLED = ("run.seed", "data.shuffle", "rollout.group_size")
 """Settings that must stay as they were: the order of the data and the shape of a group hang on them."""
 MAKES_GROUPS = [
@@ -73,24 +76,31 @@ class Point:
 def find(config: Config, folder: Path, stream: PromptStream, origin: str) -> Point | None:
     """The checkpoint that a run in ``folder`` goes on from; None: it begins anew. ``origin``: the configuration's file.
 
-    Raises ``InputError`` E602 to E605 if the folder holds a run that must not, or cannot, be continued like this.
+    Raises ``InputError`` E602 to E606 if the folder holds a run that must not, or cannot, be continued like this.
     """
     choice, parent = config.run.resume, folder / "checkpoints"
     check_lock(folder)
-    lived = (folder / "metrics.jsonl").exists() or bool(all_of(parent))
+    lived = (folder / METRICS).exists() or bool(all_of(parent))
     if choice == "overwrite" or (choice in ("auto", "never") and not lived):
         return None
     if choice == "never":
-        rows = len(read_metrics(folder)) if (folder / "metrics.jsonl").exists() else 0
+        rows = (folder / METRICS).read_bytes().count(b"\n") if (folder / METRICS).exists() else 0
         there = [f"{rows} recorded rows"] * bool(rows) + [place.name for place in all_of(parent)[:1]]
         found, fix = " and ".join(there) or "an empty metrics.jsonl", "run.resume = auto or overwrite, or another name"
         raise InputError("E602", "run exists", f"run.output_dir = {folder}", found, "an empty directory", fix)
+    for record in (METRICS, WEIGHTS):
+        if (folder / record).exists():
+            read_lines(folder / record)
     found_place = newest(parent) if choice == "auto" else of_step(parent, int(choice))
     if found_place is None:
         print(f"warning[W603] no checkpoint in {folder} yet: the run begins anew at step 0", flush=True)
         return None
     point = Point.at(*found_place)
     raise_all(_mismatches(config, point, stream, origin))
+    if not is_at(folder / SAMPLES, mark := point.state["samples"]):
+        found, expected = f"other bytes before number {mark['bytes']}", f"those that {point.place.name} was saved with"
+        fix = "restore the file from a copy, or begin anew with run.resume = overwrite"
+        raise InputError("E606", "damaged record", str(folder / SAMPLES), found, expected, fix)
     return point
 
 
@@ -163,13 +173,13 @@ def model_digest(config: Config) -> str:
 
 
 def rewind_rows(path: Path, version: int) -> int:
-    """Move the rows of a file of JSON lines after step ``version`` to ``*.cut.jsonl``; how many."""
+    """Move the rows of a file of JSON lines after step ``version`` to ``*.cut.jsonl``; how many. Raises as ``read_lines``."""
     if not path.exists():
         return 0
     kept: list[str] = []
     cut: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        (kept if line.endswith("\n") and json.loads(line)["step"] <= version else cut).append(line)
+    for line, row in read_lines(path):
+        (kept if row is not None and line.endswith("\n") and row["step"] <= version else cut).append(line)
     if cut:
         with path.with_suffix(".cut.jsonl").open("a", encoding="utf-8") as aside:
             aside.writelines(cut)

@@ -23,7 +23,7 @@ from launch.interrupts import Interrupted, cancelling, story
 from launch.options import ConfigOptions, guarded
 from shared.config import Config
 from shared.config_loader import config_file, load_config
-from shared.errors import InputError
+from shared.errors import InputError, visible
 
 if TYPE_CHECKING:
     from launch.controller import Controller
@@ -68,7 +68,8 @@ def resume_parser() -> ConfigOptions:
 
 
 def _common(options: ConfigOptions) -> None:
-    text = "check everything, show settings, placement and memory, and start nothing"
+    text = "check everything, show settings, placement and memory, and start no part of a run; reward functions are tried on a "
+    text += "few made-up samples, so a reward service is sent them"
     options.add_argument("--dry-run", action="store_true", help=text)
     text = "run.trace = true: keep the whole timeline of all processes, for Perfetto (ledger/trace.json)"
     options.add_argument("--trace", action="store_true", help=text)
@@ -132,7 +133,7 @@ def prepare_session(
     point = find(prepared.config, output, stream, source.name)
     check_room(prepared.config, output, source.name)
     for warning in prepared.warnings:
-        print(warning, flush=True)
+        print(visible(warning), flush=True)
     if config.run.resume == "overwrite" and (length := length_of(output)):
         print(f'replaces a {length} in {output}, once it has a checkpoint (run.resume = "overwrite")', flush=True)
     evaluated = point is not None and (not prepared.held_out or point.state["evaluated"] == point.version)

@@ -22,10 +22,10 @@ from typing import Any
 from launch import replaced
 from launch.display import Screen, clock, screen_for
 from launch.failures import sample_file
-from launch.resume import NOTHING, QUEUED, STATE, Point, model_digest, rewind_rows, take_lock
+from launch.resume import METRICS, NOTHING, QUEUED, SAMPLES, STATE, WEIGHTS, Point, model_digest, rewind_rows, take_lock
 from launch.room import Room
 from launch.sinks import Sinks
-from launch.stored_groups import write_groups
+from launch.stored_groups import sample_files, write_groups
 from shared import checkpoints
 from shared.config import Config
 from shared.config_loader import known_keys
@@ -36,8 +36,6 @@ from shared.sample_ledger import SampleLedger
 from shared.types import Prompt, RolloutGroup
 
 TRACE_BYTES = 64 << 20
-WEIGHTS = "ledger/weights.jsonl"
-"""Digests of the published weights by step."""
 
 
 def resolve_output(output_dir: str) -> Path:
@@ -89,7 +87,7 @@ class RunFolder:
         self._metrics, self._sinks = MetricsWriter(path), Sinks(config, path)
         self._screen = screen or screen_for(config)
         self.book = TimeBook(path / "ledger" / "trace.json", None if config.run.trace else TRACE_BYTES)
-        self.samples = SampleLedger(path / "ledger" / "samples.jsonl")
+        self.samples = SampleLedger(path / SAMPLES)
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None
         self._failures = self._refusals = self._unsaved = 0
@@ -99,10 +97,10 @@ class RunFolder:
         """Make the folder that of ``point``: what was recorded after it is cut, kept aside and named."""
         version, self.is_cut_short = point.version if point else -1, False
         self._metrics.close()
-        rows = rewind_rows(self.path / "metrics.jsonl", version)
+        rows = rewind_rows(self.path / METRICS, version)
         rewind_rows(self.path / WEIGHTS, version)
-        for sample in (self.path / "samples").glob("step-*.parquet"):
-            if int(sample.stem.removeprefix("step-")) > version:
+        for step, sample in sample_files(self.path).items():
+            if step > version:
                 sample.unlink()
         aside = checkpoints.set_aside(self.path / "checkpoints", version)
         self._metrics = MetricsWriter(self.path)

@@ -19,7 +19,7 @@ from typing import Any
 
 from launch.options import Options, guarded
 from rollout.engine_pool import EnginePool
-from shared.errors import InputError, MillraceError, one_line
+from shared.errors import InputError, MillraceError, one_line, visible
 
 ASKED, ANSWERED = "scale.asked.json", "scale.answered.json"
 LOOK_EVERY_S = 1.0
@@ -61,7 +61,7 @@ def ask(folder: Path, engines: int, timeout_s: float) -> str:
         if answer.get("wish") == wish:
             if answer["refused"]:
                 raise InputError(*answer["refused"])
-            return str(answer["text"])
+            return visible(answer["text"])
         time.sleep(0.1)
     raise NoAnswer(f"{folder}: no answer within {timeout_s:g} s; engines may still be finishing what they sample")
 

@@ -18,7 +18,7 @@ import numpy as np
 from launch.options import Options, guarded
 from rollout.row_checks import check_code_rows
 from shared.config import Config
-from shared.errors import GroupFailed, InputError
+from shared.errors import GroupFailed, InputError, visible
 from shared.types import Completion, Prompt
 
 
@@ -74,7 +74,7 @@ def _score(arguments: list[str]) -> None:
     )
     for problem in check_code_rows(config.reward.functions, _placed(Path(options.data), rows)):
         said = f"{problem.what} — {problem.place}. Found {problem.found}, expected {problem.expected}."
-        print(f"warning[W310] {said} Such rows get no reward", file=sys.stderr)
+        print(visible(f"warning[W310] {said} Such rows get no reward"), file=sys.stderr)
     rewards, failed = asyncio.run(score_rows(config, rows))
     if not options.json:
         for i, value in enumerate(rewards):

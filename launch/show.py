@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.options import Options, check_number, guarded
+from launch.stored_groups import Row, read_samples, sample_files
 from shared.config_loader import load_config
-from shared.errors import InputError, one_line
+from shared.errors import InputError, one_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-Row = dict[str, Any]
 ORDERS: dict[str, Callable[[Group], float]] = {
     "time": lambda group: group.order,
     "reward": lambda group: -group.mean,
@@ -113,36 +113,33 @@ def _show(arguments: list[str]) -> None:
 
 def _groups(run: Path, step: int | None) -> Iterator[Group]:
     """Raises ``InputError`` E603 where nothing was kept, or nothing can be read."""
-    files = {int(path.stem.removeprefix("step-")): path for path in (run / "samples").glob("step-*.parquet")}
+    files = sample_files(run)
     if not files or (step and step not in files):
         there = ", ".join(map(str, sorted(files)[-8:])) or "no samples"
         expected = "a kept step" if files else "a run folder with samples (run.samples_every)"
         place, found = f"command line:{run}", f"steps {there}" if files else there
         raise InputError("E603", "nothing to show", place, found, expected, "check path and --step")
     chosen = [step] if step else sorted(files, reverse=step is None)
-    whole = ((number, rows) for number in chosen if (rows := _rows(files[number])) is not None)
+    whole = ((number, groups) for number in chosen if (groups := _read(files[number])))
     read = list(islice(whole, None if step == 0 else 1))
     if not read:
         place, found = f"command line:{run}", f"{len(chosen)} damaged files"
         raise InputError("E603", "nothing to show", place, found, "a parquet file that is whole", "another --step")
-    for number, found_rows in read:
-        together: dict[int, list[Row]] = {}
-        for row in found_rows:
-            together.setdefault(row["group_id"], []).append(row)
-        for group_id, rows in together.items():
-            yield Group(number * 1e9 + group_id, rows)
+    for number, groups in read:
+        for rows in groups:
+            yield Group(number * 1e9 + rows[0]["group_id"], rows)
 
 
-def _rows(path: Path) -> list[Row] | None:
-    """None for a damaged file, or one that is being written."""
-    import pyarrow.parquet
-
+def _read(path: Path) -> list[list[Row]]:
+    """The groups of a file; none of a damaged one, or one that is being written."""
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-        return rows
-    except (OSError, pyarrow.ArrowException) as error:
+        groups, damaged = read_samples(path)
+    except OSError as error:
         print(f"warning[W603] {path} left out: {one_line(error)}", file=sys.stderr)
-        return None
+        return []
+    if damaged:
+        print(f"warning[W603] {damaged} damaged groups of {path} left out", file=sys.stderr)
+    return groups
 
 
 def _pieces(run: Path) -> Callable[[list[int]], list[str]] | None:
@@ -155,7 +152,7 @@ def _pieces(run: Path) -> Callable[[list[int]], list[str]] | None:
             model.tokenizer or model.path, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        print(f"warning[W603] tokens without colours: no tokenizer ({error})", file=sys.stderr)
+        print(f"warning[W603] tokens without colours: no tokenizer ({one_line(error)})", file=sys.stderr)
         return None
     return lambda ids: [tokenizer.decode([i]) for i in ids]
 
@@ -168,7 +165,7 @@ def _list(console: Console, groups: list[Group]) -> None:
     for group in groups:
         first = group.rows[0]
         tokens = sum(row["tokens"] for row in group.rows)
-        prompt = Text(" ".join(first["prompt"].split()), overflow="ellipsis", no_wrap=True)
+        prompt = Text(visible(" ".join(first["prompt"].split())), overflow="ellipsis", no_wrap=True)
         cells = f"{first['group_id']}", f"{first['step']}", f"{group.mean:.3f}", f"{group.spread:.3f}", f"{tokens}"
         table.add_row(*cells, prompt)
     console.print(table)
@@ -217,11 +214,16 @@ def page(
     from rich.text import Text
 
     first = group.rows[0]
-    parts: list[Any] = [Text(first["prompt"], style="bold")]
+    parts: list[Any] = [Text(visible(first["prompt"]), style="bold")]
     for row in sorted(group.rows, key=lambda row: -(row["reward"] if row["reward"] is not None else -math.inf)):
-        parts += [Rule(Text(_figures(row), style="dim"), align="left", style="dim"), _completion(row, colour, pieces)]
+        parts += [
+            Rule(Text(visible(_figures(row)), style="dim"), align="left", style="dim"),
+            _completion(row, colour, pieces),
+        ]
     title = f"group {first['group_id']}  step {first['step']}  reward {group.mean:.3f}"
-    return Panel(Together(*parts), title=Text(title), subtitle=Text(number), title_align="left", subtitle_align="right")
+    return Panel(
+        Together(*parts), title=Text(visible(title)), subtitle=Text(number), title_align="left", subtitle_align="right"
+    )
 
 
 def _figures(row: Row) -> str:
@@ -243,10 +245,10 @@ def _completion(row: Row, colour: str, pieces: Callable[[list[int]], list[str]] 
     from rich.text import Text
 
     if colour == "none" or pieces is None:
-        return Text(row["completion"])
+        return Text(visible(row["completion"]))
     text = Text()
     for piece, shade in zip(pieces(row["token_ids"]), _shades(row, colour), strict=True):
-        text.append(piece, style=f"black on {SCALE[shade]}" if 2 <= shade <= 5 else f"white on {SCALE[shade]}")
+        text.append(visible(piece), style=f"black on {SCALE[shade]}" if 2 <= shade <= 5 else f"white on {SCALE[shade]}")
     return text
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import os
 import random
 import time
@@ -136,7 +137,7 @@ class HttpReward:
         self._clients: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore]] = {}
 
     async def __call__(self, **keywords: Any) -> list[Any]:
-        """The service's ``rewards``; its ``metrics`` and ``extra`` are logged. Raises ``CallFailed`` E304."""
+        """The service's ``rewards``; its ``metrics`` and ``extra`` are logged. Raises ``CallFailed`` E303 or E304."""
         supplied = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
         request: Payload = {
             "version": 1,
@@ -148,11 +149,15 @@ class HttpReward:
         if self._options.send_ids:
             request["completion_ids"] = keywords["completion_ids"]
         answer = await self._ask(request)
-        for name, value in answer.get("metrics", {}).items():
+        for name, value in answer["metrics"].items():
             keywords["log_metric"](name, value)
-        for column, values in answer.get("extra", {}).items():
+        for column, values in answer["extra"].items():
             keywords["log_extra"](column, values)
         rewards: list[Any] = answer["rewards"]
+        for i, value in enumerate(rewards):
+            if isinstance(value, bool):  # To Python it is the number 1 or 0.
+                found, fix = json.dumps(value), "let the service answer 1.0 or 0.0"
+                raise CallFailed("E303", "bad reward value", found, "a number or null", fix, i)
         return rewards
 
     async def aclose(self) -> None:
@@ -182,15 +187,18 @@ class HttpReward:
         raise _refused(f"{found} ({self._options.retries + 1} tries)")
 
     async def _once(self, client: Any, url: str, request: Payload) -> dict[str, Any]:
-        import json
-
         token = self._options.token_env
-        headers = {"Authorization": f"Bearer {os.environ[token]}"} if token else {}
+        # A small compressed answer may unpack to any size, before its size can be looked at.
+        headers = {"Accept-Encoding": "identity"}
+        headers |= {"Authorization": f"Bearer {os.environ[token]}"} if token else {}
         async with client.stream("POST", url, json=request, headers=headers) as response:
             if response.status_code in RETRIED:
                 response.raise_for_status()
-            body = b""
-            async for part in response.aiter_bytes():
+            if (coding := response.headers.get("Content-Encoding", "identity").strip().lower()) != "identity":
+                found = f"status {response.status_code} and Content-Encoding {one_line(coding, 40)} from {_shown(url)}"
+                raise _refused(found, "an answer that is not compressed")
+            body = bytearray()
+            async for part in response.aiter_raw():
                 body += part
                 if len(body) > self._options.max_mb * 2**20:
                     raise _refused(f"more than {self._options.max_mb:g} MB from {_shown(url)}")
@@ -200,11 +208,11 @@ class HttpReward:
                 raise _refused(f"status {response.status_code} from {_shown(url)}: {said}")
         try:
             answer = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):  # The second: nested too deeply.
             raise _refused(f"invalid JSON from {_shown(url)}") from None
-        if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
-            raise _refused(f'no "rewards" list from {_shown(url)}')
-        return answer
+        if problem := _misshapen(answer):
+            raise _refused(f"{problem} from {_shown(url)}")
+        return {"metrics": {}, "extra": {}} | answer
 
     def _next_url(self) -> str:
         """Round-robin over the replicas that do not rest; over all, if all rest."""
@@ -225,8 +233,28 @@ class HttpReward:
         return self._clients[loop]
 
 
-def _refused(found: str) -> CallFailed:
-    return CallFailed("E304", "reward raised", found, "a list of rewards as JSON", "see the service's log")
+def _misshapen(answer: Any) -> str:
+    """What is wrong with the form of a service's answer; empty if nothing is."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
+        return 'no "rewards" list'
+    metrics, extra = answer.get("metrics", {}), answer.get("extra", {})
+    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
+        return '"metrics" that are no table of numbers'
+    if not isinstance(extra, dict) or any(not isinstance(values, list) for values in extra.values()):
+        return '"extra" that is no table of lists'
+    return ""
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a number that a float can hold; a truth value is none."""
+    try:
+        return type(value) in (int, float) and bool(float(value) or True)
+    except OverflowError:
+        return False
+
+
+def _refused(found: str, expected: str = "a list of rewards as JSON") -> CallFailed:
+    return CallFailed("E304", "reward raised", found, expected, "see the service's log")
 
 
 def _shown(url: str) -> str:

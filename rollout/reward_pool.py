@@ -23,7 +23,7 @@ from rollout.scores import Scores
 from shared.actors import Actor, ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
 from shared.config_reward import RewardFunction
-from shared.errors import GroupFailed, RewardFailed, one_line
+from shared.errors import GroupFailed, RewardFailed, one_line, visible
 from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
 
@@ -181,7 +181,7 @@ class RewardPool:
             self._latencies[name].append(seconds)
         for line in set(scores[0].warnings) - self._warned:
             self._warned.add(line)
-            print(line, flush=True)
+            print(visible(line), flush=True)
 
     def _again(self, items: list[_Item], cause: str, detail: str, failure: RewardFailed | None = None) -> None:
         """Queue failed groups once more, each alone; give up on those that had all their tries."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from rollout.code_tests import CodeTests
 from rollout.generated_scoring import MOST_PREPARED, tasks_of
+from rollout.logged import Logged
 from rollout.reward_calls import CallFailed, Payload, check_values, invoke, invoke_now
 from rollout.reward_loading import isolation_of, load_reward, reward_name, reward_place
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
@@ -48,6 +49,7 @@ class _Scorer:
             require_sandbox(f"{key}.isolation")
         usual = SANDBOX_LIMITS if self.isolation == "sandbox" else replace(CHILD_LIMITS, cpu_s=int(self.timeout_s) + 1)
         self._limits = replace(usual, cpu_s=spec.cpu_s or usual.cpu_s, memory_mb=spec.memory_mb or usual.memory_mb)
+        self.logged = Logged(self.name)
         self._tasks: list[list[str]] = []
         """Generated tasks of the last calls: the next child imports them before it meets any text."""
         self._child: Child | None = None
@@ -221,15 +223,17 @@ class RewardWorker:
         scores = [Scores({}) for _ in groups]
         calls = await asyncio.gather(*(self._timed(scorer, payload, groups) for scorer in self._scorers))
         for scorer, (answer, seconds) in zip(self._scorers, calls, strict=True):
-            start = 0
+            start, extra = 0, scorer.logged.extra(answer["extra"])
+            metrics, warnings = scorer.logged.metrics(answer["metrics"])
+            warnings += [answer["warning"]] if "warning" in answer else []
             for score, size in zip(scores, sizes, strict=True):
                 part = slice(start, start := start + size)
                 values = [np.nan if value is None else value for value in answer["values"][part]]
                 score.parts[scorer.name] = np.array(values, dtype=np.float32)
-                score.extra |= {column: list(values[part]) for column, values in answer["extra"].items()}
-                score.metrics |= answer["metrics"]
+                score.extra |= {column: list(values[part]) for column, values in extra.items()}
+                score.metrics |= metrics
                 score.seconds[scorer.name] = seconds
-                score.warnings += [answer["warning"]] if "warning" in answer else []
+                score.warnings += warnings
         return scores
 
     async def _timed(self, scorer: _Scorer, payload: Payload, groups: list[Group]) -> tuple[dict[str, Any], float]:

@@ -12,7 +12,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys instead of showing: control characters but newline and tab, those that turn the
+direction of text, and halves of characters, which cannot be printed."""
 _DECORATION = re.compile(
     r"\x1b\[[0-9;]*m|\s*\[type=\w+, input_value=.*?, input_type=\w+\]|\s*For further information visit \S+", re.DOTALL
 )
@@ -25,6 +27,9 @@ class MillraceError(Exception):
     """A failure that Millrace itself detected; the run ends with ``exit_code``."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class InputError(MillraceError):
@@ -41,7 +46,7 @@ class InputError(MillraceError):
 
     def __str__(self) -> str:
         line = f"error[{self.code}] {self.what} — {self.place}. Found {self.found}, expected {self.expected}. Fix: {self.fix}"
-        return f"{line}\n{self.table}" if self.table else line
+        return visible(f"{line}\n{self.table}" if self.table else line)
 
 
 class RewardFailed(InputError):
@@ -111,7 +116,7 @@ class GroupFailed(MillraceError):
         """Number of the completion at fault (-1: unknown), its text, and the traceback of a user's function."""
 
     def __str__(self) -> str:
-        return f"group {self.group_id} failed ({self.cause}): {self.detail}"
+        return visible(f"group {self.group_id} failed ({self.cause}): {self.detail}")
 
 
 def raise_all(problems: list[InputError]) -> None:
@@ -131,6 +136,19 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
     """The option most similar to ``name``, for "did you mean"; None when nothing is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return close[0] if close else None
+
+
+def visible(text: object) -> str:
+    """``text`` with every character written out that a terminal would obey: ESC becomes ``\\x1b``. Lines stay lines.
+
+    For text of models, data, services and users on its way to a terminal.
+    """
+    return _HIDDEN.sub(_written_out, str(text).replace("\r\n", "\n"))
+
+
+def _written_out(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
 
 
 def one_line(text: object, limit: int = 200) -> str:
@@ -176,8 +194,7 @@ def raised_in(text: str) -> list[str]:
 
 def _flat(text: str) -> str:
     """``text`` on one line, without colours and without what pydantic adds to a message."""
-    flat = " ".join(_DECORATION.sub("", text).split())
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", flat)
+    return visible(" ".join(_DECORATION.sub("", text).split()))
 
 
 def _cut(text: str, limit: int) -> str:

@@ -14,7 +14,62 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from shared.errors import InputError
 from shared.types import RolloutGroup
+
+Row = dict[str, Any]
+
+OWN = frozenset(
+    [
+        "step",
+        "logged",
+        "advantages",
+        "buffer",
+        "checkpoint",
+        "clip_ratio",
+        "completions",
+        "engines",
+        "entropy",
+        "entropy_coef",
+        "entropy_kept_frac",
+        "eval",
+        "frac_reward_zero_std",
+        "goodput",
+        "grad_norm",
+        "groups",
+        "importance_sampling",
+        "kl",
+        "kl_coef",
+        "kl_control_skipped",
+        "learning_rate",
+        "loss",
+        "micro_batches",
+        "num_tokens",
+        "off_policy",
+        "policy_loss",
+        "policy_version",
+        "rejection",
+        "reward",
+        "reward_group_std",
+        "reward_kl",
+        "reward_kl_per_token",
+        "reward_pool",
+        "reward_std",
+        "rewards",
+        "rollout_logprobs_not_finite",
+        "samples",
+        "source",
+        "staleness",
+        "sync",
+        "throughput",
+        "time",
+        "train_tokens",
+        "trainable_tokens",
+        "truncated_sampling",
+        "updates",
+    ]
+)
+"""First parts, up to a ``/``, of the names that a run writes: a reward function that logs such a name gets ``logged/`` before it."""
 
 
 def group_metrics(
@@ -53,7 +108,7 @@ def group_metrics(
         metrics["completions/min_terminated_length"] = float(lengths[ended].min())
         metrics["completions/max_terminated_length"] = float(lengths[ended].max())
     for name in dict.fromkeys(name for group in groups for name in group.metrics):
-        metrics[name] = _mean(np.array([group.metrics[name] for group in groups if name in group.metrics]))
+        metrics.setdefault(name, _mean(np.array([g.metrics[name] for g in groups if name in g.metrics])))
     nones = np.array([[np.isnan(values).mean() for values in group.reward_parts.values()] for group in groups])
     metrics["reward/partly_applicable_groups"] = (
         float(((nones > 0) & (nones < 1)).any(axis=1).sum()) if nones.size else 0.0
@@ -97,6 +152,30 @@ class MetricsWriter:
         self._file.close()
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All objects of a run folder's ``metrics.jsonl``."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_metrics(directory: Path) -> list[Row]:
+    """All objects of a run folder's ``metrics.jsonl``. Raises ``InputError`` E606 for a line that is none."""
+    return [row for _, row in read_lines(directory / "metrics.jsonl") if row is not None]
+
+
+def read_lines(path: Path) -> list[tuple[str, Row | None]]:
+    """The lines of a file of JSON objects that have a ``step``, each with its object. Raises ``InputError`` E606 for others.
+
+    An empty line has none, and a last line that a running or killed run has written in part.
+    """
+    lines: list[tuple[str, Row | None]] = []
+    for number, data in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        line = data.decode("utf-8", "replace")
+        row = _row(data)
+        if row is None and data.endswith(b"\n") and data.strip():
+            found, fix = repr(line.strip()[:40]), "remove that line"
+            raise InputError("E606", "damaged record", f"{path}:{number}", found, "an object with a step", fix)
+        lines.append((line, row))
+    return lines
+
+
+def _row(data: bytes) -> Row | None:
+    try:
+        row = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -119,17 +119,16 @@ class SampleLedger:
         Raises ``LedgerBroken`` if the lines before the mark are not those of the checkpoint.
         """
         self.flush()
+        if not is_at(self._path, mark):
+            raise LedgerBroken(f"{self._path}: the first {mark['bytes']} bytes are not those that the checkpoint saw")
         content = self._path.read_bytes()
         kept, cut = content[: mark["bytes"]], content[mark["bytes"] :]
-        digest = hashlib.sha256(kept)
-        if digest.hexdigest() != mark["sha256"]:
-            raise LedgerBroken(f"{self._path}: the first {mark['bytes']} bytes are not those that the checkpoint saw")
         if cut:
             with self._path.with_suffix(".cut.jsonl").open("ab") as aside:
                 aside.write(cut)
         os.truncate(self._path, mark["bytes"])
         self._written = self._bytes = mark["bytes"]
-        self._hash = digest
+        self._hash = hashlib.sha256(kept)
         self.counts, self.reasons = Counter(mark["counts"]), Counter(mark["reasons"])
         self.open = {group_id: (samples, tokens) for group_id, samples, tokens in mark["open"]}
         return cut.count(b"\n")
@@ -151,3 +150,9 @@ class SampleLedger:
         self._unwritten.append(line)
         self._bytes += len(line)
         self._hash.update(line)
+
+
+def is_at(path: Path, mark: dict[str, Any]) -> bool:
+    """Whether the ledger in ``path`` begins with the lines that it had at ``mark``."""
+    content = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(content[: mark["bytes"]]).hexdigest() == str(mark["sha256"])

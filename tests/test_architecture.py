@@ -48,6 +48,7 @@ HEAVY = {
     "ray": {
         "learner/learner_group.py",
         "launch/cluster.py",
+        "launch/private_ray.py",
         "launch/ray_actors.py",
         "launch/sinks.py",
     },

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.environment import OVERRIDE
 from shared.checkpoints import newest
 from shared.weights import orphans
 from tests.chaos import Run, inflict, pause
@@ -152,7 +153,7 @@ def cluster():
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20})
-    yield made, {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": "disabled"}
+    yield made, {"RAY_ADDRESS": made.address, "RAY_AUTH_MODE": "disabled", OVERRIDE: "1"}
     made.shutdown()
     del os.environ["RAY_AUTH_MODE"]
 

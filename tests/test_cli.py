@@ -136,6 +136,16 @@ def test_how_a_verb_ends(failure, code, capsys):
     assert capsys.readouterr().err.endswith(f"exit code {code}\n")
 
 
+def test_a_traceback_moves_no_terminal(capsys):
+    def verb(_):
+        raise ValueError("\x1b]0;title\x07")
+
+    assert guarded([], verb, Options("x", "Text.")) == 1
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert "\nValueError: \\x1b]0;title\\x07\n" in said
+
+
 # --- shipped configurations ---
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from shared.config import Choice, Config
 from shared.config_loader import known_keys, load_config
-from shared.errors import InputError, InputErrors, nearest, one_line
+from shared.errors import GroupFailed, InputError, InputErrors, MillraceError, nearest, one_line, visible
 from tests.fakes import config_table, make_config, write_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -275,6 +275,31 @@ def test_nearest_and_one_line():
     assert one_line("a\n  b\tc") == "a b c"
     assert one_line("x" * 300, 10) == "x" * 9 + "…"
     assert one_line("\x1b[36mred\x1b[39m \x1b]0;title\x07 \x9b") == r"red \x1b]0;title\x07 \x9b"
+
+
+def test_what_a_terminal_would_obey_is_written_out_and_all_else_stays():
+    assert visible("\x1b]0;title\x07 a\tb\r\nc\rd \x9b \x7f") == "\\x1b]0;title\\x07 a\tb\nc\\x0dd \\x9b \\x7f"
+    assert visible("a\u202eb \ud800") == "a\\u202eb \\ud800"
+    plain = "äöü 汉字 🙂 مرحبا \xa0"
+    assert visible(plain) == plain
+
+
+HIDDEN = "\x1b[31mred\x9b"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MillraceError(HIDDEN),
+        InputError("E1", HIDDEN, HIDDEN, HIDDEN, HIDDEN, HIDDEN, HIDDEN),
+        GroupFailed(1, HIDDEN, HIDDEN),
+        InputErrors([InputError("E1", HIDDEN, "b", "c", "d", "e")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_moves_a_terminal(error):
+    assert "\\x1b[31mred\\x9b" in str(error)
+    assert not {"\x1b", "\x9b"} & set(str(error))
 
 
 PYDANTIC = """pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig

@@ -53,6 +53,11 @@ def panel():
     return made
 
 
+def test_a_name_with_control_characters_moves_no_terminal(capsys):
+    Lines(make_config()).evaluated(3, {"eval/rewards/a\x1b[2J/mean": 0.5}, "")
+    assert "a\\x1b[2J 0.500" in capsys.readouterr().out
+
+
 def test_the_panel_says_how_it_learns_how_fast_and_who_waits(panel):
     text = shown(panel)
     for piece in ("mine  step 20/40", "1.000", "0.750", "best reward 0.75 at version 20", "kl 0.0123", "4,989", "9,800",

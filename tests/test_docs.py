@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 from launch.cli import VERBS
-from shared.metrics import read_metrics
+from shared.metrics import OWN, read_metrics
 from tests.docs_blocks import OTHERS_PAGES, PAGES, ROOT, Block, Reader, blocks_of
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -82,6 +82,12 @@ def test_a_reader_who_trains_gets_what_a_page_says(page, tmp_path, monkeypatch):
 
 
 # --- names ---
+
+
+def test_every_metric_that_is_explained_is_known_as_the_runs_own():
+    """A reward function must not write it (see ``rollout/logged.py``)."""
+    explained = {name.partition("/")[0] for table in generate_code.MEANINGS["metrics"].values() for name in table}
+    assert explained <= OWN
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -40,6 +40,7 @@ def rude(completions, answer):
     return [float(len(c) % 7) for c in completions]
 def wrong_best(completions, answer): return [float(a not in c) for c, a in zip(completions, answer)]
 def right(completions, answer): return [float(a in c) for c, a in zip(completions, answer)]
+def coloured(completions): raise ValueError("\\x1b[31mred")
 def raises(completions):
     if any("{" in c for c in completions): raise ValueError("unbalanced")
     return [0.0] * len(completions)
@@ -230,6 +231,7 @@ def config(tmp_path, monkeypatch, code):
         ("constant", 0, "advice: constant is 1 on all"),
         ("wrong_best", 2, "error: gold not best"),
         ("raises", 2, "error: reward raised: ValueError: unbalanced"),
+        ("coloured", 2, r"error: reward raised: ValueError: \x1b[31mred"),
     ],
 )
 def test_the_exit_code_is_2_for_errors_alone(config, tmp_path, capsys, name, code_, said):
@@ -240,7 +242,7 @@ def test_the_exit_code_is_2_for_errors_alone(config, tmp_path, capsys, name, cod
     assert "Traceback" not in shown.err
     (entry,) = json.loads((tmp_path / "out" / "doctor.json").read_text())
     assert (entry["name"], entry["isolation"]) == (name, "subprocess")
-    assert bool(entry["samples"]) == (name != "raises")
+    assert bool(entry["samples"]) == (name not in ("raises", "coloured"))
 
 
 def test_errors_name_the_function_in_the_file(config, capsys):

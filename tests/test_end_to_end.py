@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import time
@@ -172,7 +173,7 @@ def cluster():
     port, dashboard = free_port(), free_port()
     # A job's `python` is the one on the path of the cluster, so the cluster is started with ours.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": path}
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": path}
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--block"]
     # The agent's usual port may be another Ray's; then this one would take no jobs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from launch.failures import FailureBudget
 from launch.held_out import Judges, evaluate, pass_at_k, pass_reward
 from rollout.scores import Scores
 from shared.errors import GroupFailed, NothingToLearn
-from tests.fakes import make_completion, make_config, make_prompt
+from tests.fakes import make_completion, make_config, make_prompt, write_config
 
 NAN = float("nan")
 TWO = [{"function": "regex", "name": "form", "weight": 0.2, "args": {"pattern": "x"}}, {"function": "exact_match"}]
@@ -129,6 +130,19 @@ async def test_groups_go_some_at_a_time_and_one_that_fails_is_tried_alone_and_th
     assert (failed.group_id, failed.cause) == (1, "E304")
     # good alone, for nobody else has come; bad and fine together, then bad twice and fine; late.
     assert [answer.parts["moody"].tolist() for answer in answers] == [[1.0], [5.0], [6.0]]
+
+
+def test_the_names_of_scores_move_no_terminal(tmp_path, monkeypatch, capsys):
+    async def score(config, rows):
+        return {"eval/rewards/a\x1b[2J/mean": 0.5, "eval/reward": 0.5}
+
+    prepared = SimpleNamespace(config=make_config(), held_out=[make_prompt()])
+    monkeypatch.setattr("launch.preflight.prepare", lambda *_: prepared)
+    monkeypatch.setattr(verb, "score", score)
+    assert verb.main([str(write_config(tmp_path / "run.toml"))]) == 0
+    out = capsys.readouterr().out
+    assert "eval/rewards/a\\x1b[2J/mean  0.5000" in out
+    assert "\x1b" not in out
 
 
 # --- which checkpoint ---

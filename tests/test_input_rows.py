@@ -25,7 +25,7 @@ from launch.controller import Controller
 from launch.environment import VERSIONS
 from launch.failures import FailureBudget
 from launch.preflight import prepare
-from launch.resume import STATE, model_digest, take_lock
+from launch.resume import NOTHING, STATE, model_digest, take_lock
 from learner.distributed import join_group
 from rollout.reward_pool import RewardPool
 from rollout.reward_worker import RewardWorker
@@ -258,7 +258,12 @@ def lived(*steps: int, **then: Any) -> Spoil:
         for step in steps:
             draft = checkpoints.begin(world.folder / "out" / "checkpoints", step)
             (draft / "state").mkdir()
-            state = {"version": step, "data": prepared.train.stream(prepared.config).digest, "evaluated": step}
+            state = {
+                "version": step,
+                "data": prepared.train.stream(prepared.config).digest,
+                "evaluated": step,
+                "samples": NOTHING,
+            }
             (draft / STATE).write_text(json.dumps(state))
             (draft / "optim_0.pt").write_bytes(bytes(64))
             checkpoints.commit(draft, step, facts)
@@ -1223,7 +1228,7 @@ TABLE: dict[int, list[Case]] = {
         ),
         Case(
             said="error[E503] temporary folder too long — environment:RAY_TMPDIR. "
-            f"Found 100 bytes (/{'t' * 99}), expected at most {46 - len(str(os.getpid()))}: Ray keeps its sockets there. "
+            f"Found 100 bytes (/{'t' * 99}), expected at most {35 - len(str(os.getpid()))}: Ray keeps its sockets there. "
             "Fix: RAY_TMPDIR=/tmp",
             spoil=variable("RAY_TMPDIR", f"/{'t' * 99}"),
         ),

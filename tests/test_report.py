@@ -68,11 +68,11 @@ def test_the_page_lies_where_it_is_asked_for(run, tmp_path):
         (lambda run: (run.mkdir(), (run / "metrics.jsonl").write_text("")), "no config.toml with metrics.jsonl"),
         (
             lambda run: (run.mkdir(), (run / "config.toml").touch(), (run / "metrics.jsonl").write_text("{}\n{\n")),
-            "error[E606] cannot read metrics",
+            "error[E606] damaged record",
         ),
         (
             lambda run: (run.mkdir(), (run / "config.toml").touch(), (run / "metrics.jsonl").write_bytes(b"\xff\n")),
-            "error[E606] cannot read metrics",
+            "error[E606] damaged record",
         ),
     ],
 )

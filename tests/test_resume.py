@@ -302,6 +302,45 @@ def test_rows_after_the_version_are_cut_with_their_samples(place):
     run.finish()
 
 
+@pytest.mark.parametrize("line", [b"{", b"\xff\xfe", b"7", b'{"reward": 1.0}', b'{"step": "2"}'])
+@pytest.mark.parametrize("record", ["metrics.jsonl", "ledger/weights.jsonl"])
+def test_a_damaged_line_is_found_before_anything_starts_and_named(place, record, line):
+    config, folder = place()
+    lived(config, folder)
+    lines = (folder / record).read_bytes().splitlines()
+    (folder / record).write_bytes(b"\n".join([lines[0], line, *lines[2:], b""]))
+    codes, text = refusal(config, folder)
+    assert codes == [("E606", f"{folder / record}:2")]
+    assert text.endswith("expected an object with a step. Fix: remove that line")
+    (folder / record).write_bytes(b"\n".join([lines[0], *lines[2:], b""]))
+    assert find(config, folder, stream_of(), "run.toml") is not None
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[1:], lambda text: text[:9], lambda text: b""])
+def test_a_ledger_that_is_not_the_checkpoints_is_found_before_anything_starts(place, spoil):
+    config, folder = place()
+    lived(config, folder)
+    ledger = folder / "ledger" / "samples.jsonl"
+    ledger.write_bytes(spoil(ledger.read_bytes()))
+    codes, text = refusal(config, folder)
+    assert codes == [("E606", str(ledger))]
+    assert "those that step-000003 was saved with" in text
+    ledger.unlink()
+    assert refusal(config, folder)[0] == codes
+
+
+def test_a_file_among_the_samples_that_somebody_put_there_stays(place):
+    config, folder = place()
+    lived(config, folder)
+    other = folder / "samples" / "step-000009 (copy).parquet"
+    other.touch()
+    point = find(config, folder, stream_of(), "run.toml")
+    run = RunFolder(config, folder)
+    run.rewind(point)
+    assert other.exists()
+    run.finish()
+
+
 def test_nothing_to_cut_is_no_file(place):
     config, folder = place()
     lived(config, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import threading
@@ -324,6 +325,13 @@ async def test_a_redirect_is_not_followed(serve, status):
         ({"scores": [1, 2]}, 'no "rewards" list'),
         ({"rewards": {"a": 1}}, 'no "rewards" list'),
         ({"rewards": "12"}, 'no "rewards" list'),
+        ({"rewards": [1, 2], "metrics": [0.1]}, '"metrics" that are no table of numbers'),
+        ({"rewards": [1, 2], "metrics": {"seen": "much"}}, '"metrics" that are no table of numbers'),
+        ({"rewards": [1, 2], "metrics": {"seen": True}}, '"metrics" that are no table of numbers'),
+        ({"rewards": [1, 2], "metrics": {"seen": 10**400}}, '"metrics" that are no table of numbers'),
+        ({"rewards": [1, 2], "extra": ["x", "y"]}, '"extra" that is no table of lists'),
+        ({"rewards": [1, 2], "extra": {"why": "xy"}}, '"extra" that is no table of lists'),
+        (b"[" * 100_000, "invalid JSON"),
     ],
 )
 async def test_what_is_no_answer_is_e304(serve, answer, found):
@@ -332,7 +340,8 @@ async def test_what_is_no_answer_is_e304(serve, answer, found):
 
 
 @pytest.mark.parametrize(
-    ("rewards", "code"), [([1.0], "E302"), ([1, "2"], "E303"), ([1e40, 1], "E303"), ([float("nan"), 1], "E303")]
+    ("rewards", "code"),
+    [([1.0], "E302"), ([1, "2"], "E303"), ([1e40, 1], "E303"), ([float("nan"), 1], "E303"), ([True, 1], "E303")],
 )
 async def test_a_services_values_are_checked_as_any_others(serve, rewards, code):
     server = serve((200, {"rewards": rewards}))
@@ -343,6 +352,16 @@ async def test_a_services_values_are_checked_as_any_others(serve, rewards, code)
 async def test_an_answer_beyond_the_size_limit_is_not_read_on(serve):
     server = serve((200, {"rewards": [1, 2], "extra": {"pad": ["x" * (1 << 20)] * 2}}))
     assert await refused(service(server.url, max_mb=1.0)) == f"more than 1 MB from {server.url}"
+
+
+async def test_a_compressed_answer_is_not_asked_for_and_not_unpacked(serve):
+    packed = gzip.compress(json.dumps({"rewards": [1, 2], "extra": {"pad": ["x" * (1 << 20)] * 2}}).encode())
+    server = serve(
+        (200, packed, {"Content-Encoding": "gzip"}), (200, {"rewards": [1, 2]}, {"Content-Encoding": "Identity"})
+    )
+    assert await refused(service(server.url)) == f"status 200 and Content-Encoding gzip from {server.url}"
+    assert server.seen[0][1]["Accept-Encoding"] == "identity"
+    assert (await ask(service(server.url)))["values"] == [1, 2]
 
 
 async def test_a_service_that_does_not_answer_in_time_is_given_up(serve, quick):

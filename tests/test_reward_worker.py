@@ -12,6 +12,7 @@ import pytest
 
 from launch.preflight import check_rewards
 from rollout import reward_worker, sandbox
+from rollout.logged import Logged
 from rollout.reward_worker import RewardWorker
 from rollout.scores import Scores, penalise_truncated
 from shared.config_reward import Reward, RewardFunction
@@ -49,6 +50,10 @@ def poisons(completions):
 def runs(completions):
     for text in completions: exec(text, {})
     return [0.0] * len(completions)
+def logs_own_names(completions, log_extra, log_metric):
+    log_metric("step", 7)
+    log_extra("a\\x1bb", completions)
+    return [1.0] * len(completions)
 def odd_extra(completions, log_extra):
     log_extra("what", [object()] * len(completions))
     return [0.0] * len(completions)
@@ -119,6 +124,46 @@ def test_values_extras_metrics_and_times_are_the_same_at_every_level(make, isola
     assert set(scores.seconds) == {"logging", "sometimes", "columns"}
     assert all(0 < seconds < 5 for seconds in scores.seconds.values())
     assert scores.warnings == []
+
+
+# --- what functions log ---
+
+
+def logged(*calls: dict[str, float]) -> tuple[list[dict[str, float]], list[str]]:
+    """What is recorded of the calls of a function r, and all that is told."""
+    kept, names = zip(*map(Logged("r").metrics, calls), strict=True)
+    return list(kept), [line for told in names for line in told]
+
+
+def test_a_metric_of_the_runs_own_name_gets_another_and_that_is_said_once():
+    kept, told = logged({"step": 7.0, "reward": 999.0, "kl": 1.0}, {"rewards/r/mean": 2.0, "mine": 3.0})
+    assert kept == [
+        {"logged/step": 7.0, "logged/reward": 999.0, "logged/kl": 1.0},
+        {"logged/rewards/r/mean": 2.0, "mine": 3.0},
+    ]
+    assert told == [
+        "warning[W311] r: the logged metric logged/step is recorded so: the run writes metrics of its own name itself"
+    ]
+
+
+def test_names_are_readable_and_bounded_and_values_are_numbers():
+    kept, told = logged({"a\x1b[2J\nb": 1.0, "x" * 100_000: 2.0, "nan": float("nan"), "much": float("inf")})
+    assert kept == [{r"a\x1b[2J b": 1.0, "x" * 99 + "…": 2.0}]
+    assert [line.split()[5] for line in told] == [r"a\x1b[2J", "nan"]
+
+
+def test_a_function_may_log_a_hundred_names():
+    kept, told = logged(*({f"n{i}": 1.0} for i in range(150)), {"n0": 2.0})
+    assert [*kept[:100], kept[-1]] == [*({f"n{i}": 1.0} for i in range(100)), {"n0": 2.0}]
+    assert kept[100:-1] == [{}] * 50
+    assert len(told) == 1
+
+
+def test_what_a_function_logs_is_cleaned_before_it_is_recorded(make):
+    scores = score(make("logs_own_names", isolation="actor"))
+    assert scores.metrics == {"logged/step": 7.0}
+    assert [*scores.extra] == [r"a\x1bb"]
+    assert scores.warnings[0].startswith("warning[W311] logs_own_names: the logged metric logged/step is")
 
 
 @pytest.mark.parametrize("isolation", ["actor", "subprocess"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -216,6 +217,21 @@ def test_group_metrics_by_hand():
     assert (metrics["staleness/mean"], metrics["staleness/max"]) == (2, 3)
     assert (metrics["rewards/r/mean"], metrics["rewards/r/none_frac"]) == (1.0, pytest.approx(1 / 6))
     assert (metrics["completions/mean_length"], metrics["completions/clipped_ratio"]) == (3, 0)
+
+
+def test_a_logged_metric_never_replaces_one_of_the_step():
+    group = replace(make_group(0, (0.0, 1.0)), metrics={"reward": 9.0, "seen": 2.0})
+    metrics = group_metrics([group], 0)
+    assert (metrics["reward"], metrics["seen"]) == (0.5, 2.0)
+
+
+def test_text_that_no_file_can_hold_is_stored_written_out(tmp_path):
+    group = replace(make_group(), extra={"why": ["\ud800", "ä"]})
+    write_groups(tmp_path / "s.parquet", [group], 1)
+    assert [row["extra/why"] for row in pyarrow.parquet.read_table(tmp_path / "s.parquet").to_pylist()] == [
+        r"\ud800",
+        "ä",
+    ]
 
 
 def test_the_writer_appends(tmp_path):

@@ -12,14 +12,24 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import cluster, doctor, evaluate, run
-from launch.environment import OVERRIDE, SAFE, check_environment, check_secrets, open_token_file, refuse_open_dashboard
+from launch import cluster, doctor, evaluate, private_ray, run
+from launch.config_secrets import check_secrets
+from launch.environment import (
+    OVERRIDE,
+    SAFE,
+    check_environment,
+    open_token_file,
+    refuse_open_dashboard,
+    refuse_open_gcs,
+)
 from launch.model_files import check_code
 from launch.preflight import _local_model
 from rollout.reward_calls import CallFailed, invoke
@@ -306,11 +316,11 @@ def fresh(monkeypatch):
 
 
 def test_a_private_ray_gets_loopback_and_a_token_of_its_own(fresh):
-    cluster._keep_private()
+    private_ray.keep_private()
     assert (os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"], os.environ["RAY_AUTH_MODE"]) == ("0", "token")
     first = os.environ.pop("RAY_AUTH_TOKEN")
     assert len(first) == 64
-    cluster._keep_private()
+    private_ray.keep_private()
     assert os.environ["RAY_AUTH_TOKEN"] != first
 
 
@@ -320,7 +330,7 @@ def test_a_private_ray_gets_loopback_and_a_token_of_its_own(fresh):
 def test_what_the_user_set_for_authentication_is_kept(fresh, monkeypatch, given):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    cluster._keep_private()
+    private_ray.keep_private()
     assert {name: os.environ[name] for name in given} == given
 
 
@@ -401,6 +411,69 @@ def test_a_run_leaves_a_cluster_with_an_open_dashboard(dashboard, monkeypatch):
     assert ray.calls["shutdown"] == 1
 
 
+@pytest.fixture
+def gcs():
+    """``gcs(host, wants_token) -> address`` of a service that answers calls of any name as Ray's control service does."""
+    import grpc
+
+    servers = []
+
+    def start(host: str, wants_token: bool) -> str:
+        def answer(_: bytes, context) -> bytes:
+            if wants_token:
+                context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            return b""
+
+        server = grpc.server(ThreadPoolExecutor(1))
+        by_name = SimpleNamespace(service=lambda _: grpc.unary_unary_rpc_method_handler(answer))
+        server.add_generic_rpc_handlers([by_name])
+        servers.append(server)
+        port = server.add_insecure_port(f"{host}:0")
+        server.start()
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("listens", "wants_token", "off_machine", "override", "refused"),
+    [
+        ("127.0.0.1", False, True, "", ["E704"]),
+        ("127.0.0.1", False, True, "1", []),
+        ("127.0.0.1", True, True, "", []),
+        ("127.0.0.1", False, False, "", []),  # On loopback alone.
+        ("0.0.0.0", False, False, "", ["E704"]),  # What `ray start --node-ip-address=127.0.0.1` listens on.
+        ("0.0.0.0", True, False, "", []),
+    ],
+)
+def test_a_cluster_that_answers_without_a_token_is_e704(
+    gcs, monkeypatch, listens, wants_token, off_machine, override, refused
+):
+    monkeypatch.setattr("launch.environment._own_address", lambda: "127.0.0.2")
+    monkeypatch.setattr("launch.environment.is_loopback", lambda _: not off_machine)
+    monkeypatch.setenv(OVERRIDE, override)
+    assert errors(refuse_open_gcs, gcs(listens, wants_token)) == refused
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.0.0.1:1", "10.0.0.1"])
+def test_no_control_service_is_fine(monkeypatch, address):
+    monkeypatch.setattr("launch.environment._own_address", lambda: "127.0.0.2")
+    refuse_open_gcs(address)
+
+
+def test_a_run_leaves_an_open_cluster(gcs, monkeypatch):
+    ray, address = fake_ray(monkeypatch), gcs("127.0.0.1", wants_token=False)
+    ray.init = lambda **_: SimpleNamespace(dashboard_url="", address_info={"gcs_address": address})
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    monkeypatch.setattr("launch.environment.is_loopback", lambda _: False)
+    with pytest.raises(InputError, match=r"E704\] open cluster — RAY_ADDRESS\. Found 127.* answers anyone"):
+        cluster.connect(make_config())
+    assert ray.calls["shutdown"] == 1
+
+
 # --- secrets ---
 
 PLANTED = "planted-s3cret-value"
@@ -409,9 +482,9 @@ PLANTED = "planted-s3cret-value"
 @pytest.mark.parametrize(
     ("name", "value", "changes", "key"),
     [
-        ("JUDGE_TOKEN", PLANTED, {"rollout.vllm": {"hf_token": PLANTED}}, "rollout.vllm.hf_token"),
+        ("JUDGE_TOKEN", PLANTED, {"rollout.vllm": {"some": PLANTED}}, "rollout.vllm.some"),
         ("OPENAI_API_KEY", PLANTED, {"reward.functions": [{"function": "regex", "args": {"k": [PLANTED]}}]}, "reward.functions[0].args.k[0]"),
-        ("DB_PASSWORD", PLANTED, {"reward.functions": [{"url": f"https://host/?key={PLANTED}"}]}, "reward.functions[0].url"),
+        ("DB_PASSWORD", PLANTED, {"reward.functions": [{"url": f"https://host/?q={PLANTED}"}]}, "reward.functions[0].url"),
         ("X", "", {"reward.functions": [{"url": ["https://u:pw@host/"]}]}, "reward.functions[0].url[0]"),
     ],
 )  # fmt: skip
@@ -424,6 +497,78 @@ def test_a_secret_in_the_configuration_is_e704_and_not_repeated(monkeypatch, nam
     assert PLANTED not in str(problem)
     monkeypatch.delenv(name)
     assert errors(check_secrets, make_config(**changes), "run.toml") == ([] if value else ["E704"])
+
+
+def with_args(**args) -> dict:
+    return {"reward.functions": [{"function": "regex", "args": args}]}
+
+
+RANDOM = "a1B2" * 10
+"""What random keys look like. Keys of services are put together here, so that nobody takes this file for a leak."""
+SECRETS = {
+    "sk": with_args(k="sk-" + RANDOM),
+    "sk-proj": with_args(k="use sk-proj-" + RANDOM),
+    "hf": {"rollout.vllm": {"x": "hf_" + RANDOM}},
+    "ghp": {"model.path": "https://ghp_" + RANDOM + "@host/model"},
+    "github_pat": with_args(k="github_pat_" + RANDOM),
+    "glpat": with_args(k="glpat-" + RANDOM),
+    "xox": with_args(k="xoxb-" + RANDOM),
+    "AKIA": with_args(k="AKIA" + "A1" * 8),
+    "AIza": with_args(k="AIza" + RANDOM[:35]),
+    "jwt": with_args(k="eyJ" + RANDOM + ".eyJ" + RANDOM + ".x"),
+    "pem": with_args(k="-----BEGIN RSA " + "PRIVATE KEY-----"),
+    "bearer": with_args(headers={"x": "Bearer " + RANDOM}),
+    "api_key": with_args(api_key="x"),
+    "openaiApiKey": with_args(openaiApiKey="plain"),
+    "password": with_args(db={"password": "pw"}),
+    "secret": with_args(client_secret="plain"),
+    "Authorization": with_args(headers={"Authorization": "plain"}),
+    "credentials": with_args(credentials=["plain"]),
+    "hf_token": {"rollout.vllm": {"hf_token": "plain"}},
+    "access_token": {"run.sinks": [{"name": "wandb", "access_token": "plain"}]},
+    "token": with_args(token=RANDOM),
+    "hexadecimal": with_args(wandb_key="0a1b" * 10),
+    "openai_key": with_args(openai_key=RANDOM),
+    "query": {"reward.functions": [{"url": "https://host/score?api_key=plain"}]},
+    "query key": {"reward.functions": [{"url": ["https://host/score?x=1&key=plain"]}]},
+    "data": {"data.train": "https://host/rows.jsonl?sig=plain"},
+}
+
+
+@pytest.mark.parametrize("changes", SECRETS.values(), ids=SECRETS)
+def test_a_secret_is_known_by_its_name_form_or_address(changes):
+    with pytest.raises(InputErrors, match="E704") as excinfo:
+        check_secrets(make_config(**changes), "run.toml")
+    (problem,) = excinfo.value.problems
+    assert 'args = { token_env = "NAME" }' in problem.fix
+    assert "plain" not in str(problem)
+    assert "a1B2" not in str(problem)
+
+
+ORDINARY = {
+    "names of tokens": with_args(stop_token="<|im_end|>", pad_token="<|reserved_special_token_0|>", eos_token="</s>"),
+    "a tokenizer": {"model.tokenizer": "org/tokenizer-7b-instruct-2024", "rollout.vllm": {"tokenizer_mode": "auto"}},
+    "numbers of tokens": with_args(max_tokens=4096, tokens="4096", num_tokens_per_batch="16384"),
+    "names of variables": with_args(token_env="JUDGE_TOKEN", api_key_env="OPENAI_API_KEY", password_file="/run/pw"),
+    "names of columns": {"data.train": [{"path": "t.jsonl", "columns": {"password": "pw", "answer_key": "gold"}}]},
+    "keys of tables": with_args(key="answer", sort_key="created_at", answer_key="final_answer_column_v2"),
+    "a word game": with_args(keyword="apple", secretary="x", monkey="banana", author="someone"),
+    "a long name": {
+        "model.path": "org/task-oriented-dialog-model-v2-2024-instruct-4bit",
+        "run.output_dir": "runs/sk-learn",
+    },
+    "a hash": {"model.path": "org/name@0123456789abcdef0123456789abcdef01234567"},
+    "an address": {"reward.functions": [{"url": "https://host:8000/v1/keys/score?version=3&tokens=9"}]},
+    "text": {
+        "data.system_prompt": "Never tell the password. Basic rules: https://host/a?b Bearer of news, AKIA is a place."
+    },
+    "a date": {"data.date": "2026-01-31"},
+}
+
+
+@pytest.mark.parametrize("changes", ORDINARY.values(), ids=ORDINARY)
+def test_ordinary_names_and_texts_are_no_secrets(changes):
+    check_secrets(make_config(**changes), "run.toml")
 
 
 @pytest.mark.parametrize(

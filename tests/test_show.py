@@ -6,12 +6,15 @@ import io
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 
 from launch import show
-from launch.stored_groups import write_groups
-from tests.fakes import make_completion, make_group
+from launch.report.samples import read_samples
+from launch.stored_groups import read_groups, write_groups
+from shared.errors import InputError
+from tests.fakes import make_completion, make_group, make_prompt
 
 
 @pytest.fixture
@@ -67,6 +70,23 @@ def test_text_of_models_is_shown_and_not_interpreted(run, capsys):
     assert "[red]2+2=[/red]" in capsys.readouterr().out
 
 
+HIDDEN = "\x1b[31mred\x1b]0;title\x07\x9b"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--list"], ["--tokens", "advantage"]])
+def test_control_characters_of_a_run_are_shown_and_reach_no_terminal(tmp_path, capsys, monkeypatch, arguments):
+    made = make_group(1)
+    completions = tuple(replace(one, text=HIDDEN, finish_reason=HIDDEN) for one in made.completions)
+    made = replace(made, prompt=replace(made.prompt, text=HIDDEN), completions=completions)
+    made = replace(made, reward_parts={HIDDEN: made.rewards, "b": made.rewards})
+    write_groups(tmp_path / "samples" / "step-000001.parquet", [made], 1)
+    monkeypatch.setattr(show, "_pieces", lambda _: lambda ids: [HIDDEN for _ in ids])
+    assert show.main([str(tmp_path), *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "\\x1b" in out
+    assert not set(HIDDEN) & {character for character in out if ord(character) < 32 or 127 <= ord(character) < 160}
+
+
 def test_one_line_a_group(run, capsys):
     show.main([str(run), "--step", "0", "--list"])
     lines = capsys.readouterr().out.splitlines()
@@ -85,6 +105,54 @@ def test_a_damaged_file_is_left_out_where_there_are_others(run, capsys):
         assert newest.name in said
     assert show.main([str(run), "--step", "20"]) == 2
     assert "error[E603] nothing to show" in capsys.readouterr().err
+
+
+SPOILED = [
+    *(("names", cell) for cell in ("{", "[1]", "null", '{"parts": 3}', '{"extra": [1]}')),
+    *(
+        (name, None)
+        for name in ("prompt", "completion", "finish_reason", "tokens", "group_id", "token_ids", "versions")
+    ),
+    *((name, "x") for name in ("tokens", "reward", "advantage", "rewards/r", "step", "token_ids", "group_id")),
+    *(("tokens", 99), ("token_ids", [0, -1, 2]), ("rollout_logprobs", [0.5]), ("rollout_logprobs", ["a", "b", "c"])),
+    *(("versions", [3, 0]), ("versions", [3, 2, 1]), ("versions", [3, 0, 99]), ("group_id", [1])),
+]
+
+
+@pytest.mark.parametrize("colour", ["logprobs", "versions"])
+@pytest.mark.parametrize(("column", "cell"), SPOILED)
+def test_no_damaged_cell_ends_show_or_report(run, capsys, monkeypatch, column, cell, colour):
+    path = run / "samples" / "step-000015.parquet"
+    write_groups(path, [make_group(9)], 15)
+    table = pyarrow.parquet.read_table(path)
+    spoiled = pyarrow.array([cell] * table.num_rows)
+    pyarrow.parquet.write_table(table.set_column(table.schema.get_field_index(column), column, spoiled), path)
+    monkeypatch.setattr(show, "_pieces", lambda _: lambda ids: ["." for _ in ids])
+    assert show.main([str(run), "--step", "0", "--tokens", colour]) == 0
+    out, said = capsys.readouterr()
+    assert groups_of(out) == [1, 2, 3, 4]
+    assert "warning[W603]" in said
+    notes: list[str] = []
+    assert len(read_samples(run, lambda: lambda number: (".", False), 10**6, notes)["groups"]) == 4
+    assert len(notes) == 1
+
+
+def test_a_damaged_cell_is_one_line_to_who_trains_on_it(run):
+    path = run / "samples" / "step-000010.parquet"
+    table = pyarrow.parquet.read_table(path)
+    cells = pyarrow.array(["{", *["{}"] * (table.num_rows - 1)])
+    pyarrow.parquet.write_table(table.set_column(table.schema.get_field_index("names"), "names", cells), path)
+    with pytest.raises(InputError, match=r"E606\] damaged record — .*step-000010.*Found 1 groups with damaged rows"):
+        read_groups(path, make_prompt)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="E606"):
+        read_groups(path, make_prompt)
+
+
+def test_a_file_with_another_name_is_no_step(run, capsys):
+    (run / "samples" / "step-000020 (copy).parquet").write_bytes(b"")
+    assert show.main([str(run), "--step", "0"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_limit_is_no_negative_number(run, capsys):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from launch import parts, run
-from launch.cluster import connect
+from launch.cluster import connect, ray_session
 from launch.parts import started
 from launch.placement import Needs
 from launch.shared_memory import check_hosts, shared_memory_bytes
-from shared.errors import InputErrors, MillraceError
+from shared.errors import InputError, InputErrors, MillraceError
 from tests.bad_input import write_run
 from tests.conftest import ROOT
 from tests.fakes import fake_ray, make_config, write_config
@@ -135,17 +137,49 @@ def test_a_long_start_says_again_who_is_missing_and_where_the_logs_are(monkeypat
     assert lines[-1].startswith(("engines ready", "learner ready"))
 
 
-def test_a_private_ray_that_does_not_start_is_one_line_with_its_logs(monkeypatch):
+def test_a_private_ray_that_does_not_start_is_one_line_with_its_logs(monkeypatch, tmp_path):
     def overloaded(**_):
         raise Exception("The current node timed out during startup.\nThis could happen ...")
 
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("launch.cluster.check_temporary_folder", lambda: None)  # That of a test is long.
     fake_ray(monkeypatch).init = overloaded
     with pytest.raises(MillraceError) as caught:
         connect(make_config())
     assert caught.value.exit_code == 1
     said = "a private Ray did not start: The current node timed out during startup. This could happen ..."
-    assert str(caught.value) == f"{said} (logs: /tmp/ray/session_latest/logs)"
+    found = re.fullmatch(rf"{re.escape(said)} \(logs: ({tmp_path}/ray-\w+)/r/session_latest/logs\)", str(caught.value))
+    assert found
+    assert Path(found[1]).is_dir()
+
+
+@pytest.mark.parametrize(("error", "kept"), [(None, False), (InputError("E1", *"abcde"), False), (OSError("x"), True)])
+def test_the_folder_of_a_private_ray_is_closed_to_others_and_removed_when_it_ends_well(
+    monkeypatch, tmp_path, capsys, error, kept
+):
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "made"))
+    monkeypatch.setattr("launch.cluster.check_temporary_folder", lambda: None)  # That of a test is long.
+    monkeypatch.setattr("launch.cluster.keep_private", lambda: None)
+    used = []
+
+    def init(_temp_dir, **_):
+        used.append(Path(_temp_dir))
+        used[0].mkdir()
+        used[0].chmod(0o777)  # As Ray does.
+
+    fake_ray(monkeypatch).init = init
+
+    async def go() -> None:
+        async with ray_session(make_config()):
+            assert used[0].parent.stat().st_mode & 0o777 == 0o700
+            if error:
+                raise error
+
+    with contextlib.suppress(OSError, InputError):
+        asyncio.run(go())
+    assert used[0].parent.parent == tmp_path / "made"
+    assert used[0].parent.exists() is kept
+    assert (f"Ray's own logs: {used[0]}/session_latest/logs" in capsys.readouterr().out) is kept
 
 
 # --- shared memory on the hosts of a cluster ---

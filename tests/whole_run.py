@@ -41,7 +41,9 @@ class WatchedRun:
     output: str
     """All that it printed."""
     session: Path
-    """Ray's own folder."""
+    """Where Ray keeps its files."""
+    kept: Path
+    """What Ray wrote there: links to its files, for it removes them."""
     listeners: set[tuple[str, str, int]]
     tokens: set[str]
     """Tokens of Ray in the environments of its processes."""
@@ -92,9 +94,19 @@ def own_environment(session: str, **more: str) -> dict[str, str]:
     return users | {"RAY_TMPDIR": session, "RAY_worker_niceness": "0"} | more
 
 
+def _keep(folder: Path, kept: Path) -> None:
+    """Link every file below ``folder`` that is new into ``kept``: it is there, with all that is written to it, for good."""
+    for path in folder.rglob("*"):
+        link = kept / path.relative_to(folder)
+        with contextlib.suppress(OSError):  # Removed meanwhile.
+            if path.is_file() and not path.is_symlink() and not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.hardlink_to(path)
+
+
 def watched_run(place: Path) -> Iterator[WatchedRun]:
     """Train 40 steps at ``max_staleness = 2`` with a reward of the user's own and secrets in the environment."""
-    session, folder = tempfile.mkdtemp(prefix="ms-"), place / "run"
+    session, folder, kept = tempfile.mkdtemp(prefix="ms-"), place / "run", place / "kept"
     (place / "reward.py").write_text(REWARD)
     (place / "own.toml").write_text(f'[[reward.functions]]\nfunction = "{place}/reward.py:accuracy"\n')
     settings = {"run.output_dir": folder, "run.steps": 40, "eval.every_steps": 20, "run.samples_every": 20}
@@ -108,6 +120,7 @@ def watched_run(place: Path) -> Iterator[WatchedRun]:
         while process.poll() is None and time.monotonic() < deadline:
             alive = processes_of(session)
             found |= listeners_of(alive)
+            _keep(Path(session), kept)
             for one in alive:
                 tokens |= {environment_of(one).get("RAY_AUTH_TOKEN", "")} - {""}
                 with contextlib.suppress(psutil.Error):
@@ -116,5 +129,5 @@ def watched_run(place: Path) -> Iterator[WatchedRun]:
         process.kill()
         process.wait()
     output = (place / "output").read_text()
-    yield WatchedRun(folder, process.returncode, output, Path(session), found, tokens, " ".join(commands))
+    yield WatchedRun(folder, process.returncode, output, Path(session), kept, found, tokens, " ".join(commands))
     shutil.rmtree(session, ignore_errors=True)

@@ -8,15 +8,14 @@ recorded nothing.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from shared.errors import InputError
+from shared.metrics import Row, read_metrics
 
-Row = dict[str, Any]
 MAX_POINTS = 1500
 """Longest series on a page; longer ones are averaged."""
 MAX_VALUES = 280_000
@@ -33,26 +32,9 @@ def read_rows(folder: Path) -> list[Row]:
         found = "no such folder" if not folder.is_dir() else "no config.toml with metrics.jsonl"
         raise InputError("E603", "not a run folder", str(folder), found, "the folder of a run", "check the path")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
+        return read_metrics(folder)
+    except OSError as error:
         raise InputError("E606", "cannot read metrics", str(path), str(error), "JSON lines", "restore it") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        row = _row(line)
-        if row is not None:
-            rows.append(row)
-        elif line.endswith("\n") and line.strip():
-            found, fix = repr(line.strip()[:40]), "remove that line"
-            raise InputError("E606", "cannot read metrics", f"{path}:{number}", found, "an object with a step", fix)
-    return rows
-
-
-def _row(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def split_rows(rows: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -7,12 +7,12 @@ to the best of a step, so that a thinned page is no selection of the good ones. 
 from __future__ import annotations
 
 import ast
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch import stored_groups
 from launch.report.rows import rounded
 
 BUDGET = 2_600_000
@@ -61,15 +61,13 @@ def read_samples(
 
     ``load`` gives the text of a token. ``tokens`` of the result is the vocabulary to which completions refer by index.
     """
-    files = sorted((folder / "samples").glob("step-*.parquet"))
+    files = list(stored_groups.sample_files(folder).values())
     if not files:
         return None
     piece, vocabulary = load(), Vocabulary()
     if piece is None:
         notes.append("Completions: the tokenizer of the run could not be loaded here, so they are shown as plain text.")
-    stored, damaged = _steps(files)
-    if damaged:
-        notes.append(f"Completions: {damaged} of {len(files)} files could not be read.")
+    stored, notes[len(notes) :] = _steps(files)
     total = sum(len(groups) for groups in stored)
     stored, per_step = _share_out(stored, budget, piece is not None)
     kept = [group for groups in stored for group in _spread(groups, per_step)]
@@ -109,23 +107,20 @@ class Vocabulary:
         return "".join(self.texts[place] for place in places if place not in self.specials)
 
 
-def _steps(files: list[Path]) -> tuple[list[list[Stored]], int]:
-    """Per readable file its groups, each a list of rows; and how many files are damaged."""
-    import pyarrow
-    import pyarrow.parquet
-
-    stored, damaged = [], 0
+def _steps(files: list[Path]) -> tuple[list[list[Stored]], list[str]]:
+    """Per readable file its groups, each a list of rows; and notes on what could not be read."""
+    stored, damaged, unread = [], 0, 0
     for path in files:
         try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, pyarrow.ArrowException):  # A running run may be writing it.
-            damaged += 1
+            groups, damaged_here = stored_groups.read_samples(path)
+        except OSError:  # A running run may be writing it.
+            unread += 1
             continue
-        together: dict[int, Stored] = {}
-        for row in rows:
-            together.setdefault(row["group_id"], []).append(row)
-        stored.append(list(together.values()))
-    return stored, damaged
+        damaged += damaged_here
+        stored.append(groups)
+    notes = [f"Completions: {unread} of {len(files)} files could not be read."] if unread else []
+    notes += [f"Completions: {damaged} groups with damaged rows are left out."] if damaged else []
+    return stored, notes
 
 
 def _share_out(stored: list[list[Stored]], budget: int, with_tokens: bool) -> tuple[list[list[Stored]], int]:
@@ -177,7 +172,7 @@ def _spread(groups: list[Stored], count: int) -> list[Stored]:
 
 def _group(rows: Stored, piece: Piece | None, vocabulary: Vocabulary) -> Group:
     first = rows[0]
-    names = json.loads(first.get("names") or "{}")
+    names = stored_groups.names_of(first) or {}
     parts = list(names.get("parts", []))
     return {
         "step": first["step"],
