@@ -52,10 +52,10 @@ class Model(Section):
     """The policy to start from."""
 
     path: str
-    """Hugging Face model directory with safetensors, org/name or org/name@COMMIT of a cached hub model, or builtin:NAME for a
-    small one made on demand."""
+    """Hugging Face model directory with safetensors; org/name or org/name@COMMIT, which is downloaded from the hub once; or
+    builtin:NAME for a small one made on demand."""
     tokenizer: str | None = None
-    """Tokenizer directory; default: the model's own."""
+    """Tokenizer directory, or org/name of the hub; default: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in the engines and on the wire, float32 or bfloat16; the learner's master weights are float32."""
     chat_template: str | None = None
