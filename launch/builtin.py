@@ -226,8 +226,7 @@ def _fresh_model(task: Task) -> tuple[Any, Any]:
 
 def _untrained_model(task: Task, name: str, path: Path) -> None:
     print(f"builtin:{name} is made at the first start, in about a minute", flush=True)
-    for part in _fresh_model(task):
-        part.save_pretrained(path)
+    _save(*_fresh_model(task), path)
 
 
 def _make_model(task: Task, name: str, path: Path) -> None:
@@ -253,8 +252,15 @@ def _make_model(task: Task, name: str, path: Path) -> None:
         if (step + 1) % 40 == 0:
             spent = time.monotonic() - started
             print(f"  supervised step {step + 1}: loss {float(loss.detach()):.3f}, {spent:.0f} s", flush=True)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    _save(model, tokenizer, path)
+
+
+def _save(model: Any, tokenizer: Any, path: Path) -> None:
+    from learner.meta_model import quiet
+
+    with quiet():  # Else a bar, "Writing model shards", for a file of 3 MB.
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
 
 
 def _encode(tokenizer: Any, task: Task, row: Row, chance: random.Random | None) -> tuple[list[int], int]:

@@ -17,7 +17,9 @@ from rollout.generated_tasks import VERSION
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # `millrace` on PyPI is somebody else's package: neither it nor an extra of it is ours to install.
-SOMEBODY_ELSES = re.compile(r"""(pip3?|uv|pipx|uvx)\s+(add|install|run)?[^\n|&;]*?["'\s]millrace(\[|==|>=|["'\s]*$)""", re.M)
+SOMEBODY_ELSES = re.compile(
+    r"""(pip3?|uv|pipx|uvx)\s+(add|install|run)?[^\n|&;]*?["'\s]millrace(\[|==|>=|["'\s]*$)""", re.M
+)
 
 
 def tracked() -> list[Path]:
@@ -78,3 +80,17 @@ def test_the_version_is_told_under_the_new_name_and_the_old_and_without_any(monk
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     assert cli._version() == ("0.1.0" if installed else "of a source tree that is not installed")
+
+
+def test_an_installation_says_each_of_its_steps_before_it_takes_it(tmp_path):
+    place = tmp_path / "env"
+    stub = f'#!/bin/sh\necho "took: $0 $*" | cut -c 1-400\ncase "$*" in *venv*) mkdir -p {place}/bin; cp $0 {place}/bin/python; cp $0 {place}/bin/uv;; esac\n'
+    python = tmp_path / "python3"
+    python.write_text(stub)
+    python.chmod(0o755)
+    command = ["make", f"VENV={place}", f"PYTHON={python}", f"{place}/installed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, done.stderr
+    log = [line for line in done.stdout.splitlines() if " -c " not in line]
+    assert [line.startswith("took: ") for line in log] == [False, True] * 5, done.stdout
+    assert [line[:4] for line in log[::2]] == [f"{step}/5 " for step in range(1, 6)]
