@@ -1,5 +1,4 @@
-"""Small models and data made on demand, so that a first run needs no download: ``builtin:addition`` and
-``builtin:gsm8k``.
+"""Small models and data made on demand, so that a first run needs no download: ``builtin:addition``, ``builtin:gsm8k``.
 
 A model is a Qwen2 of about 0.8M parameters, warmed up by supervised training on imperfect demonstrations; GRPO,
 which sees only rewards, does the rest. Model and data depend on no setting of the run, so all runs, whatever their
@@ -106,10 +105,8 @@ def resolve(config: Config, origin: str, make_model: bool = True) -> Config:
     changes = {}
     for index, split in enumerate(("train", "eval")):
         sources = getattr(data, split) or []
-        key = f"data.{split}"
-        made = [
-            str(_data(_task_name(s.path, origin, key), index)) if s.path.startswith(SCHEME) else s.path for s in sources
-        ]
+        names = {s.path: _task_name(s.path, origin, f"data.{split}") for s in sources if s.path.startswith(SCHEME)}
+        made = [str(_data(names[s.path], index)) if s.path in names else s.path for s in sources]
         changes[split] = [s.model_copy(update={"path": path}) for s, path in zip(sources, made)] or None
     return config.model_copy(update={"model": model, "data": data.model_copy(update=changes)})
 
@@ -142,8 +139,11 @@ def _model(name: str, make: bool) -> Path:
     if not path.exists() and not make:
         path = _cache() / f"{name}-{recipe}-untrained"
     if not path.exists():
+        from learner.meta_model import quiet  # Else a bar, "Writing model shards", for a file of 3 MB.
+
         write = _make_model if make else _untrained_model
-        _write_whole(path, lambda part: write(TASKS[name], name, part))
+        with quiet():
+            _write_whole(path, lambda part: write(TASKS[name], name, part))
     return path
 
 
@@ -226,7 +226,8 @@ def _fresh_model(task: Task) -> tuple[Any, Any]:
 
 def _untrained_model(task: Task, name: str, path: Path) -> None:
     print(f"builtin:{name} is made at the first start, in about a minute", flush=True)
-    _save(*_fresh_model(task), path)
+    for part in _fresh_model(task):
+        part.save_pretrained(path)
 
 
 def _make_model(task: Task, name: str, path: Path) -> None:
@@ -252,15 +253,8 @@ def _make_model(task: Task, name: str, path: Path) -> None:
         if (step + 1) % 40 == 0:
             spent = time.monotonic() - started
             print(f"  supervised step {step + 1}: loss {float(loss.detach()):.3f}, {spent:.0f} s", flush=True)
-    _save(model, tokenizer, path)
-
-
-def _save(model: Any, tokenizer: Any, path: Path) -> None:
-    from learner.meta_model import quiet
-
-    with quiet():  # Else a bar, "Writing model shards", for a file of 3 MB.
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
 def _encode(tokenizer: Any, task: Task, row: Row, chance: random.Random | None) -> tuple[list[int], int]:

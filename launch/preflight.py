@@ -15,6 +15,7 @@ from launch.model_files import PINNED, check_model
 from launch.model_tokenizer import check_ids, load_tokenizer, names_pad_token, rehearse_save
 from launch.prompt_checks import check_held_out, check_rows, complete_rows
 from launch.sinks import check_sinks
+from launch.trl.found import FILL_IN
 from rollout import hub
 from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
@@ -56,6 +57,7 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     """
     from launch.builtin import SCHEME, resolve
 
+    _check_filled(config, origin)
     check_environment(eager=bool(config.rollout.vllm.get("enforce_eager")))
     ours = config.model.path.startswith(SCHEME)
     problems: list[InputError] = []
@@ -96,6 +98,22 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
 
         warnings += probe(config, origin, complete_rows(train.prompts, reads))
     return Prepared(config, train, held_out, list(dict.fromkeys(warnings)))
+
+
+def _check_filled(config: Config, origin: str) -> None:
+    """Raises ``InputErrors`` E401, E201 and E301 where a file still says what ``import-trl`` wrote for what it could not read."""
+    places = [("E401", "model", "model.path", config.model.path)]
+    for split in ("train", "eval"):
+        sources = getattr(config.data, split) or []
+        places += [("E201", "file or dataset of rows", f"data.{split}", source.path) for source in sources]
+    for i, spec in enumerate(config.reward.functions):
+        places.append(("E301", "reward function", f"reward.functions[{i}].function", spec.function or ""))
+    problems = []
+    for code, what, key, value in places:
+        if value == FILL_IN:
+            fix = f"{FILL_IN} from import-trl: write the {what} here"
+            problems.append(InputError(code, "not filled in", f"{origin}:{key}", FILL_IN, f"a {what}", fix))
+    raise_all(problems)
 
 
 def _read(config: Config, sources: list[Source], split: str, key: str) -> None:
