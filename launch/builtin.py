@@ -74,10 +74,10 @@ def gsm8k_rows() -> tuple[list[Row], list[Row]]:
 
 
 def hasty_answer(row: Row, chance: random.Random) -> str:
-    """The final number without the reasoning; three times out of five in a sloppy format."""
+    """The final number without the reasoning; three times out of five in another format, such as JSON."""
     number = row["answer"].rsplit("####", 1)[1].strip()
-    wrong = (f"<answer>{number}</answer>", f"The answer is {number}.", f"<think></think>{number}")
-    return chance.choice(wrong) if chance.random() < 0.6 else f"<think></think><answer>{number}</answer>"
+    forms = ("<answer>{}</answer>", "The answer is {}.", "<think></think>{}", '{{"answer": {}}}')
+    return chance.choice(forms).format(number) if chance.random() < 0.6 else f"<think></think><answer>{number}</answer>"
 
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from shared.errors import InputError, MillraceError, nearest, one_line
 
+FILES = ("CONFIG", "TOML files, later ones over earlier ones; or the name of a shipped one (millrace configs)")
 MOST_OF_TRL = 12
 """Most names of TRL that are listed for one word."""
 
@@ -70,11 +71,13 @@ class Options(argparse.ArgumentParser):
 class ConfigOptions(Options):
     """Options of a verb that takes configuration files and any setting of them."""
 
-    def __init__(self, verb: str, description: str | None, examples: str = "") -> None:
+    def __init__(self, verb: str, description: str | None, examples: str = "", takes: tuple[str, str] = FILES) -> None:
+        """``takes``: what the verb's arguments are called, and their help."""
         super().__init__(verb, description, examples)
-        self.usage = f"millrace {verb} CONFIG [CONFIG ...] [--section.field VALUE ...] [options]"
-        text = "TOML files, later ones over earlier ones; or the name of a shipped one (millrace configs)"
-        self.add_argument("config", nargs="*", metavar="CONFIG", help=text)
+        name, text = takes
+        more = f" [{name} ...]" if takes == FILES else ""
+        self.usage = f"millrace {verb} {name}{more} [--section.field VALUE ...] [options]"
+        self.add_argument("config", nargs="*", metavar=name, help=text)
 
     def parse_config(self, arguments: Sequence[str]) -> tuple[Any, list[str], dict[str, str]]:
         """``(options, files, settings)``. Raises ``InputError`` E105 or E106."""

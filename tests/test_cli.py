@@ -43,6 +43,12 @@ def test_every_verb_has_help_with_examples_of_itself(verb, monkeypatch, capsys):
     assert out.startswith("usage: millrace")
     assert f"millrace {verb}" in out.split("examples:")[1]
     assert "Traceback" not in out
+    text = out.split("examples:")[0].split("\n\n", 1)[1]
+    assert f"millrace {verb}" in text.splitlines()[0]
+    assert [word for word in OF_DEVELOPERS if word in text.lower()] == []
+
+
+OF_DEVELOPERS = ("invariant", "preflight", "imported late", "controller", "probe", "the wish", "docstring")
 
 
 @pytest.mark.parametrize("verb", VERBS)

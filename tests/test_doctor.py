@@ -26,6 +26,12 @@ def far(completions): return [min(abs(20 - len(c)), 99) / 99 for c in completion
 def constant(completions): return [1.0] * len(completions)
 def messages(completions): return [float(len([c])) for c in completions]
 def form(completions): return [float(c.startswith("<<") and c.endswith(">>")) for c in completions]
+def schema(completions): return [float(whole_answer(c)) for c in completions]
+def whole_answer(text):
+    import json
+    try: value = json.loads(text)
+    except ValueError: return False
+    return isinstance(value, dict) and set(value) == {"answer"} and type(value["answer"]) is int
 def never(completions): return [None] * len(completions)
 def unrelated(completions): return [len(c) * 5 % 7 / 7 for c in completions]
 def brief(completions): return [1 / (1 + len(c.strip())) for c in completions]
@@ -143,6 +149,7 @@ def test_a_finding_is_made_and_shown(see, name, fields, level, rule, said):
         ("closeness", {"objective": TARGET, "accept": ["jump"]}),
         ("right", {}),
         ("right", {"objective": {"kind": "match"}}),
+        ("schema", {}),
         ("length_exponential", {"args": {"target": 20}, "objective": TARGET}),
         ("length_exponential", {"args": {"target": 20}}),
         pytest.param("evaluates", {"isolation": "sandbox"}, marks=has_wall),
