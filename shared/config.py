@@ -77,7 +77,7 @@ class Rollout(Section):
     """GPUs (or CPU workers) among which the layers of a replica are shared out; all on one node."""
     weights: Literal["auto", "host"] = "auto"
     """How new weights reach engines: auto: shared memory and the object store on CPUs, CUDA IPC when colocated, else NCCL; or as
-    on CPUs, through host memory (host): a snapshot, so that the learner goes on at once and engines may come and go."""
+    on CPUs, by a copy in host memory (host): the learner continues at once, and engines may come and go."""
     colocate: bool = False
     """GPUs only: every engine shares its GPU with one learner rank, instead of having one of its own."""
     group_size: Positive = 8
