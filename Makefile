@@ -11,6 +11,7 @@ install: $(VENV)/installed sandbox
 
 # Code rewards run behind bubblewrap; everything else works without it.
 sandbox:
+	@command -v bwrap >/dev/null || echo "bubblewrap, for the sandbox of code rewards"
 	@command -v bwrap >/dev/null || (apt-get install -y -qq bubblewrap || (apt-get update -qq && apt-get install -y -qq bubblewrap)) >/dev/null 2>&1 \
 	  || echo "warning[W308] no bubblewrap: code rewards will be refused. Fix: install the package bubblewrap"
 
@@ -22,11 +23,16 @@ browser:
 # --no-deps: the lock is complete, and resolving would pull in CUDA builds of torchvision and its like (see cpu.in).
 $(VENV)/installed: requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and f"error[E702] version out of range — python. Found {v[0]}.{v[1]}, expected 3.11 (the lock was made for it). Fix: make PYTHON=python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) || $(PIP) --index-url https://download.pytorch.org/whl/cpu $(TORCH)
-	$(PIP) uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --requirement requirements/cpu.lock
-	$(PIP) --no-build-isolation --editable .
+	@echo "1/5  an environment for Python: $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/5  $(TORCH), 200 MB"
+	@$(PIP) $(TORCH) || $(PIP) --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	@echo "3/5  uv, which installs the rest in parallel"
+	@$(PIP) uv
+	@echo "4/5  the $$(grep -c == requirements/cpu.lock) packages of requirements/cpu.lock, vLLM, Ray and DeepSpeed among them: a minute or two"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode --requirement requirements/cpu.lock
+	@echo "5/5  the command: $(BIN)/millrace"
+	@$(PIP) --no-build-isolation --editable .
 	@touch $@
 
 quickstart: install

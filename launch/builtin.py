@@ -1,5 +1,4 @@
-"""Small models and data made on demand, so that a first run needs no download: ``builtin:addition`` and
-``builtin:gsm8k``.
+"""Small models and data made on demand, so that a first run needs no download: ``builtin:addition``, ``builtin:gsm8k``.
 
 A model is a Qwen2 of about 0.8M parameters, warmed up by supervised training on imperfect demonstrations; GRPO,
 which sees only rewards, does the rest. Model and data depend on no setting of the run, so all runs, whatever their
@@ -75,10 +74,10 @@ def gsm8k_rows() -> tuple[list[Row], list[Row]]:
 
 
 def hasty_answer(row: Row, chance: random.Random) -> str:
-    """The final number without the reasoning; three times out of five in a sloppy format."""
+    """The final number without the reasoning; three times out of five in another format, such as JSON."""
     number = row["answer"].rsplit("####", 1)[1].strip()
-    wrong = (f"<answer>{number}</answer>", f"The answer is {number}.", f"<think></think>{number}")
-    return chance.choice(wrong) if chance.random() < 0.6 else f"<think></think><answer>{number}</answer>"
+    forms = ("<answer>{}</answer>", "The answer is {}.", "<think></think>{}", '{{"answer": {}}}')
+    return chance.choice(forms).format(number) if chance.random() < 0.6 else f"<think></think><answer>{number}</answer>"
 
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -106,10 +105,8 @@ def resolve(config: Config, origin: str, make_model: bool = True) -> Config:
     changes = {}
     for index, split in enumerate(("train", "eval")):
         sources = getattr(data, split) or []
-        key = f"data.{split}"
-        made = [
-            str(_data(_task_name(s.path, origin, key), index)) if s.path.startswith(SCHEME) else s.path for s in sources
-        ]
+        names = {s.path: _task_name(s.path, origin, f"data.{split}") for s in sources if s.path.startswith(SCHEME)}
+        made = [str(_data(names[s.path], index)) if s.path in names else s.path for s in sources]
         changes[split] = [s.model_copy(update={"path": path}) for s, path in zip(sources, made)] or None
     return config.model_copy(update={"model": model, "data": data.model_copy(update=changes)})
 
@@ -142,8 +139,11 @@ def _model(name: str, make: bool) -> Path:
     if not path.exists() and not make:
         path = _cache() / f"{name}-{recipe}-untrained"
     if not path.exists():
+        from learner.meta_model import quiet  # Else a bar, "Writing model shards", for a file of 3 MB.
+
         write = _make_model if make else _untrained_model
-        _write_whole(path, lambda part: write(TASKS[name], name, part))
+        with quiet():
+            _write_whole(path, lambda part: write(TASKS[name], name, part))
     return path
 
 

@@ -5,6 +5,7 @@ Each verb's module has ``main(arguments) -> exit code`` and ``parser()``, which 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -87,4 +88,7 @@ def usage() -> str:
 def _version() -> str:
     import importlib.metadata
 
-    return importlib.metadata.version("millrace")
+    for name in ("millrace-rl", "millrace"):  # The second where it was installed before the name changed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "of a source tree that is not installed"

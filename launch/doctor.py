@@ -1,7 +1,9 @@
-"""``millrace doctor CONFIG``: run the reward functions before anything expensive starts.
+"""``millrace doctor CONFIG``: try the reward functions before a run, without a model.
 
-Feeds them canned completions made from the data, in killable children, and says what it finds: exceptions, wrong
-shapes, constants, a reversed sign, jumps, slowness. ``--sample N`` adds the model's own answers to N prompts. ``probe`` is the same check, small, in every run's preflight.
+The doctor makes completions from your rows: right, wrong, empty, long and broken ones. It gives them to every reward
+function of the configuration and prints what it finds: exceptions, a wrong number of values, a value that never changes,
+a wrong sign, jumps, slowness. Rewards that want a form which it cannot guess, such as JSON with certain keys, need
+completions of yours (``--completions``) or of the model (``--sample``). Nothing is trained and no run folder is made.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from launch.doctor_rules import ERROR, Finding, Verdict, judge, unequal_scales
 from launch.doctor_samples import Sample, canary_samples, samples_for
 from launch.gold_rows import rows_without_score
-from launch.options import ConfigOptions, guarded
+from launch.options import ConfigOptions, check_output, guarded
 from launch.score import read_rows
 from rollout.reward_loading import isolation_of, reward_name, reward_place
 from rollout.reward_worker import RewardWorker
@@ -44,28 +47,30 @@ def parser() -> ConfigOptions:
         millrace doctor my.toml --sample 4                   # and the model's own
         """
     options = ConfigOptions("doctor", __doc__, examples)
-    options.add_argument("--completions", metavar="FILE.jsonl", help="also score these stored completions")
+    text = 'also score these: one {"completion": "..."} a line, with "prompt" too if it belongs to one row'
+    options.add_argument("--completions", metavar="FILE.jsonl", help=text)
+    text = "also let the model answer N prompts, in an engine that is started for it"
+    options.add_argument("--sample", type=int, default=0, metavar="N", help=text)
     options.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="also sample the model's answers to N prompts"
+        "--output", type=Path, metavar="FILE.json", help="write every sample with its value to this file"
     )
     return options
 
 
 def _doctor(arguments: list[str]) -> None:
     from launch.preflight import prepare
-    from launch.run_folder import resolve_output
 
     options, files, settings = parser().parse_config(arguments)
     source = config_file(files[-1])
     config = load_config(files, settings)
+    check_output("--output", options.output, (".json",), "doctor.json")
     # Of the model only the tokenizer is used, unless it is to answer: then a built-in one has to be trained.
     prepared = prepare(config, source.name, source.parent, probing=False, rehearsal=not options.sample)
-    prompts = prepared.train.prompts[:8]
-    extra: dict[int, list[str]] = {}
-    if options.completions:
-        extra[0] = [str(row["completion"]) for row in read_rows(Path(options.completions))]
+    rows = read_rows(Path(options.completions)) if options.completions else []
+    prompts, extra = _with_given(prepared.train.prompts, rows)
     if options.sample:
-        extra |= dict(enumerate(asyncio.run(sample(prepared.config, prompts[: options.sample]))))
+        for number, texts in enumerate(asyncio.run(sample(prepared.config, prompts[: options.sample]))):
+            extra.setdefault(number, []).extend(texts)
     verdicts = examine(prepared.config, prompts, extra=extra)
     for verdict in verdicts:
         print(visible(verdict.render()))
@@ -74,11 +79,32 @@ def _doctor(arguments: list[str]) -> None:
     ]
     _, name, text = min(findings, key=lambda entry: entry[0], default=(False, "", ""))
     print(visible(f"advice: {name} {text}") if findings else "advice: nothing found; the rewards look usable")
-    folder = resolve_output(prepared.config.run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "doctor.json").write_text(json.dumps([v.as_dict() for v in verdicts], indent=1), encoding="utf-8")
-    print(f"full results: {folder / 'doctor.json'}")
+    if options.output:
+        options.output.write_text(json.dumps([v.as_dict() for v in verdicts], indent=1), encoding="utf-8")
+        print(f"every sample with its value: {options.output}")
     _raise_errors(verdicts, prepared.config, source.name)
+
+
+def _with_given(prompts: list[Prompt], rows: list[dict[str, Any]]) -> tuple[list[Prompt], dict[int, list[str]]]:
+    """Return the first prompts and those of ``rows``, and the completions of ``rows`` by number of their prompt.
+
+    A row without a prompt, or with one that is not among ``prompts``, belongs to the first.
+    """
+    known = {_asked(prompt.text): prompt for prompt in reversed(prompts)}
+    shown = prompts[:8]
+    given: dict[int, list[str]] = {}
+    for row in rows:
+        prompt = known.get(_asked(row.get("prompt")), prompts[0])
+        if not any(prompt is other for other in shown):
+            shown.append(prompt)
+        number = next(i for i, other in enumerate(shown) if prompt is other)
+        given.setdefault(number, []).append(str(row["completion"]))
+    return shown, given
+
+
+def _asked(prompt: Any) -> str:
+    """Return what a prompt, text or messages, asks last."""
+    return str(prompt[-1].get("content") if isinstance(prompt, list) and prompt else prompt)
 
 
 async def sample(config: Config, prompts: list[Prompt]) -> list[list[str]]:

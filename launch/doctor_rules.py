@@ -138,9 +138,16 @@ def judge(verdict: Verdict, spec: RewardFunction, config: Config) -> None:
 
 
 def _constant(verdict: Verdict, values: np.ndarray) -> None:
-    if values.min() == values.max():
-        text = f"is {values[0]:g} on all {values.size} samples: nothing to learn (is completion a message list?)"
-        verdict.findings.append(Finding(WARNING, "constant", text))
+    if values.min() < values.max():
+        return
+    if any(row.sample.kind == "given" for row in verdict.rows):
+        text = f"is {values[0]:g} on all {values.size} samples, the given ones too: nothing to learn (is completion a message list?)"
+    else:
+        text = (
+            f"is {values[0]:g} on all {values.size} canned samples: nothing to learn (is completion a message list?). If none of "
+            "them can have the form that it wants, show it some that do: millrace doctor with --completions FILE.jsonl or --sample 4"
+        )
+    verdict.findings.append(Finding(WARNING, "constant", text))
 
 
 def _slow(verdict: Verdict, spec: RewardFunction, config: Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,7 @@ def samples_for(prompt: Prompt, prompts: list[Prompt], spec: RewardFunction, sma
         samples += [Sample("gold", text) for text in forms(gold)]
         samples += [Sample("wrong", text) for text in forms(_changed(gold))]
         samples += [Sample("other", other)] if other is not None else []
+        samples += [Sample("odd", text) for text in json_forms(column, gold)]
     samples += [Sample("empty", ""), Sample("empty", "  \n ")]
     samples += [Sample("length", ("abcde " * (n // 6 + 1))[:n]) for n in sweep(target_length(spec), small)]
     samples += [
@@ -74,9 +77,22 @@ def samples_for(prompt: Prompt, prompts: list[Prompt], spec: RewardFunction, sma
     return samples
 
 
+def json_forms(column: str, answer: str) -> list[str]:
+    """An answer under the name of its column in a JSON object: as a number, if it is one, and as text; alone and in a list."""
+    short = _short(answer)
+    values: list[Any] = [short]
+    with contextlib.suppress(ValueError):
+        values.insert(0, int(short))
+    return [json.dumps(one) for value in values for one in ({column: value}, [{column: value}])]
+
+
+def _short(answer: str) -> str:
+    return answer.rsplit("####", 1)[-1].strip() if "####" in answer else answer
+
+
 def forms(answer: str) -> list[str]:
     """An answer bare, boxed, and in think/answer tags."""
-    short = answer.rsplit("####", 1)[-1].strip() if "####" in answer else answer
+    short = _short(answer)
     return [answer, f"\\boxed{{{short}}}", f"<think>Let me see.</think><answer>{short}</answer>"]
 
 

@@ -1,7 +1,7 @@
 """``millrace eval CONFIG | RUN``: score a model on held-out rows, greedy and, with ``--eval.samples N``, pass@k.
 
-Of a run folder it takes the configuration and the best checkpoint. The weights are loaded from disk into a fresh vLLM of
-its own, without Ray and without a learner, so it also proves that a checkpoint stands alone. One JSON object comes last.
+Give a configuration, to score the model that it starts from, or a run folder, to score its best checkpoint. vLLM loads the
+weights from the disk; neither Ray nor a learner is started. The last line is one JSON object with all numbers.
 """
 
 from __future__ import annotations

@@ -7,16 +7,15 @@ each at a usual share of the device's peak. What was measured is better: ``millr
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.timings import Lengths, Timings
+from rollout import hub
 from shared.config import Config
 from shared.errors import InputError, one_line
 
-HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}))?")
 """A model on the hub: ``org/name``, or at one commit."""
 
 
@@ -109,15 +108,7 @@ class Shape:
 
 def _folder(path: str) -> Path:
     """Where a model's ``config.json`` lies; of one on the hub nothing else is fetched."""
-    matched = HUB.fullmatch(path)
-    if matched is None or Path(path).exists():
-        return Path(path)
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(matched[1], "config.json", revision=matched[2])).parent
-    except Exception:  # Whatever keeps it from being there ends in E401, which names the path.
-        return Path(path)
+    return hub.fetched(path, "model", "E401", "model.path", ["config.json"]) if hub.is_named(path) else Path(path)
 
 
 def timings_of(config: Config, device: Device, mean: float, longest: int, prompt: float) -> Timings:

@@ -12,12 +12,12 @@ from typing import Any
 
 from launch.model_config import check_config, check_quantised
 from launch.model_weights import check_files, check_types, read_tensors
+from rollout import hub
 from shared.config import Config
-from shared.errors import InputError, InputErrors, raise_all
+from shared.errors import InputError, InputErrors, nearest, raise_all
 
 PINNED = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
 """A hub model at one commit: ``org/name@<commit>``."""
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@.*)?")
 OURS = {
     "trust_remote_code": "model.trust_remote_code",
     "load_format": "safetensors alone",
@@ -108,9 +108,16 @@ def _ask_transformers(config: Config, origin: str, raw: dict[str, Any], problems
 def _read_config(path: Path, place: str) -> dict[str, Any]:
     """Return ``config.json`` of the folder ``path``. Raises ``InputError`` E401."""
     if not (path / "config.json").is_file():
-        named = ", and no cached hub model of that name" if HUB_NAME.fullmatch(str(path)) else ""
-        found = f'"{path}" (no {"config.json" if path.is_dir() else f"such directory{named}"})'
-        raise InputError("E401", "model not found", place, found, "a Hugging Face model directory", "check the path")
+        found = f'"{path}" (no {"config.json" if path.is_dir() else "such directory"})'
+        expected, fix = "a Hugging Face model directory, or org/name of the hub", "check the path"
+        similar = (
+            nearest(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()]) if path.parent.is_dir() else None
+        )
+        if similar and not path.exists():
+            fix = f"did you mean {path.parent / similar}?"
+        elif "@" in str(path) and hub.NAMED.fullmatch(str(path).partition("@")[0]):
+            fix = f"{str(path).partition('@')[0]}@COMMIT, with all 40 hex digits"
+        raise InputError("E401", "model not found", place, found, expected, fix)
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(raw, dict):

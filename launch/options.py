@@ -9,16 +9,21 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.interrupts import Ended, raised
 from shared.errors import InputError, MillraceError, nearest, one_line, visible
+
+FILES = ("CONFIG", "TOML files, later ones over earlier ones; or the name of a shipped one (millrace configs)")
+MOST_OF_TRL = 12
+"""Most names of TRL that are listed for one word."""
 
 
 class _Layout(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -59,7 +64,7 @@ class Options(argparse.ArgumentParser):
     def _unknown(self, argument: str) -> InputError:
         name = argument.partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        guess = nearest(name, known) if name.startswith("-") else None
+        guess = nearest(name, known, least=0.65) if name.startswith("-") else None
         fix, expected = guess or f"{self.prog} --help", f"one of {', '.join(known)}" if known else "no more arguments"
         return InputError("E106", "bad option", f"command line:{name}", argument, expected, fix)
 
@@ -67,11 +72,13 @@ class Options(argparse.ArgumentParser):
 class ConfigOptions(Options):
     """Options of a verb that takes configuration files and any setting of them."""
 
-    def __init__(self, verb: str, description: str | None, examples: str = "") -> None:
+    def __init__(self, verb: str, description: str | None, examples: str = "", takes: tuple[str, str] = FILES) -> None:
+        """``takes``: what the verb's arguments are called, and their help."""
         super().__init__(verb, description, examples)
-        self.usage = f"millrace {verb} CONFIG [CONFIG ...] [--section.field VALUE ...] [options]"
-        text = "TOML files, later ones over earlier ones; or the name of a shipped one (millrace configs)"
-        self.add_argument("config", nargs="*", metavar="CONFIG", help=text)
+        name, text = takes
+        more = f" [{name} ...]" if takes == FILES else ""
+        self.usage = f"millrace {verb} {name}{more} [--section.field VALUE ...] [options]"
+        self.add_argument("config", nargs="*", metavar=name, help=text)
 
     def parse_config(self, arguments: Sequence[str]) -> tuple[Any, list[str], dict[str, str]]:
         """``(options, files, settings)``. Raises ``InputError`` E105 or E106."""
@@ -98,6 +105,20 @@ class ConfigOptions(Options):
             fix = "millrace train quickstart"
             raise InputError("E105", "no config", "command line", "no file", "a TOML file", fix)
         return options, options.config, settings
+
+    def _unknown(self, argument: str) -> InputError:
+        """An option that is none, or a setting without its section."""
+        from shared.config_loader import known_keys
+        from shared.config_names import advice
+
+        error = super()._unknown(argument)
+        if not argument.startswith("--") or error.fix.startswith("--"):
+            return error
+        name = error.place.partition(":--")[2]
+        told = any(_says(field.description or "", name) for field in known_keys().values())
+        fix = advice(name, known_keys(), "--{}") or f"millrace train --help{f' {name}' if told else ''}"
+        expected = "a setting, --section.field VALUE, or an option of the verb"
+        return InputError("E106", "unknown setting", error.place, argument, expected, fix)
 
     def format_help(self) -> str:
         """The verb's own help; that of the first verb goes on with every setting."""
@@ -138,12 +159,13 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = (),
 
 
 def settings_help(only: str = "") -> str:
-    """Every setting whose name contains ``only``: its default and meaning."""
+    """Every setting whose name or meaning contains ``only``, with default and meaning, and what TRL calls so."""
     from shared.config_loader import known_keys
 
-    lines, section = [], ""
-    for key, field in known_keys().items():
-        if only not in key:
+    lines, section, keys = [], "", known_keys()
+    named = [key for key in keys if only.replace("-", "_") in key]
+    for key, field in keys.items():
+        if key not in named and not _says(field.description or "", only):
             continue
         if key.partition(".")[0] != section:
             section = key.partition(".")[0]
@@ -153,9 +175,25 @@ def settings_help(only: str = "") -> str:
             " ".join((field.description or "").split()), 112, initial_indent=" " * 6, subsequent_indent=" " * 6
         )
         lines += [f"  --{key}  ({default})", meaning]
-    return (
-        "\n".join(["settings, in the file or on the command line:", *lines]) if lines else f"no setting contains {only}"
-    )
+    head = "settings, in the file or on the command line:" if lines else f"no setting contains {only}"
+    return "\n".join([head, *lines, *(_names_of_trl(only, keys) if only else [])])
+
+
+def _says(text: str, word: str) -> bool:
+    """Whether ``word``, or the words that it joins, begins a word of ``text``."""
+    joined = re.escape(word.lower()).replace("_", "[_ -]").replace(r"\-", "[_ -]")
+    return re.search(rf"(?<![a-z]){joined}", " ".join(text.lower().split())) is not None
+
+
+def _names_of_trl(word: str, keys: Iterable[str]) -> list[str]:
+    """Lines for the settings of TRL that have ``word`` in their names."""
+    from shared.config_names import of_trl, table
+
+    lines = []
+    for name in dict.fromkeys(row[1] for row in table() if word.replace("-", "_") in row[1]):
+        key, text = of_trl(name, keys) or ("", "")
+        lines.append(f"  {name}: " + "; ".join(filter(None, [f"--{key}" if key else "no such setting here", text])))
+    return ["\nin TRL:", *lines[:MOST_OF_TRL]] if lines else []
 
 
 def guarded(arguments: list[str] | None, verb: Callable[[list[str]], None], parser: Options) -> int:

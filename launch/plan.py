@@ -1,7 +1,8 @@
-"""``millrace plan CONFIG.toml --devices N``: how to share devices between engines and learner, before they are rented.
+"""``millrace plan CONFIG.toml --devices N``: how to divide devices between engines and learner, before you rent them.
 
-Timings come from a short profile on this machine, from a file (``--timings``), or from a data sheet (``--device``).
-Prints step time, rates, idle shares and the bound of every split, the staleness that the best one needs, and draws it.
+For every way to divide them it prints how long a step takes, how many samples a second come out of it, how long engines
+and learner wait, and what for; then the best way, with a picture. How long the parts take is measured here in three
+minutes, read from a file (``--timings``), or worked out from a data sheet (``--device``).
 """
 
 from __future__ import annotations

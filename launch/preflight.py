@@ -16,6 +16,8 @@ from launch.model_files import PINNED, check_model
 from launch.model_tokenizer import check_ids, load_tokenizer, names_pad_token, rehearse_save
 from launch.prompt_checks import check_held_out, check_rows, complete_rows
 from launch.sinks import check_sinks
+from launch.trl.found import FILL_IN
+from rollout import hub
 from rollout.generated_tasks import refuse_denied_rows
 from rollout.prompts import PromptSet
 from rollout.reward_loading import (
@@ -56,14 +58,16 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     """
     from launch.builtin import SCHEME, resolve
 
+    _check_filled(config, origin)
     check_environment(eager=bool(config.rollout.vllm.get("enforce_eager")))
     ours = config.model.path.startswith(SCHEME)
-    config = _with_paths(resolve(config, origin, make_model=not rehearsal), base)
     problems: list[InputError] = []
+    config = _with_paths(resolve(config, origin, make_model=not rehearsal), base, origin, problems)
+    there = not problems
     _collect(problems, lambda: _check_choices(config, origin))
     _collect(problems, lambda: check_sinks(config, origin))
     _collect(problems, lambda: check_secrets(config, origin))
-    told = _collect(problems, lambda: check_model(config, origin, ours))
+    told = _collect(problems, lambda: check_model(config, origin, ours)) if there else None
     load = partial(_saved_tokenizer, config, origin, ours, rehearsal)
     tokenizer = _collect(problems, load) if told is not None else None
     # Rows are read without a tokenizer too: what is wrong with them, and with rewards, is told in the same pass.
@@ -97,6 +101,22 @@ def prepare(config: Config, origin: str, base: Path, probing: bool = True, rehea
     return Prepared(config, train, held_out, list(dict.fromkeys(warnings)))
 
 
+def _check_filled(config: Config, origin: str) -> None:
+    """Raises ``InputErrors`` E401, E201 and E301 where a file still says what ``import-trl`` wrote for what it could not read."""
+    places = [("E401", "model", "model.path", config.model.path)]
+    for split in ("train", "eval"):
+        sources = getattr(config.data, split) or []
+        places += [("E201", "file or dataset of rows", f"data.{split}", source.path) for source in sources]
+    for i, spec in enumerate(config.reward.functions):
+        places.append(("E301", "reward function", f"reward.functions[{i}].function", spec.function or ""))
+    problems = []
+    for code, what, key, value in places:
+        if value == FILL_IN:
+            fix = f"{FILL_IN} from import-trl: write the {what} here"
+            problems.append(InputError(code, "not filled in", f"{origin}:{key}", FILL_IN, f"a {what}", fix))
+    raise_all(problems)
+
+
 def _read(config: Config, sources: list[Source], split: str, key: str) -> None:
     """The rows of ``sources``, for what is wrong with them."""
     problems: list[InputError] = []
@@ -115,8 +135,10 @@ def _collect(problems: list[InputError], check: Any) -> Any:
     return None
 
 
-def _with_paths(config: Config, base: Path) -> Config:
-    """Absolute paths, so that workers in other directories find the same files; a cached hub model becomes its folder.
+def _with_paths(config: Config, base: Path, origin: str, problems: list[InputError]) -> Config:
+    """Absolute paths, so that workers in other directories find the same files; a model of the hub becomes its folder.
+
+    A model that cannot be fetched is added to ``problems``, and keeps its name.
 
     Reward files are relative to the configuration file, data files to the working directory or else to that file.
     """
@@ -128,9 +150,13 @@ def _with_paths(config: Config, base: Path) -> Config:
         functions.append(spec)
     data = {key: _located(getattr(config.data, key), base) for key in ("train", "eval")}
     model, trusted = config.model, config.model.trust_remote_code
-    tokenizer = model.tokenizer and _local_model(model.tokenizer, trusted)
+    folders = {
+        key: _collect(problems, partial(local_model, name, trusted, f"{origin}:model.{key}")) or name
+        for key in ("path", "tokenizer")
+        if (name := getattr(model, key))
+    }
     changes = {
-        "model": model.model_copy(update={"path": _local_model(model.path, trusted), "tokenizer": tokenizer}),
+        "model": model.model_copy(update=folders),
         "data": config.data.model_copy(update=data),
         "reward": config.reward.model_copy(update={"functions": functions}),
     }
@@ -147,27 +173,19 @@ def _located(sources: list[Source] | None, base: Path) -> list[Source] | None:
     return [s.model_copy(update={"path": found(s.path)}) for s in sources] if sources else None
 
 
-def _local_model(path: str, trusted: bool) -> str:
-    """The folder of a model: itself, or that of a hub id, from the cache or else downloaded; unchanged if neither.
+def local_model(path: str, trusted: bool, key: str) -> str:
+    """Return the folder of a model: itself, or that of a model of the hub, which is downloaded if need be.
 
-    ``org/name@<commit>`` is that commit. Code comes along only if it is ``trusted``, and then only with a commit.
+    ``org/name@COMMIT`` is that commit. Code comes along only if it is ``trusted``, and then only with a commit.
+    Raises ``InputError`` E401.
     """
     if Path(path).is_dir():
         return str(Path(path).resolve())
-    pinned = PINNED.fullmatch(path)
-    if path.count("/") != 1 or path.startswith((".", "/")) or (trusted and not pinned):
+    if not hub.is_named(path) or (trusted and not PINNED.fullmatch(path)):
         return path
-    from huggingface_hub import snapshot_download
-
-    name, revision = pinned.groups() if pinned else (path, None)
-    kinds = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if trusted else [])]
-    # A cached folder may lack the code; with a commit, asking the hub first can bring nothing new.
-    for offline in (False, True) if trusted else (True, False):
-        try:
-            return snapshot_download(name, revision=revision, allow_patterns=kinds, local_files_only=offline)
-        except Exception:  # Any failure to find it ends in the same E401, which names the path.
-            continue
-    return path
+    # A copy may lack the code; with a commit, asking the hub first can bring nothing new.
+    kinds = [*hub.MODEL_FILES, *(["*.py"] if trusted else [])]
+    return str(hub.fetched(path, "model", "E401", key, kinds, hub_first=trusted))
 
 
 def _check_choices(config: Config, origin: str) -> None:

@@ -1,7 +1,7 @@
 """``millrace replay RUN``: train again on the groups that a run has stored, and compare the weights step by step.
 
-An asynchronous run meets its groups by chance of timing; once they are stored (run.samples_every = 1) its learning is
-repeated exactly, without engines and without rewards. Ends with exit code 1 at the first step whose weights differ.
+In which order an asynchronous run trains on its groups depends on timing. If it stored them (run.samples_every = 1), its
+training can be repeated exactly, without engines and rewards. The exit code is 1 if the weights of a step differ.
 """
 
 from __future__ import annotations

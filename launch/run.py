@@ -51,18 +51,30 @@ def parser() -> ConfigOptions:
         millrace train quickstart                                  # two-digit addition on two cores, a minute
         millrace train my.toml --learner.lr 2e-6 --run.steps 500   # any setting
         millrace train my.toml --dry-run                           # check everything, start nothing
-        millrace train --help learner                              # settings whose name contains "learner"
+        millrace train --help learning_rate                        # settings with a word in name or meaning
         ray job submit --working-dir . -- python launch/run.py my.toml
         """
-    options = ConfigOptions("train", __doc__, examples)
+    text = """
+millrace train CONFIG: train a model with the settings of one or several TOML files.
+
+Everything is checked first: settings, model, rows, rewards, memory. Whatever is wrong is one line with its fix. The run
+then writes all that it does into the folder run.output_dir. Give the same command again after an interruption, and the
+run continues from its newest checkpoint. Exit codes: 0 for success, 2 for wrong input, 1 for anything else.
+"""
+    options = ConfigOptions("train", text.strip(), examples)
     _common(options)
     return options
 
 
 def resume_parser() -> ConfigOptions:
     """Options of ``millrace resume``."""
-    text = "Go on with a run from its newest good checkpoint, with the settings in its folder or changed ones."
-    options = ConfigOptions("resume", text, "millrace resume runs/my --run.steps 1000")
+    text = """
+millrace resume RUN: continue a run from its newest good checkpoint.
+
+RUN is the folder of the run. The settings are those that lie there; --section.field VALUE changes one, such as run.steps.
+"""
+    examples = "millrace resume runs/my --run.steps 1000"
+    options = ConfigOptions("resume", text.strip(), examples, takes=("RUN", "the folder of a run"))
     _common(options)
     return options
 

@@ -1,7 +1,7 @@
-"""``millrace scale RUN --engines N``: change the number of engines of a run that is going on.
+"""``millrace scale RUN --engines N``: change the number of engines of a run while it trains.
 
-The wish lies as a file in the run folder; the run takes it within a second and answers in another. No port is opened, and
-whoever may write to the run folder may scale the run.
+The command writes what you ask for into the run folder. The run looks there every second, starts or stops engines, and
+answers in the same folder. Nothing listens on the network: the right to write to the run folder is the right to scale the run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``millrace score --reward NAME --data ROWS.jsonl [--json]``: score stored completions with a run's own reward pool.
 
-Rows have ``prompt``, ``completion`` and any columns, plain or conversational. Prints one value a row and, with
-``--json``, ``{"rewards": [...]}`` last. For debugging a reward without a run.
+It runs a reward without a run. Each row is a JSON object with ``completion``, ``prompt`` and the columns that the reward
+reads. One value is printed for each row; with ``--json`` the last line is ``{"rewards": [...]}``.
 """
 
 from __future__ import annotations

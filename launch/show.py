@@ -1,7 +1,7 @@
 """``millrace show RUN``: browse what a run sampled: prompts, completions, rewards, versions and log-probs of tokens.
 
 Reads ``samples/`` of a run folder, also while the run goes on. On a terminal it turns pages, one group each; elsewhere it
-prints them one after the other. Text of models is shown, never interpreted.
+prints them one after the other. Control characters in the text of a model are shown, and never reach the terminal.
 """
 
 from __future__ import annotations

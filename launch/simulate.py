@@ -1,7 +1,7 @@
-"""``millrace simulate [CONFIG.toml] --engines N``: the real controller, buffer, pools and ledgers with simulated engines.
+"""``millrace simulate [CONFIG.toml] --engines N``: try a run with N simulated engines.
 
-Engines, learner and reward workers only let time pass, as ``--timings`` says (measured by ``millrace plan --save``), in
-virtual time. Prints what the control plane costs on this machine, in CPU time, and how fast the run would be.
+It answers how fast a run would be with more engines, and how much CPU time its control takes on this machine, without any
+GPU. How long the simulated engines, learner and rewards take is read from ``--timings`` (see ``millrace plan --save``).
 """
 
 from __future__ import annotations

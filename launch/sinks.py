@@ -133,7 +133,7 @@ SINKS: dict[str, Callable[..., Any]] = {
     "prometheus": Prometheus,
 }
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-"""Sink -> the package that it needs, installed by ``pip install "millrace[<sink>]"``."""
+"""Sink -> the package that it needs; each is an extra in pyproject.toml too."""
 
 
 def prometheus_name(metric: str) -> str:
@@ -150,7 +150,7 @@ def check_sinks(config: Config, origin: str) -> None:
         bind(choice, SINKS, "sink", key)
         package = EXTRAS.get(choice.name)
         if package and importlib.util.find_spec(package) is None:
-            fix = f'pip install "millrace[{choice.name}]"'
+            fix = f"pip install {package}"
             raise InputError("E702", "package missing", key, f"no {package}", package, fix)
 
 

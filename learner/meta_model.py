@@ -49,7 +49,7 @@ def read(path: str, raw: dict[str, Any], trusted: bool) -> Any:
         found = f"model_type {kind} of {(raw.get('architectures') or ['a model'])[0]}"
         raise InputError("E412", "architecture not supported", f"{place}:model_type", found, expected, fix)
     try:
-        with _quiet():
+        with quiet():
             return AutoConfig.from_pretrained(path, trust_remote_code=trusted)
     except Exception as error:  # Its validators raise whatever they like.
         expected = "a configuration that transformers reads"
@@ -77,7 +77,7 @@ def build(path: str, configuration: Any, trusted: bool) -> Any:
     if not (known or remote) or configuration.is_encoder_decoder:
         raise InputError("E412", "architecture not supported", place, found, expected, fix)
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(configuration, trust_remote_code=trusted)
     except Exception as error:  # Whatever the constructor of a strange configuration raises.
         told, sound = f"{type(error).__name__}: {one_line(error)}", "a configuration of which a model can be built"
@@ -116,7 +116,7 @@ def check_weights(path: str, model: Any, tensors: dict[str, dict[str, Any]]) -> 
     from transformers.modeling_utils import LoadStateDictConfig
 
     state = {name: torch.empty(tensor["shape"], device="meta") for name, tensor in tensors.items()}
-    with _quiet():
+    with quiet():
         how = LoadStateDictConfig(
             device_map={"": torch.device("meta")},
             dtype=torch.float32,
@@ -149,7 +149,7 @@ def rehearse_save(path: str, model: Any) -> list[str]:
     if file.is_file():
         model.generation_config = _generation(file)
     try:
-        with _quiet(), tempfile.TemporaryDirectory() as folder:
+        with quiet(), tempfile.TemporaryDirectory() as folder:
             changed = make_savable(model)
             write_model(model, {}, folder)
     except Exception as error:  # Whatever a library raises at the save.
@@ -162,7 +162,7 @@ def rehearse_save(path: str, model: Any) -> list[str]:
 def _generation(file: Path) -> GenerationConfig:
     """Return the settings for generation in ``file``. Raises ``InputError`` E401 if transformers refuses to load them."""
     try:
-        with _quiet():
+        with quiet():
             return GenerationConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except Exception as error:  # Its checks raise whatever they like.
         expected, fix = "settings that transformers accepts", "correct the file, or remove it"
@@ -170,7 +170,7 @@ def _generation(file: Path) -> GenerationConfig:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the library's advice and progress bars from the terminal: what matters is told in its own words."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

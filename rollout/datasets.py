@@ -11,21 +11,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from rollout import hub
 from rollout.generated_tasks import SCHEME, task_rows
 from rollout.row_files import SUFFIXES, Row, number_rows
 from shared.config_data import Filter, Source
-from shared.errors import InputError, nearest, one_line
+from shared.errors import InputError, nearest
 
-PINNED = re.compile(r"([\w.-]+/[\w.-]+)(?:@([0-9a-f]{40}))?")
-"""A hub dataset: ``org/name``, or at one commit ``org/name@<commit>``."""
-HUB_SAYS = {
-    "GatedRepoError": "asks for a login",
-    "RepositoryNotFoundError": "knows no such dataset",
-    "RevisionNotFoundError": "knows no such commit",
-    "LocalEntryNotFoundError": "cannot be reached",
-    "ConnectionError": "cannot be reached",
-}
-"""What an exception means that its client raises."""
 SHARD = re.compile(r"[-_.]?(?P<part>\d+)(?:-of-(?P<parts>\d+)(?:-[0-9a-f]{16})?)?$")
 """How the name of a part of a file ends: ``train-00000-of-00002``, with or without a hash of 16 hex digits behind it."""
 
@@ -80,11 +71,12 @@ def _all_rows(source: Source, split: str, key: str) -> tuple[str, list[tuple[str
 
 def find_files(source: Source, split: str, key: str) -> list[Path]:
     """The files of ``source`` on this machine, from the hub if need be. Raises ``InputError`` E201 or E210."""
-    path, matched = Path(source.path), PINNED.fullmatch(source.path)
+    path = Path(source.path)
     if path.is_dir():
         return _of_split(path, source, split, key)
-    if matched and not path.exists() and not path.parent.is_dir():
-        return _of_split(_from_hub(matched[1], matched[2], key), source, split, key)
+    if hub.is_named(source.path):
+        kinds = [*(f"*{suffix}" for suffix in SUFFIXES), "*.py"]
+        return _of_split(hub.fetched(source.path, "dataset", "E201", key, kinds), source, split, key)
     if path.suffix == ".py":
         fix = "convert it once"
         raise InputError("E210", "dataset script refused", key, source.path, "parquet, json, csv or jsonl", fix)
@@ -97,24 +89,6 @@ def find_files(source: Source, split: str, key: str) -> list[Path]:
         expected, fix = f"one of {', '.join(SUFFIXES)}", "convert it once"
         raise InputError("E201", "dataset not found", key, f'"{source.path}"', expected, fix)
     return [path]
-
-
-def _from_hub(name: str, revision: str | None, key: str) -> Path:
-    """The folder of a hub dataset: the copy on this machine, else downloaded."""
-    from huggingface_hub import snapshot_download
-
-    kinds, problem = [f"*{suffix}" for suffix in SUFFIXES] + ["*.py"], ""
-    for offline in (True, False):
-        try:
-            folder = snapshot_download(
-                name, repo_type="dataset", revision=revision, allow_patterns=kinds, local_files_only=offline
-            )
-            return Path(folder)
-        except Exception as error:  # Whatever keeps it from being there, the message says so.
-            answers = (HUB_SAYS.get(kind.__name__) for kind in type(error).__mro__)
-            problem = next(filter(None, answers), one_line(f"says {type(error).__name__}: {error}", 120))
-    found, expected = f'"{name}" (no local copy, and the hub {problem})', "a file or a cached dataset"
-    raise InputError("E201", "dataset not found", key, found, expected, "download it once, or give a local path")
 
 
 def _of_split(folder: Path, source: Source, split: str, key: str) -> list[Path]:

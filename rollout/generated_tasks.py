@@ -93,7 +93,7 @@ def require_package(key: str) -> None:
     """Raises ``InputError`` E702 where reasoning-gym is missing or is not the version whose scorers were read."""
     import importlib.metadata
 
-    fix = 'pip install "millrace[reasoning-gym]"'
+    fix = f"pip install reasoning-gym=={VERSION}"
     try:
         found = importlib.metadata.version("reasoning-gym")
     except importlib.metadata.PackageNotFoundError:

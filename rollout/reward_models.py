@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from rollout import hub
 from rollout.reward_calls import CallFailed, Payload
 from shared.errors import InputError, one_line
 
@@ -30,6 +31,8 @@ class ClassifierReward:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        if hub.is_named(path):
+            path = str(hub.fetched(path, "model", "E301", key, hub.MODEL_FILES))
         try:
             # Said in so many words: left out, transformers would ask on the terminal.
             self._tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

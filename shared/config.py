@@ -52,10 +52,10 @@ class Model(Section):
     """The policy to start from."""
 
     path: str
-    """Hugging Face model directory with safetensors, org/name or org/name@COMMIT of a cached hub model, or builtin:NAME for a
-    small one made on demand."""
+    """Hugging Face model directory with safetensors; org/name or org/name@COMMIT, which is downloaded from the hub once; or
+    builtin:NAME for a small one made on demand."""
     tokenizer: str | None = None
-    """Tokenizer directory; default: the model's own."""
+    """Tokenizer directory, or org/name of the hub; default: the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights in the engines and on the wire, float32 or bfloat16; the learner's master weights are float32."""
     chat_template: str | None = None
@@ -77,7 +77,7 @@ class Rollout(Section):
     """GPUs (or CPU workers) among which the layers of a replica are shared out; all on one node."""
     weights: Literal["auto", "host"] = "auto"
     """How new weights reach engines: auto: shared memory and the object store on CPUs, CUDA IPC when colocated, else NCCL; or as
-    on CPUs, through host memory (host): a snapshot, so that the learner goes on at once and engines may come and go."""
+    on CPUs, by a copy in host memory (host): the learner continues at once, and engines may come and go."""
     colocate: bool = False
     """GPUs only: every engine shares its GPU with one learner rank, instead of having one of its own."""
     group_size: Positive = 8

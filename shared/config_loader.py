@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from shared.config import Config
 from shared.config_algorithm import Section
 from shared.config_checks import disagreements
+from shared.config_names import advice
 from shared.config_reward import RewardFunction
 from shared.errors import InputError, nearest, raise_all
 
@@ -197,7 +198,8 @@ def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
     """One pydantic error as one of ours."""
     parts = _path(detail)
     key = ".".join(parts)
-    overridden = next((place for k, place in places.items() if k == key or k.startswith(key + ".")), None)
+    written = next((k for k in places if k == key or k.startswith(key + ".")), None)
+    overridden = places[written] if written else None
     place = overridden or f"{origin}:{key}"
     if detail["type"] == "extra_forbidden":
         parent, last = parts[:-1], parts[-1]
@@ -208,10 +210,13 @@ def _explain(detail: Any, origin: str, places: dict[str, str]) -> InputError:
         ]
         siblings = list(dict.fromkeys(siblings)) or list(RewardFunction.model_fields)
         guess = nearest(last, siblings)
+        # Not of a table inside a list, nor of a whole section: there only the neighbours are near.
+        single = written or not (isinstance(detail["input"], dict) or any(part.isdigit() for part in parts))
+        fix = advice(written or key, known_keys(), "--{}" if overridden else "did you mean {}?") if single else ""
         if overridden:
-            fix = f"--{'.'.join([*parent, guess])}" if guess else "see --help"
+            fix = fix or (f"--{'.'.join([*parent, guess])}" if guess else "see --help")
             return InputError("E106", "bad override", place, last, "a known key", fix)
-        fix = f"did you mean {'.'.join([*parent, guess])}?" if guess else "remove it"
+        fix = fix or (f"did you mean {'.'.join([*parent, guess])}?" if guess else "remove it")
         return InputError("E101", "unknown key", place, last, f"one of {', '.join(siblings)}", fix)
     field = known_keys().get(key)
     template = _EXPECTED.get(detail["type"])

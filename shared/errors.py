@@ -132,9 +132,9 @@ def first_cause(failures: BaseException) -> BaseException:
     return failures
 
 
-def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option most similar to ``name``, for "did you mean"; None when nothing is close."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+def nearest(name: str, options: Iterable[str], least: float = 0.5) -> str | None:
+    """The option most similar to ``name``, for "did you mean"; None when none is at least so similar, of 1."""
+    close = difflib.get_close_matches(name, list(options), n=1, cutoff=least)
     return close[0] if close else None
 
 

@@ -63,6 +63,17 @@ def test_a_cache_that_has_everything_serves_where_nothing_may_be_written(monkeyp
     assert resolve(config, "run.toml").data.train[0].path == made
 
 
+def test_two_checkouts_in_one_home_make_their_models_once_each(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path))
+    monkeypatch.setattr(builtin, "_make_model", lambda task, name, part: made.append(part) or part.mkdir())
+    config = make_config(**{"model.path": "builtin:addition"})
+    for source in ("one", "the other", "one", "the other"):
+        monkeypatch.setattr(builtin.inspect, "getsource", lambda _, source=source: source)
+        resolve(config, "run.toml")
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize(("options", "trained"), [([], False), (["--sample", "1"], True)])
 def test_the_doctor_has_a_model_trained_only_to_sample_from_it(monkeypatch, tmp_path, options, trained):
     asked = []
@@ -81,4 +92,7 @@ def test_the_doctor_of_a_built_in_model_takes_it_untrained(monkeypatch, tmp_path
     monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(builtin, "_make_model", lambda *_: pytest.fail("the model was trained"))
     assert doctor.main(["gsm8k_cpu", "--run.output_dir", str(tmp_path / "run")]) == 0
-    assert "advice" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "advice" in shown.out
+    assert "shards" not in shown.err, "a progress bar of a library"
+    assert not (tmp_path / "run").exists()

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import bench, cli, shipped
+from launch import bench, cli, run, shipped
 from launch.bench import WORKLOADS
 from launch.cli import GROUPS, VERBS
 from launch.options import ConfigOptions, Options, guarded, settings_help
 from shared import config_loader
 from shared.config_loader import config_file, known_keys, load_config
-from shared.errors import InputError
+from shared.errors import InputError, InputErrors
 from tests.pace import scaled
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,12 @@ def test_every_verb_has_help_with_examples_of_itself(verb, monkeypatch, capsys):
     assert out.startswith("usage: millrace")
     assert f"millrace {verb}" in out.split("examples:")[1]
     assert "Traceback" not in out
+    text = out.split("examples:")[0].split("\n\n", 1)[1]
+    assert f"millrace {verb}" in text.splitlines()[0]
+    assert [word for word in OF_DEVELOPERS if word in text.lower()] == []
+
+
+OF_DEVELOPERS = ("invariant", "preflight", "imported late", "controller", "probe", "the wish", "docstring")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -74,6 +80,21 @@ def test_help_for_some_settings_alone(monkeypatch, capsys):
     assert "--rollout.max_staleness  (1)" in out
     assert "--learner.lr" not in out
     assert settings_help("nothing like it") == "no setting contains nothing like it"
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("learning_rate", ["--learner.lr  (1e-06)", "in TRL:", "  learning_rate: --learner.lr"]),
+        ("wandb", ["--run.sinks  ([])"]),
+        ("lora", ["no setting contains lora", "  lora_r: no such setting here; no adapters"]),
+        ("Optimizer-Step", ["--rollout.max_staleness  (1)"]),
+    ],
+)
+def test_help_for_a_word_finds_meanings_and_the_names_of_trl(word, shown):
+    text = settings_help(word)
+    assert [line for line in shown if line not in text] == []
+    assert "--rollout.colocate" not in text
 
 
 def test_defaults_are_shown_where_there_are_some():
@@ -110,6 +131,53 @@ def test_a_mistyped_option_is_not_taken_for_a_setting(arguments):
     with pytest.raises(InputError) as excinfo:
         options.parse_config(arguments)
     assert (excinfo.value.place, excinfo.value.fix) == ("command line:--dryrun", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("written", "fix"),
+    [
+        ("--lr", "--learner.lr"),
+        ("--learning_rate", "--learner.lr"),
+        ("--learning-rate", "--learner.lr"),
+        ("--learning_rte", "--learner.lr"),
+        ("--beta", "--algorithm.kl.coef"),
+        ("--num_generations", "--rollout.group_size"),
+        ("--temperature", "--rollout.temperature"),
+        ("--model_name_or_path", "--model.path"),
+        ("--max_steps", "--run.steps (rounded up to whole generated batches)"),
+        ("--use_peft", "remove it: no adapters: every parameter is trained"),
+        ("--wandb", "millrace train --help wandb"),
+        ("--bogus", "millrace train --help"),
+        ("--learner.learning_rate", "--learner.lr"),
+        ("--algorithm.beta", "--algorithm.kl.coef"),
+        ("--learnr.lr", "--learner.lr"),
+        ("--rollout.num_engine", "--rollout.num_engines"),
+    ],
+)
+def test_a_setting_under_another_name_is_told_by_its_own(written, fix, capsys):
+    assert run.main(["quickstart", written, "1", "--dry-run"]) == 2
+    (line, _) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error[E106] ")
+    assert f"— command line:{written}." in line
+    assert line.endswith(f"Fix: {fix}")
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("[learner]\nlearning_rate = 1e-6", "did you mean learner.lr?"),
+        ("[rollout]\nnum_generations = 8", "did you mean rollout.group_size?"),
+        ("[run]\nlr = 1e-6", "did you mean learner.lr?"),
+        ("[learner]\nweight_decey = 0.1", "did you mean learner.weight_decay?"),
+        ("[learnr]\nlr = 1e-6", "did you mean learner?"),
+        ("[model]\nuse_peft = true", "remove it: no adapters: every parameter is trained"),
+    ],
+)
+def test_a_key_of_a_file_under_another_name_is_told_by_its_own(tmp_path, text, fix):
+    (tmp_path / "my.toml").write_text(text)
+    with pytest.raises(InputErrors) as caught:
+        load_config([str(config_file("quickstart")), str(tmp_path / "my.toml")])
+    assert [(problem.code, problem.fix) for problem in caught.value.problems] == [("E101", fix)]
 
 
 def test_files_options_and_settings_may_come_in_any_order():

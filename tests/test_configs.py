@@ -9,6 +9,7 @@ import pytest
 
 from launch.preflight import load_reward
 from learner.choices import Choices
+from rollout import hub
 from shared.config_loader import RECIPES as FOLDER
 from shared.config_loader import load_config, recipes
 from tests.fakes import write_config
@@ -57,3 +58,14 @@ def test_the_sample_of_gsm8k_ships_with_its_licence():
     folder = RECIPES[0].parent.parent / "data" / "gsm8k"
     assert len((folder / "sample.jsonl").read_text().splitlines()) == 100
     assert "MIT License" in (folder / "LICENSE").read_text()
+
+
+def test_the_rows_and_models_of_shipped_configurations_can_be_had_by_anybody():
+    for path in RECIPES:
+        config = load_config([str(path)])
+        named = [config.model.path, *(source.path for source in [*config.data.train, *(config.data.eval or [])])]
+        assert [name for name in named if not (hub.NAMED.fullmatch(name) or name.startswith("builtin:"))] == [], path
+    gsm8k = load_config(["gsm8k"]).data
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f'path = "{gsm8k.train[0].path}"' in readme
+    assert (gsm8k.train[0].subset, gsm8k.eval[0].subset) == ("main", "main")

@@ -163,7 +163,7 @@ def test_a_hub_dataset_is_taken_from_the_cache_and_only_then_from_the_hub(tmp_pa
 def test_a_hub_dataset_that_cannot_be_had_is_one_line():
     error = refused(path="openai/no-such-set")
     assert error.code == "E201"
-    assert error.found.startswith('"openai/no-such-set" (no local copy, and the hub cannot be reached)')
+    assert error.found.startswith('"openai/no-such-set" (no copy on this machine, and HF_HUB_OFFLINE is set)')
     assert "\n" not in str(error)
 
 

@@ -259,7 +259,7 @@ def test_an_image_holds_the_packages_and_runs_as_nobody_special(stage):
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     packages = {name.partition(".")[0] for name in named}
-    assert packages | {"pyproject.toml", PROJECT["readme"]} <= set(copied)
+    assert packages | {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]} <= set(copied)
     assert all((ROOT / path).exists() for path in copied)
     made = next(line for line in lines if line.startswith("RUN mkdir ")).split()[2:]
     assert sorted(made) == sorted(packages)

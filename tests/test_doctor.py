@@ -25,6 +25,13 @@ def closeness(completions): return [1 / (1 + abs(20 - len(c))) for c in completi
 def far(completions): return [min(abs(20 - len(c)), 99) / 99 for c in completions]
 def constant(completions): return [1.0] * len(completions)
 def messages(completions): return [float(len([c])) for c in completions]
+def form(completions): return [float(c.startswith("<<") and c.endswith(">>")) for c in completions]
+def schema(completions): return [float(whole_answer(c)) for c in completions]
+def whole_answer(text):
+    import json
+    try: value = json.loads(text)
+    except ValueError: return False
+    return isinstance(value, dict) and set(value) == {"answer"} and type(value["answer"]) is int
 def never(completions): return [None] * len(completions)
 def unrelated(completions): return [len(c) * 5 % 7 / 7 for c in completions]
 def brief(completions): return [1 / (1 + len(c.strip())) for c in completions]
@@ -143,6 +150,7 @@ def test_a_finding_is_made_and_shown(see, name, fields, level, rule, said):
         ("closeness", {"objective": TARGET, "accept": ["jump"]}),
         ("right", {}),
         ("right", {"objective": {"kind": "match"}}),
+        ("schema", {}),
         ("length_exponential", {"args": {"target": 20}, "objective": TARGET}),
         ("length_exponential", {"args": {"target": 20}}),
         pytest.param("evaluates", {"isolation": "sandbox"}, marks=has_wall),
@@ -235,12 +243,14 @@ def config(tmp_path, monkeypatch, code):
     ],
 )
 def test_the_exit_code_is_2_for_errors_alone(config, tmp_path, capsys, name, code_, said):
-    assert doctor.main([config({"function": f"r.py:{name}"})]) == code_
+    output = tmp_path / "doctor.json"
+    assert doctor.main([config({"function": f"r.py:{name}"}), "--output", str(output)]) == code_
     shown = capsys.readouterr()
     assert said in shown.out
     assert ("error[E" in shown.err) == (code_ == 2)
     assert "Traceback" not in shown.err
-    (entry,) = json.loads((tmp_path / "out" / "doctor.json").read_text())
+    assert not (tmp_path / "out").exists(), "a run folder of which there is no run"
+    (entry,) = json.loads(output.read_text())
     assert (entry["name"], entry["isolation"]) == (name, "subprocess")
     assert bool(entry["samples"]) == (name not in ("raises", "coloured"))
 
@@ -256,10 +266,33 @@ def test_errors_name_the_function_in_the_file(config, capsys):
 def test_own_completions_are_examined_too(config, tmp_path, capsys):
     function = config({"function": "r.py:raises"}, {"function": "r.py:closeness"})
     rows = write_rows(tmp_path / "mine.jsonl", [{"completion": "from an earlier run"}])
-    doctor.main([function, "--completions", str(rows)])
+    doctor.main([function, "--completions", str(rows), "--output", str(tmp_path / "seen.json")])
     capsys.readouterr()
-    _, entry = json.loads((tmp_path / "out" / "doctor.json").read_text())
+    _, entry = json.loads((tmp_path / "seen.json").read_text())
     assert [s["value"] for s in entry["samples"] if s["kind"] == "given"] == [0.5]
+
+
+def test_completions_belong_to_the_row_of_their_prompt(config, tmp_path):
+    given = [{"prompt": "3+1=", "completion": "4"}, {"prompt": "0+1=", "completion": "4"}, {"completion": "4"}]
+    rows, seen = write_rows(tmp_path / "mine.jsonl", given), tmp_path / "seen.json"
+    doctor.main([config({"function": "r.py:right"}), "--completions", str(rows), "--output", str(seen)])
+    (entry,) = json.loads(seen.read_text())
+    values = [(s["prompt"], s["value"]) for s in entry["samples"] if s["kind"] == "given"]
+    assert sorted(values) == [(0, 0.0), (0, 0.0), (3, 1.0)]
+
+
+def test_a_reward_that_wants_a_form_of_its_own_names_what_shows_it_one(config, tmp_path, capsys):
+    function = config({"function": "r.py:form"})
+    assert doctor.main([function]) == 0
+    said = capsys.readouterr().out
+    assert "is 0 on all" in said
+    assert "show it some that do: millrace doctor with --completions FILE.jsonl or --sample 4" in said
+    rows = write_rows(tmp_path / "mine.jsonl", [{"completion": "<<1>>"}])
+    assert doctor.main([function, "--completions", str(rows)]) == 0
+    assert "advice: nothing found; the rewards look usable" in capsys.readouterr().out
+    rows = write_rows(tmp_path / "mine.jsonl", [{"completion": "1"}])
+    doctor.main([function, "--completions", str(rows)])
+    assert "the given ones too: nothing to learn" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "not json\n", '{"text": "a"}\n'], ids=["missing", "no JSON", "no column"])

@@ -162,7 +162,7 @@ def test_without_the_package_or_with_another_version_it_is_e702(monkeypatch, ver
         load_reward(SPEC, "key")
     for error in [*errors, excinfo.value]:
         assert (error.code, error.what) == ("E702", what)
-        assert error.fix == 'pip install "millrace[reasoning-gym]"'
+        assert error.fix == "pip install reasoning-gym==0.1.25"
 
 
 def test_args_belong_to_generated_tasks_alone(tmp_path):

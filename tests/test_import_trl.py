@@ -13,6 +13,7 @@ import pytest
 
 from launch import cli, import_trl
 from launch.import_trl import read
+from launch.preflight import prepare
 from launch.trl import settings as trl_settings
 from launch.trl.found import BUILTINS as TRL_REWARDS
 from launch.trl.found import builtin_reward
@@ -23,6 +24,8 @@ from learner.losses import AGGREGATIONS, POLICY_LOSSES
 from learner.schedules import SCHEDULES
 from rollout.rewards import BUILTINS
 from shared.config_loader import known_keys, load_config
+from shared.errors import InputErrors
+from tests.fakes import make_config
 
 SAMPLES = Path(__file__).parent / "data" / "trl"
 PAGE = Path(__file__).parent.parent / "docs" / "import-trl.md"
@@ -701,6 +704,67 @@ def test_rows_of_a_script(rows, expected):
     assert [one.model_dump(exclude_defaults=True) for one in config.data.train] == [expected]
     assert ("To do first" in said) == (expected["path"] in ("FILL-IN", "data/train.jsonl"))
     assert (".to_json('data/train.jsonl')" in said) == (expected["path"] == "data/train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("moves", "said"),
+    [
+        (".to('cuda')", ""),
+        (".to(device).eval()", ""),
+        (".cuda().train()", ""),
+        (".to(torch.bfloat16)", "train.py:3: .to(torch.bfloat16): write it as model.dtype"),
+        (".half()", "train.py:3: .half(): write it as model.dtype"),
+    ],
+)
+def test_a_model_that_is_moved_keeps_its_name(moves, said):
+    text = f"import torch\nm = AutoModelForCausalLM.from_pretrained('a/b'){moves}\nGRPOTrainer(m, 'r', None, {GSM8K})"
+    config, report = from_script(text)
+    assert config.model.path == "a/b"
+    assert said in report
+    assert ("write it as model.dtype" in report) == bool(said)
+
+
+UNPACKED = "train, test = load_dataset('a/b', split=['train[:5%]', 'test[:5%]'])\n"
+HELPER = """
+def questions(split="train", size=None):
+    data = load_dataset("openai/gsm8k", "main")[split]
+    data = data.map(lambda row: {"prompt": row["question"], "answer": row["answer"]})
+    return data
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "rows", "expected"),
+    [
+        (UNPACKED, "train", {"path": "a/b", "split": "train"}),
+        (UNPACKED, "test", {"path": "a/b", "split": "test"}),
+        ("train, test = load_dataset('a/b')\n", "train", {"path": "FILL-IN"}),
+        ("train, *test = load_dataset('a/b', split=['train', 'test'])\n", "train", {"path": "FILL-IN"}),
+        (HELPER, "questions()", HUB | QUESTION),
+        (HELPER, "questions('test')", HUB | QUESTION | {"split": "test"}),
+        (HELPER, "questions(split='test').select(range(9))", HUB | QUESTION | {"split": "test", "max_rows": 9}),
+        (f"{HELPER}rows = questions()\n", "rows", HUB | QUESTION),
+        ("def f():\n    return f()\n", "f()", {"path": "FILL-IN"}),
+        ("def f(x):\n    if x:\n        return 1\n    return 2\n", "f(1)", {"path": "FILL-IN"}),
+        ("", "unknown()", {"path": "FILL-IN"}),
+    ],
+)
+def test_rows_behind_unpacked_names_and_functions_of_the_script(before, rows, expected):
+    config, _ = from_script(f"{before}GRPOTrainer('m', 'r', None, {rows})")
+    assert [one.model_dump(exclude_defaults=True) for one in config.data.train] == [expected]
+
+
+def test_what_was_not_filled_in_is_told_before_anything_is_looked_for(tmp_path):
+    config = make_config(**{"model.path": "FILL-IN", "data.train": "FILL-IN"})
+    functions = [config.reward.functions[0].model_copy(update={"function": "FILL-IN"})]
+    config = config.model_copy(update={"reward": config.reward.model_copy(update={"functions": functions})})
+    with pytest.raises(InputErrors) as caught:
+        prepare(config, "my.toml", tmp_path)
+    assert [(p.code, p.place, p.fix) for p in caught.value.problems] == [
+        ("E401", "my.toml:model.path", "FILL-IN from import-trl: write the model here"),
+        ("E201", "my.toml:data.train", "FILL-IN from import-trl: write the file or dataset of rows here"),
+        ("E301", "my.toml:reward.functions[0].function", "FILL-IN from import-trl: write the reward function here"),
+    ]
 
 
 @pytest.mark.parametrize("split", ["train[:10%]", "train[5:]", "train+test"])

@@ -465,8 +465,8 @@ TABLE: dict[int, list[Case]] = {
         Case(
             {"data.train": "openai/gsm8k"},
             "error[E201] dataset not found — run.toml:data.train. "
-            'Found "openai/gsm8k" (no local copy, and the hub cannot be reached), expected a file or a cached dataset. '
-            "Fix: download it once, or give a local path",
+            'Found "openai/gsm8k" (no copy on this machine, and HF_HUB_OFFLINE is set), expected a file, or a dataset of the hub. '
+            "Fix: unset HF_HUB_OFFLINE, or give a folder on this machine",
         ),
         Case(
             {"data.train": [{"path": "train.jsonl"}, {"path": "more.jsonl"}]},
@@ -794,19 +794,19 @@ TABLE: dict[int, list[Case]] = {
         Case(
             {"model.path": "models/nope"},
             "error[E401] model not found — run.toml:model.path. "
-            'Found "models/nope" (no such directory, and no cached hub model of that name), expected a Hugging Face model directory. '
-            "Fix: check the path",
+            'Found "models/nope" (no copy on this machine, and HF_HUB_OFFLINE is set), expected a folder, or a model of the hub. '
+            "Fix: unset HF_HUB_OFFLINE, or give a folder on this machine",
         ),
         Case(
             {"model.path": "."},
             "error[E401] model not found — run.toml:model.path. "
-            'Found "<here>" (no config.json), expected a Hugging Face model directory. '
+            'Found "<here>" (no config.json), expected a Hugging Face model directory, or org/name of the hub. '
             "Fix: check the path",
         ),
         Case(
             {"model.path": "./nope"},
             "error[E401] model not found — run.toml:model.path. "
-            'Found "nope" (no such directory), expected a Hugging Face model directory. '
+            'Found "nope" (no such directory), expected a Hugging Face model directory, or org/name of the hub. '
             "Fix: check the path",
         ),
     ],

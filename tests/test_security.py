@@ -31,7 +31,7 @@ from launch.environment import (
     refuse_open_gcs,
 )
 from launch.model_files import check_code
-from launch.preflight import _local_model
+from launch.preflight import local_model
 from rollout.reward_calls import CallFailed, invoke
 from rollout.reward_models import ClassifierReward, HttpOptions, HttpReward
 from shared.errors import InputError, InputErrors
@@ -195,12 +195,16 @@ def test_trusted_code_of_another_repository_is_refused(place):
 def test_code_is_downloaded_only_if_trusted_and_then_at_its_commit(monkeypatch, path, trusted, asked):
     seen = []
 
-    def download(name, revision, allow_patterns, local_files_only):
+    def download(name, repo_type, revision, allow_patterns, local_files_only):
         seen.append((name, revision, "*.py" in allow_patterns, local_files_only))
         raise OSError("no such model")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert _local_model(path, trusted) == path
+    if asked:
+        with pytest.raises(InputError, match="E401"):
+            local_model(path, trusted, "model.path")
+    else:
+        assert local_model(path, trusted, "model.path") == path
     assert seen == asked
 
 

@@ -1,8 +1,9 @@
 """``millrace report RUN [RUN2 ...]``: one HTML page that explains finished or running runs, or compares them.
 
-The page stands alone: its script and style are inside and it asks no network, which its own content security policy
-forbids too. Invariant: what a run has written, completions above all, reaches the page as data and never as markup.
+The page shows curves, completions, where the time went, and findings in words with the setting to change. It is one file
+that needs no network, so it can be mailed or put on a server. Text of models is shown as text and never as HTML.
 """
+# Its content security policy forbids the network too. What a run has written reaches the page as data, never as markup.
 
 from __future__ import annotations
 

@@ -100,7 +100,9 @@ def _trainer(script: Script, found: Found, given: dict[str, ast.expr]) -> None:
 def _pretrained(script: Script, found: Found, node: ast.expr) -> str:
     """The name of a model: a string, or what ``from_pretrained`` is given."""
     try:
-        made = script.expression(node)
+        made, rounded = script.unmoved(node)
+        if rounded:
+            found.skip(node.lineno, f"{rounded}: write it as model.dtype")
         if not isinstance(made, ast.Call):
             return str(script.value(made))
         if script.last(made) != "from_pretrained" or not made.args:
@@ -139,13 +141,17 @@ def _rows(script: Script, found: Found, node: ast.expr, part: str) -> None:
     setattr(found, part, tables)
 
 
-def _sources(script: Script, found: Found, node: ast.expr, split: str, undone: list[str]) -> list[Table]:
-    """Follow an expression back to ``load_dataset``; what is done to the rows on the way and not here is added to ``undone``."""
+def _sources(script: Script, found: Found, node: ast.expr, split: str | int, undone: list[str]) -> list[Table]:
+    """Follow an expression back to ``load_dataset``; what is done to the rows on the way and not here is added to ``undone``.
+
+    ``split`` is the name of the part that is taken, or its number in a list of splits.
+    """
     made = script.expression(node)
     if isinstance(made, ast.Constant) and made.value is None:
         return []
     if isinstance(made, ast.Subscript):
-        return _sources(script, found, made.value, str(script.value(made.slice)), undone)
+        part = script.value(made.slice)
+        return _sources(script, found, made.value, part if isinstance(part, int) else str(part), undone)
     last = script.last(made)
     if not isinstance(made, ast.Call):
         raise Unreadable(node)
@@ -154,11 +160,17 @@ def _sources(script: Script, found: Found, node: ast.expr, split: str, undone: l
         values |= {k.arg: k.value for k in made.keywords if k.arg}
         wanted = ("path", "name", "data_dir", "data_files", "split", "revision")
         known = {name: script.value(value) for name, value in values.items() if name in wanted}
+        if isinstance(split, int):  # One of a list of splits.
+            parts = known.get("split")
+            known["split"] = parts[split] if isinstance(parts, list) and split < len(parts) else unreadable(made)
         return sources(found, made.lineno, {"split": split or "train"} | known) or unreadable(made)
     if last == "concatenate_datasets" and made.args:
         listed = script.expression(made.args[0])
         parts = listed.elts if isinstance(listed, ast.List | ast.Tuple) else unreadable(made)
         return [table for one in parts for table in _sources(script, found, one, split, undone)]
+    if isinstance(made.func, ast.Name):
+        with script.called(made) as returned:
+            return _sources(script, found, returned, split, undone)
     if not isinstance(made.func, ast.Attribute):
         raise Unreadable(made)
     tables = _sources(script, found, made.func.value, "" if last == "train_test_split" else split, undone)

@@ -12,13 +12,12 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from shared.config_loader import known_keys
+from shared.config_names import table
 from shared.errors import InputError, one_line
 
-TABLE = Path(__file__).with_name("settings.txt")
 VERSION = "TRL 1.16.0"
 TRAINER = "GRPOTrainer"
 MAY_BE_NONE = {"vllm_importance_sampling_clip_max", "max_completion_length"}
@@ -69,17 +68,10 @@ class Row:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """The whole table, in its order."""
-    found, section = [], ""
-    for line in TABLE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            section = line.strip("[]")
-        elif line and not line.startswith("#"):
-            found.append(_row(section, line))
-    return tuple(found)
+    return tuple(_row(*cells) for cells in table())
 
 
-def _row(section: str, line: str) -> Row:
-    name, default, keys, text = (cell.strip() for cell in line.split(" | ", 3))
+def _row(section: str, name: str, default: str, keys: str, text: str) -> Row:
     fate = {"none": "no equal", "-": "no meaning"}.get(keys, "copied" if keys.startswith("=") else "mapped")
     named = () if fate.startswith("no ") else tuple(key.strip() for key in keys.lstrip("= ").split(","))
     # reward.functions and the like are lists of tables, algorithm.kl a table: both lie on the way to known keys.

@@ -7,9 +7,10 @@ and defaults of argparse are read, all else raises ``Unreadable``. A name that i
 from __future__ import annotations
 
 import ast
+import contextlib
 import operator
 import symtable
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from shared.errors import InputError, one_line
 BRANCHES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.TryStar, ast.Match)
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+MOVES = {"to", "cuda", "cpu", "eval", "train", "requires_grad_", "half", "float", "bfloat16"}
+"""Methods of a model that return it."""
 ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -71,9 +74,8 @@ class Script:
             if isinstance(child, ast.Assign | ast.AnnAssign | ast.AugAssign):
                 targets = child.targets if isinstance(child, ast.Assign) else [child.target]
                 known = not conditional and not isinstance(child, ast.AugAssign)
-                for target in targets:
-                    entry = (child.lineno, child.value if known else None)
-                    self.assigned.setdefault(ast.unparse(target), []).append(entry)
+                for name, value in [pair for target in targets for pair in _unpacked(target, child.value)]:
+                    self.assigned.setdefault(ast.unparse(name), []).append((child.lineno, value if known else None))
             self._collect(child, conditional or (isinstance(child, BRANCHES) and not is_guard(child)))
 
     def dotted(self, node: ast.AST) -> str:
@@ -99,6 +101,37 @@ class Script:
         if not before or any(value is None for _, value in known):
             raise Unreadable(node)
         return self.expression(before[-1])
+
+    @contextlib.contextmanager
+    def called(self, call: ast.Call) -> Iterator[ast.expr]:
+        """Yield what a function of the script returns; its parameters stand for what ``call`` gives. Raises ``Unreadable``."""
+        function = self.functions.get(self.dotted(call.func))
+        ends = [node for node in ast.walk(function) if isinstance(node, ast.Return)] if function else []
+        if function is None or len(ends) != 1 or ends[0].value is None or any(k.arg is None for k in call.keywords):
+            raise Unreadable(call)
+        names, defaults = [a.arg for a in function.args.args], function.args.defaults
+        given = dict(zip(names[len(names) - len(defaults) :], defaults)) | dict(zip(names, call.args))
+        given |= {k.arg: k.value for k in call.keywords if k.arg}
+        assigned, functions, line = self.assigned, self.functions, function.body[0].lineno
+        self.assigned = dict(assigned)
+        for name, node in given.items():
+            value = ast.Constant(self.value(node), lineno=line, col_offset=0, end_lineno=line, end_col_offset=0)
+            self.assigned[name] = [(line, value)]
+        self.functions = {name: one for name, one in functions.items() if one is not function}  # It cannot call itself.
+        try:
+            yield ends[0].value
+        finally:
+            self.assigned, self.functions = assigned, functions
+
+    def unmoved(self, node: ast.expr) -> tuple[ast.expr, str]:
+        """Return the model that ``node`` moves to a device, and the call, if any, that changes its type. Raises ``Unreadable``."""
+        made, rounded = self.expression(node), ""
+        while isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and made.func.attr in MOVES:
+            types = [ast.unparse(one) for one in made.args if self.dotted(one).startswith("torch.")]
+            if types or made.func.attr in ("half", "float", "bfloat16"):
+                rounded = f".{made.func.attr}({', '.join(types)})"
+            made = self.expression(made.func.value)
+        return made, rounded
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression. Raises ``Unreadable``."""
@@ -170,6 +203,18 @@ class Script:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
             parts.append("\n".join(lines[first - 1 : node.end_lineno]))
         return "\n\n".join(parts) + "\n"
+
+
+def _unpacked(target: ast.expr, value: ast.expr | None) -> list[tuple[ast.expr, ast.expr | None]]:
+    """Return the names that an assignment binds, each with its value: an item, where it takes a sequence apart."""
+    if not isinstance(target, ast.Tuple | ast.List) or value is None:
+        return [(target, value)]
+    if any(isinstance(one, ast.Starred) for one in target.elts):
+        return [(one.value if isinstance(one, ast.Starred) else one, None) for one in target.elts]
+    if isinstance(value, ast.Tuple | ast.List) and len(value.elts) == len(target.elts):
+        return list(zip(target.elts, value.elts))
+    items = [ast.Subscript(value, ast.Constant(i)) for i in range(len(target.elts))]
+    return [(one, ast.copy_location(item, value)) for one, item in zip(target.elts, items)]
 
 
 def defined(node: ast.AST) -> list[str]:
