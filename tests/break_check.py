@@ -80,7 +80,9 @@ lost-samples-forgotten shared/sample_ledger.py sample_ledger
 unknown-group-passes shared/sample_ledger.py sample_ledger
     if mine != theirs: => if mine - theirs:
 ledger-file-not-compared shared/sample_ledger.py sample_ledger
-    if digest.hexdigest() != mark["sha256"]: => if len(kept) != mark["bytes"]:
+    hexdigest() == str(mark["sha256"]) => hexdigest() != ""
+damaged-line-not-looked-for launch/resume.py resume
+    read_lines(folder / record) => (folder / record).stat()
 checkpoint-hash-not-compared shared/checkpoints.py checkpoints
     if (found := _sha256(path)) != facts["sha256"]: => if not (found := _sha256(path)):
 half-checkpoint-accepted shared/checkpoints.py checkpoints
@@ -161,8 +163,18 @@ token-in-a-message rollout/reward_models.py reward_models
     text.replace(os.environ[token], "***") if token else text => text
 open-dashboard-accepted launch/environment.py security
     if status == http.HTTPStatus.OK: => if status == http.HTTPStatus.UNAUTHORIZED:
-secret-accepted launch/environment.py security
-    SECRET_LENGTH = 8 => SECRET_LENGTH = 80
+secret-accepted launch/config_secrets.py security
+    LEAST_LENGTH = 8 => LEAST_LENGTH = 80
+secret-by-name-accepted launch/config_secrets.py security
+    NAMES.search(end) or => NAMES.fullmatch(end) or
+open-cluster-joined launch/cluster.py security
+    refuse_open_gcs(getattr => str(getattr
+control-characters-shown shared/errors.py config
+    \x7f-\x9f => \x7f-\x80
+logged-metric-of-the-runs-name rollout/logged.py reward_worker
+    name.partition("/")[0] in OWN => name in OWN
+compressed-answer-taken rollout/reward_models.py reward_models
+    .strip().lower()) != "identity" => .strip().lower()) == "br"
 markup-in-the-report launch/report/page.py report
     text.replace("<", "\\u003c").replace( => text.replace(
 markup-on-the-panel launch/display.py display
