@@ -101,3 +101,11 @@ def test_files_that_share_a_fixture_run_in_one_process():
             if f"{fixture}," in (text := path.read_text()) or f"{fixture})" in text
         }
         assert {file for file, group in TOGETHER.items() if group == name} >= using - {"test_budget"}
+
+
+def test_every_breakage_of_the_table_can_still_be_made():
+    from tests.break_check import rows
+
+    lost = [row.name for row in rows() if (ROOT / row.file).read_text(encoding="utf-8").count(row.old) != 1]
+    assert lost == []
+    assert [name for row in rows() for name in row.tests if not (ROOT / name).is_file()] == []
