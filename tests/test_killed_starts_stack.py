@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -33,6 +34,9 @@ def session():
     """A folder for the Ray of these tests alone."""
     place = tempfile.mkdtemp(prefix="mk-")
     yield place
+    for process in processes_of(place):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -119,7 +123,7 @@ def test_a_start_killed_at_any_second_leaves_nothing_that_delays_the_next(begin,
     process, log = begin(folder)
     usual = until(process, log, "up after")
     until(process, log, "step     1/")
-    ended(process, log, signal.SIGINT)
+    ended(process, log, signal.SIGTERM)
     saved = all_of(folder / "checkpoints")
     assert saved
     for _ in range(KILLS):  # Most of them early, where a start is a matter of many small things.

@@ -87,6 +87,16 @@ def test_a_dry_run_tells_no_phases(start):
     assert not [line for line in start("--dry-run") if line.startswith(("checking ", "starting ", "waiting "))]
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_a_start_that_overwrites_says_which_run_it_replaces(start, tmp_path, flags):
+    said = f'replaces a run of 100 steps in {tmp_path}/out, once it has a checkpoint (run.resume = "overwrite")'
+    assert said not in start(*flags, **{"run.resume": "overwrite"})
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 100, "reward": 0.5}\n')
+    assert start(*flags, **{"run.resume": "overwrite"}).count(said) == 1
+    assert said not in start(*flags)
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_each_part_says_when_it_is_ready_if_the_run_has_a_folder(monkeypatch, tmp_path, capsys, told):
     async def reserved(needs):
