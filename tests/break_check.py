@@ -105,7 +105,7 @@ canary-one-sided rollout/engine.py engine_pool
     np.max(np.abs(ours - canary.logprobs)) => np.max(ours - canary.logprobs)
 damaged-bytes-loaded rollout/engine.py engine_stack
     if digests != {publication.digest}: => if not digests:
-tied-head-forgotten rollout/weight_receiver.py cpu_weights engine_stack
+tied-head-forgotten rollout/weight_receiver.py cpu_weights_stack engine_stack
     pack_tied_heads(self.model) => pass
 late-piece-overwrites rollout/weight_relay.py weight_relay
     if number == self.number: => if number <= self.number:
