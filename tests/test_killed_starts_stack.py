@@ -118,6 +118,7 @@ def test_a_terminal_that_closes_costs_nothing_that_was_learned(begin, session, t
     assert left(session) == []
 
 
+@pytest.mark.timeout(900)
 def test_a_start_killed_at_any_second_leaves_nothing_that_delays_the_next(begin, session, tmp_path):
     folder, chance, segments = tmp_path / "run", random.Random(0), set(orphans(older_than_s=0))
     process, log = begin(folder)
@@ -128,7 +129,7 @@ def test_a_start_killed_at_any_second_leaves_nothing_that_delays_the_next(begin,
     assert saved
     for _ in range(KILLS):  # Most of them early, where a start is a matter of many small things.
         process, log = begin(folder, **{"run.resume": "overwrite"})
-        time.sleep(usual * chance.random() ** 3)
+        time.sleep(min(usual, scaled(25)) * chance.random() ** 4)
         process.kill()
         process.wait()
     process, log = begin(folder)
