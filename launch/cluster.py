@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder
+from launch.interrupts import kept
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
@@ -89,17 +90,18 @@ def connect(config: Config) -> None:
     # Outside the main thread Ray warns of a signal handler that it cannot set; nobody needs it there.
     level = "warning" if threading.current_thread() is threading.main_thread() else "error"
     quiet: dict[str, Any] = {"log_to_driver": bool(os.environ.get("MILLRACE_WORKER_LOGS")), "logging_level": level}
+    init = kept()(ray.init)
     if not address:
         # Threads of one machine may share cores; Ray's own count is only bookkeeping here.
         cpus = max(os.cpu_count() or 1, int(Needs.of(config, on_gpu=False).total("CPU")))
         try:
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, namespace=uuid.uuid4().hex, **quiet)
+            init(address="local", num_cpus=cpus, include_dashboard=False, namespace=uuid.uuid4().hex, **quiet)
         except Exception as error:  # A busy machine, most often: Ray gives its processes 30 s.
             logs = f"{temporary_folder()[1]}/ray/session_latest/logs"
             raise MillraceError(f"a private Ray did not start: {one_line(error)} (logs: {logs})") from None
         return
     try:
-        context = ray.init(address=address, namespace=uuid.uuid4().hex, **quiet)
+        context = init(address=address, namespace=uuid.uuid4().hex, **quiet)
     except Exception as error:  # Ray has no one kind for it: ConnectionError, RuntimeError, its own for a token, ...
         found, fix = one_line(error), "start it, or unset RAY_ADDRESS"
         if any(word in found.lower() for word in ("token", "authenticat")):

@@ -17,7 +17,7 @@ from launch.accounts import Accounts, trainer_state
 from launch.early_stopping import EARLY_STOPPING
 from launch.failures import FailureBudget, RefusedSteps, stalled
 from launch.held_out import Judges, evaluate
-from launch.keeper import Keeper
+from launch.keeper import Keeper, rescuing
 from launch.partners import Done, Engines, Learners, Recorder, Rewards, Training
 from rollout.buffer import RolloutBuffer
 from rollout.engine import Sampling
@@ -26,7 +26,7 @@ from rollout.scores import penalise_truncated
 from shared import faults
 from shared.choices import bind
 from shared.config import Config
-from shared.errors import GroupFailed, LearnerFailed, Stalled, first_cause, one_line
+from shared.errors import GroupFailed, LearnerFailed, Stalled, first_cause
 from shared.ledger import TimeLedger
 from shared.metrics import group_metrics
 from shared.types import Prompt, RolloutGroup, StepReport
@@ -92,7 +92,7 @@ class Controller:
             if self._evaluated < self.version and not self._stopping.stop:
                 await self._evaluate()
             await self._keeper.save_for_good(self._state(), self.buffer.queued())
-        except Exception as failure:
+        except (Exception, asyncio.CancelledError) as failure:
             cause = first_cause(failure)
             await self._rescue(cause)
             raise cause from None
@@ -244,16 +244,16 @@ class Controller:
 
     async def _rescue(self, cause: BaseException) -> None:
         """Save what the learner has learned before the run ends for a reason that is not the learner's."""
-        try:
+        self._recorder.cut_short()
+        async with rescuing(cause, bool(self._training) or self._keeper.version < self.version):
             if isinstance(cause, LearnerFailed) or (isinstance(cause, Stalled) and self._training):
-                return await self._keeper.finish()
+                await self._keeper.finish()
+                return
             if self._training is not None:
                 self._applied(self._training, (await self._training.call)[0])
             await self._keeper.save_for_good(self._state(), self.buffer.queued())
             for done in list(self._unrecorded):  # Trained, but no engine has taken the weights.
                 self._record(done, {}, "")
-        except Exception as error:
-            print(f"warning[W903] not all was saved before the end: {one_line(error)}", flush=True)
 
     def _state(self) -> dict[str, Any]:
         return {

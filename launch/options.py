@@ -1,15 +1,15 @@
 """What all verbs of the command line share: their options, and how they end.
 
 Wrong options are ``InputError`` E106 with the nearest known one; an option is never taken for another that begins the
-same. A verb returns 0, 2 for wrong input, 1 for anything else, and shows a traceback only with ``--debug``.
+same. A verb returns 0, 2 for wrong input, 128 + N after signal N, 1 for anything else, and shows a traceback only with ``--debug``.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import math
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from launch.interrupts import Ended, raised
 from shared.errors import InputError, MillraceError, nearest, one_line
 
 
@@ -169,16 +170,17 @@ def guarded(arguments: list[str] | None, verb: Callable[[list[str]], None], pars
     # Threads that spin while they wait take the cores from the other processes; read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        verb(arguments)
+        with raised():
+            verb(arguments)
         return 0
     except MillraceError as error:
         if debug:
             raise
         print(f"{error}\nexit code {error.exit_code}", file=sys.stderr, flush=True)
         return error.exit_code
-    except (KeyboardInterrupt, asyncio.CancelledError) as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 143
-        print(f"interrupted; the last checkpoint stands\nexit code {code}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        code = 128 + (error.number if isinstance(error, Ended) else signal.SIGINT)
+        print(f"interrupted\nexit code {code}", file=sys.stderr, flush=True)
         return code
     except Exception as error:  # A bug of ours or a fault of a machine: the one case that needs its traceback.
         if debug:

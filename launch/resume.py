@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from launch.replaced import LEAVING, MOVING, REPLACED, UNFINISHED, bring_back, length_of
 from launch.stored_groups import read_groups
 from rollout.prompts import PromptStream
 from shared.checkpoints import all_of, newest, of_step
@@ -91,6 +92,19 @@ def find(config: Config, folder: Path, stream: PromptStream, origin: str) -> Poi
     point = Point.at(*found_place)
     raise_all(_mismatches(config, point, stream, origin))
     return point
+
+
+def undo_unfinished(folder: Path) -> None:
+    """Bring back the run in ``folder`` whose replacement was killed before its first checkpoint. Raises ``InputError`` E602."""
+    if not any((folder / name).exists() for name in (REPLACED, MOVING, LEAVING)):
+        return
+    with take_lock(folder):
+        if bring_back(folder):
+            print(
+                f"the {length_of(folder)} is back in {folder}: what was to replace it was killed before its first checkpoint, "
+                f"and is in {folder / UNFINISHED}",
+                flush=True,
+            )
 
 
 def dated(config: Config, folder: Path) -> Config:

@@ -1,7 +1,7 @@
 """The entry point: ``python launch/run.py CONFIG.toml [--section.field value ...]``, also as ``millrace train``.
 
 Reads and checks the configuration, prepares model and data, connects to the cluster, builds the three pools and
-hands them to the controller. Exit code 0 on success, 2 for wrong input, 1 for anything else. Heavy libraries are
+hands them to the controller. Exit code 0 on success, 2 for wrong input, 128 + N after signal N, 1 for anything else. Heavy libraries are
 imported late, so that ``--help`` and a mistyped key answer at once.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from launch.interrupts import Interrupted, cancelling, story
 from launch.options import ConfigOptions, guarded
 from shared.config import Config
 from shared.config_loader import config_file, load_config
 from shared.errors import InputError
 
 if TYPE_CHECKING:
+    from launch.controller import Controller
     from launch.display import Screen
     from launch.parts import Parts
     from launch.preflight import Prepared
@@ -117,13 +117,15 @@ def prepare_session(
     """
     from launch.dry_run import check_room, contents
     from launch.preflight import prepare
-    from launch.resume import dated, find
+    from launch.replaced import length_of
+    from launch.resume import dated, find, undo_unfinished
     from launch.run_folder import resolve_output
 
     began = time.monotonic()
     if not rehearsal:
         print(f"checking {source.name}: settings, model, data and rewards", flush=True)
     output = resolve_output(config.run.output_dir)
+    undo_unfinished(output)
     config = dated(config, output)
     prepared = prepare(config, source.name, source.parent, rehearsal=rehearsal)
     stream = prepared.train.stream(config)
@@ -131,6 +133,8 @@ def prepare_session(
     check_room(prepared.config, output, source.name)
     for warning in prepared.warnings:
         print(warning, flush=True)
+    if config.run.resume == "overwrite" and (length := length_of(output)):
+        print(f'replaces a {length} in {output}, once it has a checkpoint (run.resume = "overwrite")', flush=True)
     evaluated = point is not None and (not prepared.held_out or point.state["evaluated"] == point.version)
     if point is not None and point.version >= config.run.steps and evaluated:
         print(f"{output}: complete at step {point.version}; raise run.steps to go on", flush=True)
@@ -155,9 +159,30 @@ class Session:
     screen: Screen | None = None
     name: Any = None
     """Held on the cluster, so that no other run takes it."""
+    folder: RunFolder | None = None
+    controller: Controller | None = None
+    """The newest one; None before training."""
 
     async def run(self) -> None:
-        """Start the parts and train."""
+        """Start the parts and train. Raises ``Interrupted`` when a signal ends the run; what was learned is saved first."""
+        task = asyncio.current_task()
+        assert task is not None
+        with cancelling(task) as caught:
+            try:
+                await self._run()
+            except asyncio.CancelledError:
+                if caught.number is None:
+                    raise
+                raise Interrupted(caught.number, self._story()) from None
+
+    def _story(self) -> str:
+        """What an interrupt leaves of this run."""
+        point, folder = self.point.version if self.point else 0, self.folder
+        learned = self.controller.version if self.controller else point
+        replaced = folder.replaced if folder else ""
+        return story(self.output, learned, replaced, self.prepared.config.run.resume)
+
+    async def _run(self) -> None:
         from launch.cluster import check_resources, claim, ray_session
         from launch.garbage import collected_by_the_clock
         from launch.parts import started
@@ -165,17 +190,12 @@ class Session:
         from launch.scale import obey
 
         config = self.prepared.config
-        task = asyncio.current_task()
-        assert task is not None
         address = os.environ.get("RAY_ADDRESS")
         print(f"waiting for Ray at {address}" if address else "starting a private Ray", flush=True)
         async with ray_session(config):
-            # `ray job stop` and preemption send it, and wait three seconds. Only now: Ray has put a handler there too.
-            if threading.current_thread() is threading.main_thread():
-                asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
             needs = check_resources(config, self.origin)
             self.name = claim(self.output)
-            folder = RunFolder(config, self.output, self.screen)
+            folder = self.folder = RunFolder(config, self.output, self.screen)
             print(f"starting {needs.words}; what they print is in {folder.path / 'logs'}", flush=True)
             if not config.rollout.vllm.get("enforce_eager"):
                 print(
@@ -205,7 +225,7 @@ class Session:
                 if lost:
                     await self._recover(folder, parts)
                 folder.rewind(self.point)
-                controller = Controller(config, self.stream, self.prepared.held_out, *partners)
+                controller = self.controller = Controller(config, self.stream, self.prepared.held_out, *partners)
                 if self.point is not None:
                     await parts.learners.load(str(self.point.place))
                     controller.restore(self.point.state, self.point.queued(config, self.stream))

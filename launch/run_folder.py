@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch import replaced
 from launch.display import Screen, clock, screen_for
 from launch.failures import sample_file
 from launch.resume import NOTHING, QUEUED, STATE, Point, model_digest, rewind_rows, take_lock
@@ -33,21 +34,6 @@ from shared.metrics import MetricsWriter, read_metrics
 from shared.sample_ledger import SampleLedger
 from shared.types import Prompt, RolloutGroup
 
-OURS = (
-    *("checkpoints", "samples", "ledger", "failed", "tensorboard", "wandb", "logs"),
-    *(
-        "config.toml",
-        "metrics.jsonl",
-        "metrics.cut.jsonl",
-        "reward.png",
-        "report.html",
-        "stacks.txt",
-        "wandb.id",
-        "scale.asked.json",
-        "scale.answered.json",
-    ),
-)
-"""What a run writes into its folder, beside the lock."""
 TRACE_BYTES = 64 << 20
 WEIGHTS = "ledger/weights.jsonl"
 """Digests of the published weights by step."""
@@ -65,17 +51,26 @@ class RunFolder:
     """One run's folder, open for writing."""
 
     def __init__(self, config: Config, path: Path, screen: Screen | None = None) -> None:
-        """Create ``path``, emptied if that is asked for, and lock it. Raises ``InputError`` E601 or E602.
+        """Create ``path`` and lock it, with the files of another run aside if it is to be overwritten.
+
+        Raises ``InputError`` E601 or E602.
 
         ``screen`` is told of the progress; default: the terminal.
         """
         self.path, self._config = path, config
+        self.replaced = ""
+        """The run that this one replaces, whose files are not removed yet, in words."""
+        self.is_cut_short = False
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(path)
             (path / "scale.asked.json").unlink(missing_ok=True)
+            replaced.bring_back(path)
             if config.run.resume == "overwrite":
-                _empty(path)
+                self.replaced = replaced.length_of(path)
+                replaced.set_aside(path)
+                if not self.replaced:  # Files of a start that came to nothing.
+                    replaced.remove(path)
             for folder in ("samples", "ledger", "checkpoints"):
                 (path / folder).mkdir(exist_ok=True)
             (path / "config.toml").write_text(dump_config(config), encoding="utf-8")
@@ -99,7 +94,7 @@ class RunFolder:
 
     def rewind(self, point: Point | None) -> None:
         """Make the folder that of ``point``: what was recorded after it is cut, kept aside and named."""
-        version = point.version if point else -1
+        version, self.is_cut_short = point.version if point else -1, False
         self._metrics.close()
         rows = rewind_rows(self.path / "metrics.jsonl", version)
         rewind_rows(self.path / WEIGHTS, version)
@@ -171,6 +166,13 @@ class RunFolder:
         place = checkpoints.commit(draft, state["version"], facts)
         best = place.parent / f"{checkpoints.PREFIX}{state['stopping'].get('best_version', -1):06d}"
         checkpoints.prune(place.parent, self._config.run.keep_checkpoints, spare=best)
+        if not self.is_cut_short:
+            self.replaced = ""
+            replaced.remove(self.path)
+
+    def cut_short(self) -> None:
+        """The run ends before its time: what it saves from now on does not cost the run that it was to replace."""
+        self.is_cut_short = True
 
     def refused(self, step: int, groups: list[RolloutGroup]) -> Path:
         """Keep the groups of a refused optimizer step after policy version ``step``; where."""
@@ -207,19 +209,30 @@ class RunFolder:
         print(f"{summary['verdict']}\n{self.samples.verdict()}", flush=True)
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Close the sinks, and bring back the run that this one has not replaced."""
         self._screen.close()
         self.book.close()
         self._metrics.close()
         self._sinks.close()
         self.samples.flush()
+        if self.replaced:
+            replaced.bring_back(self.path)
+            print(
+                f"the {self.replaced} is back in {self.path}: this one did not come to its first checkpoint", flush=True
+            )
         self._lock.close()
 
     def finish(self) -> None:
-        """Close the sinks and draw the curve."""
+        """Close everything and draw the curve."""
         self.close()
-        draw_curves(read_metrics(self.path), self.path / "reward.png", self._config)
-        print(f"run folder: {self.path} ({clock(time.monotonic() - self._started)} in all)", flush=True)
+        draw_curves(read_metrics(self.written), self.written / "reward.png", self._config)
+        took = clock(time.monotonic() - self._started)
+        print(f"run folder: {self.written} ({took} in all)", flush=True)
+
+    @property
+    def written(self) -> Path:
+        """Where the files of this run lie: beside those of a run that is back, or else in the run folder."""
+        return self.path / replaced.UNFINISHED if self.replaced else self.path
 
 
 def dump_config(config: Config) -> str:
@@ -239,16 +252,6 @@ def dump_config(config: Config) -> str:
         if holder[last] is None and (by_recipe or field.default is not None):
             holder[last] = "none"
     return tomli_w.dumps(clean(table))
-
-
-def _empty(folder: Path) -> None:
-    """Remove what runs write, and nothing else: a wrong output_dir costs nobody's files."""
-    for name in OURS:
-        path = folder / name
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.is_dir():
-            shutil.rmtree(path)
 
 
 def _versions() -> dict[str, str]:

@@ -20,13 +20,21 @@ from shared.errors import EngineFailed, one_line
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """vLLM's ``LLMEngine`` without a process of its own."""
+    """Return vLLM's ``LLMEngine`` without a process of its own, which prefills every prompt in one step.
+
+    A prompt that a step's limit of tokens cuts is sampled from after each piece. For a seeded request vLLM then winds
+    the random generator back by an offset, which generators on CPUs do not have: the engine would end. Without cuts, a
+    prompt waits for the next step, and its completions do not depend on what runs beside it.
+    """
     from vllm import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor import Executor
 
     config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+    config.scheduler_config.enable_chunked_prefill = (
+        False  # As an argument it brings a warning of other models' faults.
+    )
     return LLMEngine(config, Executor.get_class(config), log_stats=False, usage_context=UsageContext.LLM_CLASS)
 
 

@@ -23,6 +23,9 @@ Completions of a prompt share its full blocks only. With prompts of 100 tokens, 
 0.44 of the CPU time for completions of 16 tokens, 0.73 for 64 and 0.76 for 128.
 """
 
+CPU_STEP_TOKENS = 4096
+"""Tokens of a step of vLLM on a CPU, unless its table says otherwise."""
+
 
 def engine_environment(config: Config, index: int) -> dict[str, str]:
     """Environment variables of engine number ``index``; they must be set before vLLM is imported."""
@@ -74,7 +77,21 @@ def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, 
             arguments["distributed_executor_backend"] = UniProcExecutor
     elif config.rollout.colocate:
         arguments["gpu_memory_utilization"] = COLOCATED_SHARE
-    return arguments | config.rollout.vllm
+    arguments |= config.rollout.vllm
+    return arguments | _room_for_whole_prompts(arguments) if on_cpu else arguments
+
+
+def _room_for_whole_prompts(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which a step has room for the longest prompt beside every running completion.
+
+    Engines on CPUs never cut a prompt (``in_process.build``): one that did not fit into a step would wait for ever.
+    """
+    longest, running = arguments["max_model_len"], arguments["max_num_seqs"]
+    whole: dict[str, Any] = {"enable_chunked_prefill": None, "long_prefill_token_threshold": 0}
+    whole["max_num_scheduled_tokens"] = None
+    if arguments.get("max_num_batched_tokens", CPU_STEP_TOKENS) < longest + running:
+        whole["max_num_batched_tokens"] = min(longest + running, longest * running)
+    return whole
 
 
 def start_vllm(config: Config, index: int, load_format: str) -> Any:

@@ -115,7 +115,7 @@ class Rollout(Section):
     canary_tolerance: Annotated[float, Field(gt=0)] | None = None
     """Largest log-prob difference of the canary prompt; default 1e-3 in float32, 0.25 in bfloat16."""
     vllm: dict[str, Any] = {}
-    """Further arguments of vLLM's AsyncEngineArgs."""
+    """Further arguments of vLLM's AsyncEngineArgs. On CPUs no prompt is prefilled in pieces, whatever they say."""
 
     def cores(self, engine: int) -> set[int] | None:
         """Cores of an engine, for example of ``0-3,6``; None: wherever the system puts it."""

@@ -338,6 +338,9 @@ class FakeRecorder:
         self.commits.append((draft, json.loads(json.dumps(state)), queued))
         return True
 
+    def cut_short(self) -> None:
+        pass
+
     def unsaved(self, step: int, error: OSError) -> None:
         self.unsaved_steps.append(step)
 

@@ -8,25 +8,32 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.pace import scaled
 from tests.policies import Policy
 
 pytestmark = pytest.mark.stack
+
+
+def engine_config(model_dir, **vllm):
+    """The configuration of an engine with further arguments of vLLM."""
+    from shared.config import Config
+
+    return Config.model_validate(
+        {
+            "model": {"path": str(model_dir)},
+            "data": {"train": "unused"},
+            "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 40, "vllm": {"enforce_eager": True} | vllm},
+            "reward": {"functions": [{"function": "exact_match"}]},
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def stack(model_dir):
     """``(engine, policy, run)``: one engine for the module, on a loop of its own."""
     from rollout.engine import Engine
-    from shared.config import Config
 
-    config = Config.model_validate(
-        {
-            "model": {"path": str(model_dir)},
-            "data": {"train": "unused"},
-            "rollout": {"max_prompt_tokens": 16, "max_new_tokens": 40, "vllm": {"enforce_eager": True}},
-            "reward": {"functions": [{"function": "exact_match"}]},
-        }
-    )
+    config = engine_config(model_dir)
     loop = asyncio.new_event_loop()
     policy = Policy(model_dir)
 
@@ -48,6 +55,59 @@ def sampling(n=4, tokens=8, temperature=1.0):
 
 
 PROMPT = np.array([5, 6, 15, 7, 8, 16], np.int32)
+LONG = [np.random.default_rng(seed).integers(4, 20, 50).astype(np.int32) for seed in range(100)]
+"""Prompts with more tokens together than a step of vLLM has."""
+
+
+def seeded(engine, number, salt):
+    """Four completions of a long prompt, by a seed of its own; nothing is in the cache under a new ``salt``."""
+    return engine.generate(LONG[number], dataclasses.replace(sampling(4, 6), seed=1000 + number), salt)
+
+
+def bits(completions):
+    return [(c.token_ids.tobytes(), c.logprobs.tobytes()) for c in completions]
+
+
+def test_seeded_completions_are_the_same_bits_however_many_prompts_come_at_once(stack):
+    engine, policy, run = stack
+    run(engine.receive(policy.publish()))
+
+    async def all_at_once():
+        return await asyncio.gather(*(seeded(engine, number, 100) for number in range(len(LONG))))
+
+    assert sum(map(len, LONG)) > 4096
+    together = run(all_at_once())
+    for number in range(0, len(LONG), 9):
+        assert bits(together[number]) == bits(run(seeded(engine, number, 101)))
+
+
+CUTS = {"enable_chunked_prefill": True, "long_prefill_token_threshold": 16, "max_num_scheduled_tokens": 24}
+
+
+def test_no_table_of_vllm_s_own_cuts_a_prompt_of_a_seeded_request(model_dir):
+    from rollout.engine import Engine
+    from rollout.vllm_setup import engine_arguments
+
+    config = engine_config(model_dir, **CUTS, max_num_batched_tokens=24, max_num_seqs=8)
+    assert engine_arguments(config, 1, "dummy")["max_num_batched_tokens"] == config.max_model_len + 8
+
+    async def go():
+        engine = Engine(config, 1, "safetensors")
+        try:
+            together = await asyncio.gather(*(seeded(engine, number, 0) for number in range(6)))
+            assert [bits(one) for one in together] == [bits(await seeded(engine, number, 1)) for number in range(6)]
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(go(), scaled(120)))
+
+
+@pytest.mark.parametrize(("longest", "running", "tokens"), [(13, 256, None), (4000, 256, 4256), (5000, 1, 5000)])
+def test_a_step_has_room_for_the_longest_prompt_beside_all_that_runs(longest, running, tokens):
+    from rollout.vllm_setup import _room_for_whole_prompts
+
+    room = _room_for_whole_prompts({"max_model_len": longest, "max_num_seqs": running})
+    assert room.get("max_num_batched_tokens") == tokens
 
 
 def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(stack):

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.replaced import OURS
 from launch.report.data import run_data
 from launch.report.page import build, embedded, main, render
 from launch.report.rows import MAX_POINTS, read_rows, rounded, series, times
 from launch.report.samples import read_samples
 from launch.report.times import BINS, MAX_INTERVALS, in_order, read_trace, timeline
-from launch.run_folder import OURS
 from launch.stored_groups import write_groups
 from shared.errors import InputError
 from shared.types import Completion, RolloutGroup

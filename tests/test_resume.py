@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch import replaced
 from launch.builtin import TASKS, make_tokenizer
 from launch.controller import Controller
 from launch.resume import Point, check_lock, dated, find, rewind_rows, take_lock
@@ -269,7 +270,10 @@ def test_overwriting_removes_what_runs_write_and_nothing_else(place):
     (elsewhere / "kept").write_text("x")
     (folder / "checkpoints").symlink_to(elsewhere)
     (folder / "metrics.jsonl").write_text("{}\n")
-    RunFolder(config, folder).finish()
+    run = RunFolder(config, folder)
+    replaced.remove(folder)
+    run.replaced = ""
+    run.finish()
     assert (folder / "notes.txt").read_text() == "mine"
     assert (folder / "other-run" / "checkpoints").is_dir()
     assert (elsewhere / "kept").exists()
@@ -443,8 +447,11 @@ class Lives:
         await asyncio.wait({task}, timeout=seconds)
         ended = task.done()
         if not ended:
+            before = len(recorder.commits)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+            if self.chance.random() < 0.5:  # Killed: what an interrupt saves was not.
+                del recorder.commits[before:]
         else:
             task.result()
         self.lineage += [(begin + i, ids) for i, ids in enumerate(learners.trained)]
