@@ -294,7 +294,9 @@ def rounds(monkeypatch):
     monkeypatch.setattr(weight_receiver, "initialize_layerwise_reload", lambda model: done.append("opened"))
     monkeypatch.setattr(weight_receiver, "finalize_layerwise_reload", lambda model, config: done.append("closed"))
     engine = weight_receiver.ShmWeightTransferEngine.__new__(weight_receiver.ShmWeightTransferEngine)
-    engine.model, engine.model_config = Model(), None
+    engine.model, engine.model_config, engine.device = Model(), None, torch.device("cpu")
+    engine.parallel_config = SimpleNamespace(world_size=1)
+    monkeypatch.setattr(weight_receiver, "_digest", lambda info: f"digest of {info.segment}")
     engine.model.load_weights = lambda named: done.append("loaded")
     engine._reproduced = True
     return engine, done
