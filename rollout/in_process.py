@@ -92,6 +92,10 @@ class InProcessLLM:
         """Whether requests are frozen."""
         return bool(await self._do(self._core.is_scheduler_paused))
 
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        """Let the workers join a link with the learner."""
+        await self.collective_rpc("init_weight_transfer_engine", {"init_info": request.init_info})
+
     async def start_weight_update(self) -> None:
         """First stage of a round."""
         await self.collective_rpc("start_weight_update")

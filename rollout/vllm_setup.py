@@ -102,13 +102,19 @@ def _room_for_whole_prompts(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def start_vllm(config: Config, index: int, load_format: str) -> Any:
     """vLLM behind ``AsyncLLM``'s interface."""
-    from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = engine_arguments(config, index, load_format)
     if current_platform.is_cpu():
         return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, config.rollout.cores(index))
+    return start_async(arguments)
+
+
+def start_async(arguments: dict[str, Any]) -> Any:
+    """Start ``AsyncLLM``, which keeps vLLM's core in a process of its own: what serves on GPUs."""
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)

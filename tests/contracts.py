@@ -33,7 +33,6 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "rollout/weight_receiver.py": {
         "engine": ("rollout.weight_receiver:ShmWeightTransferEngine",),
-        "self._packed_importer": ("vllm.distributed.weight_transfer.packed_tensor:PackedBufferImporter",),
     },
     "learner/weight_sender.py": {
         "self._transfer": ("vllm.distributed.weight_transfer.nccl_engine:NCCLTrainerWeightTransferEngine",),

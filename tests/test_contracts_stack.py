@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import zipfile
 
 import pytest
 
 from tests.contracts import ENGINES, RECEIVERS, problems, resolve, sources
 from tests.fakes import make_config
+from tests.gpu_wheel import differing, installed, named_files, reached_files
 
 pytestmark = pytest.mark.stack
 
@@ -101,7 +103,7 @@ def on_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {}])
-def test_arguments_of_an_engine_on_gpus_are_vllm_s_and_workers_are_processes_of_its_own(on_gpus, changes):
+def test_arguments_of_an_engine_on_gpus_are_vllm_s_and_workers_are_processes_of_its_own(on_gpus, model_dir, changes):
     from vllm import AsyncEngineArgs
     from vllm.config import ParallelConfig
     from vllm.v1.executor import Executor
@@ -109,7 +111,8 @@ def test_arguments_of_an_engine_on_gpus_are_vllm_s_and_workers_are_processes_of_
 
     from rollout.vllm_setup import engine_arguments
 
-    given = engine_arguments(make_config(**{f"rollout.{key}": value for key, value in changes.items()}), 0, "dummy")
+    settings = {"model.path": str(model_dir)} | {f"rollout.{key}": value for key, value in changes.items()}
+    given = engine_arguments(make_config(**settings), 0, "dummy")
     arguments = AsyncEngineArgs(**given)
     backend = arguments.distributed_executor_backend
     assert backend == ("mp" if changes else None)
@@ -132,3 +135,24 @@ def test_float32_stays_float32_in_triton_s_products():
 
     assert engine_environment(make_config())["TRITON_F32_DEFAULT"] == "ieee"
     assert "TRITON_F32_DEFAULT" in inspect.getsource(triton.knobs)
+
+
+def test_the_memory_for_keys_of_an_engine_on_cpus_is_shared_out_to_its_workers(model_dir):
+    from rollout.vllm_setup import engine_arguments
+
+    settings = {"model.path": str(model_dir), "rollout.kv_cache_gib": 2, "rollout.tensor_parallel_size": 2}
+    arguments = engine_arguments(make_config(**settings), 0, "dummy")
+    assert arguments["kv_cache_memory_bytes"] == 1 << 30
+    assert arguments["distributed_executor_backend"] == "mp"
+
+
+def test_a_file_of_the_cuda_wheel_that_differs_is_found(tmp_path):
+    site, files = installed(), {"vllm/v1/engine/async_llm.py", "vllm/_version.py", "vllm/version.py"}
+    assert files <= reached_files(site)
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as wheel:
+        for file in files - {"vllm/version.py"}:
+            wheel.writestr(file, (site / file).read_bytes() + b"#" * file.count("_version"))
+        assert differing(wheel, site, files) == ["vllm/version.py"]
+        wheel.writestr("vllm/version.py", "something else")
+        assert differing(wheel, site, files) == ["vllm/version.py"]
+        assert "vllm/v1/engine/async_llm.py" in named_files(site)

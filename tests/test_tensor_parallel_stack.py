@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import json
+import signal
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
 from shared.errors import EngineFailed
+from tests.chaos import Run
 from tests.pace import scaled
 from tests.policies import Policy
 
@@ -93,13 +98,13 @@ def test_every_worker_hashes_every_publication_and_a_tied_head_follows(split):
 
 
 def forget_shard(worker):
-    """Give the second worker random weights in place of its part of a layer."""
+    """Let the second worker compute something else in its part of a layer; its random generator stays that of the first."""
     import torch
     from vllm.distributed import get_tensor_model_parallel_rank
 
     if get_tensor_model_parallel_rank() == 1:
         layer = worker.get_model().model.layers[0].mlp.down_proj
-        layer.cpu_linear = lambda x, weight, bias: torch.rand(*x.shape[:-1], 64)
+        layer.cpu_linear = lambda x, weight, bias: torch.full((*x.shape[:-1], 64), 0.5)
 
 
 def test_wrong_weights_of_one_worker_are_found_by_the_canary(split):
@@ -192,7 +197,7 @@ def test_after_a_reset_no_request_runs_and_no_key_is_kept(split):
 def test_seeded_completions_are_those_of_an_engine_of_one_worker(split, wide_model):
     from rollout.engine import Engine
 
-    engine, policy, run = split
+    engine, _, run = split
     publication = newest(split)
     seeds = [dataclasses.replace(sampling(4, 20), seed=1000 + number) for number in range(8)]
 
@@ -228,9 +233,61 @@ def test_an_engine_whose_worker_process_died_is_not_healthy_and_ends_its_request
                 try:
                     await engine.health()
                 except EngineFailed as error:
-                    assert "a worker process of vLLM has ended" in str(error) or "vLLM failed" in str(error)
+                    said = str(error)
                     break
                 await asyncio.sleep(0.02)
+        assert "a worker process of vLLM has ended" in said or "vLLM failed" in said
         return await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), scaled(30))
 
     assert all(isinstance(outcome, EngineFailed) for outcome in run(killed()))
+
+
+def workers_below(run):
+    """Worker processes of vLLM in a run, the oldest first."""
+    found = []
+    for process in run._family():
+        with contextlib.suppress(psutil.Error):
+            if "VLLM::Worker" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def shared_memory_of(processes):
+    return {path for process in processes for path in map(Path, maps_of(process)) if path.parent == Path("/dev/shm")}
+
+
+def maps_of(process):
+    return [mapped.path for mapped in process.memory_maps() if "/psm_" in mapped.path]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_beside_zero_3_goes_on_when_a_worker_process_or_the_engine_is_killed(tmp_path):
+    """The quickstart on two workers and two learner ranks, through the product, with every publication proved."""
+    folder = tmp_path / "run"
+    settings = {"rollout.tensor_parallel_size": 2, "learner.num_ranks": 2, "learner.zero_stage": 3}
+    settings |= {"run.output_dir": folder, "run.steps": 4000, "eval.every_steps": 0, "run.max_restarts": 5}
+    run = Run("launch/configs/quickstart.toml", *(f"--{key}={value}" for key, value in settings.items()))
+    left = set()
+    try:
+        lines = run.until("step ", scaled(200), after=run.until("up after", scaled(200)))
+        for victim in ("worker", "engine"):
+            workers = workers_below(run)
+            assert len(workers) == 2
+            left |= shared_memory_of(workers)
+            (workers[1] if victim == "worker" else run.processes("engine")[0]).kill()
+            lines = run.until("serves again", scaled(200), after=run.until("lost", scaled(60), after=lines))
+            lines = run.until("step ", scaled(100), after=lines)
+            psutil.wait_procs(workers, scaled(20))
+            assert not [worker for worker in workers if worker.is_running()]
+        assert left
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(scaled(60)) == 143
+        assert run.left() == []
+    finally:
+        run.end()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "sync/canary_gap" in row]
+    assert len(steps) > 5
+    assert max(row["sync/canary_gap"] for row in steps) < 1e-3
+    assert {path for path in left if path.exists()} == set()
