@@ -101,8 +101,8 @@ def _check_heads(config: Config, origin: str, shape: Shape, problems: list[Input
 
 def _splits(shape: Shape, heads: int, workers: int) -> bool:
     """Return whether so many workers take equal parts of every layer; heads of keys may instead be repeated evenly."""
-    keys = shape.get("num_key_value_heads")
-    keys = keys if _is_number(keys) and keys > 0 else heads
+    given = shape.get("num_key_value_heads")
+    keys = given if isinstance(given, int) and given > 0 else heads
     shared = max(keys, workers) % min(keys, workers) == 0
     widths = [shape[key] for key in WIDTHS if _is_number(shape.get(key))]
     return heads % workers == 0 and shared and not any(width % workers for width in widths)

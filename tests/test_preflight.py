@@ -167,7 +167,11 @@ SEVEN_B = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_si
         ({"rollout.tensor_parallel_size": 7}, SEVEN_B, "7 for 28 heads, num_key_value_heads 4"),
         ({"rollout.tensor_parallel_size": 7}, SEVEN_B, "one of [1, 2, 4]. Fix: use 4"),
         ({"rollout.tensor_parallel_size": 4}, SEVEN_B, None),
-        ({"rollout.tensor_parallel_size": 8}, {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}, None),  # Repeated.
+        (
+            {"rollout.tensor_parallel_size": 8},
+            {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+            None,
+        ),  # Repeated.
         (
             {"rollout.tensor_parallel_size": 2},
             {"num_attention_heads": 2, "intermediate_size": 95},
