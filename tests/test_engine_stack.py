@@ -82,14 +82,15 @@ def here(stack):
 def test_an_engine_of_the_kind_on_gpus_takes_host_weights_in_mid_generation_and_proves_them(async_stack):
     engine, policy, run = async_stack
     first = policy.publish()
+    assert first.version > 0 or run(engine.prove(first.canary, 0)) > 0.01
     assert run(engine.receive(first)).digests == {first.digest}
-    assert run(engine.prove(first.canary, 0)) < 1e-3
+    assert run(engine.prove(first.canary, first.version)) < 1e-3
     policy.change(0.02)
     second = policy.publish()
     damaged = dataclasses.replace(second, digest="0" * 64)
 
     async def both():
-        going = [asyncio.create_task(engine.generate(PROMPT, sampling(1, 40), 0)) for _ in range(128)]
+        going = [asyncio.create_task(engine.generate(PROMPT, sampling(1, 40), first.version)) for _ in range(128)]
         await asyncio.wait(going, return_when=asyncio.FIRST_COMPLETED)  # Others are half way.
         with pytest.raises(WeightProofFailed, match="the learner sent 0000"):
             await engine.receive(damaged)
@@ -97,8 +98,8 @@ def test_an_engine_of_the_kind_on_gpus_takes_host_weights_in_mid_generation_and_
         return [c for group in await asyncio.gather(*going) for c in group]
 
     completions = run(both())
-    assert {s.version for c in completions for s in c.version_spans} == {0, 1}
-    assert run(engine.prove(second.canary, 1)) < 1e-3
+    assert {s.version for c in completions for s in c.version_spans} == {first.version, second.version}
+    assert run(engine.prove(second.canary, second.version)) < 1e-3
     assert run(engine.health())
 
 
@@ -137,6 +138,18 @@ def seeded(engine, number, salt):
 
 def bits(completions):
     return [(c.token_ids.tobytes(), c.logprobs.tobytes()) for c in completions]
+
+
+def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(here, stack):
+    engine, policy, run = stack
+    publication = policy.publish()
+    assert run(engine.prove(publication.canary, 0)) > 0.01
+    taken = run(engine.receive(publication))
+    assert run(engine.prove(publication.canary, 0)) < 1e-3
+    assert run(engine.weight_version()) == "0"
+    assert taken.seconds["paused"] > taken.seconds["transfer"] > 0
+    assert taken.digests == {publication.digest}
+    assert {"start", "pause", "receive"} <= {state for state, *_ in taken.times.intervals}
 
 
 def test_seeded_completions_are_the_same_bits_however_many_prompts_come_at_once(here, stack):
@@ -179,18 +192,6 @@ def test_a_step_has_room_for_the_longest_prompt_beside_all_that_runs(longest, ru
 
     room = _room_for_whole_prompts({"max_model_len": longest, "max_num_seqs": running})
     assert room.get("max_num_batched_tokens") == tokens
-
-
-def test_a_fresh_engine_holds_no_policy_until_version_0_is_published(stack):
-    engine, policy, run = stack
-    publication = policy.publish()
-    assert run(engine.prove(publication.canary, 0)) > 0.01
-    taken = run(engine.receive(publication))
-    assert run(engine.prove(publication.canary, 0)) < 1e-3
-    assert run(engine.weight_version()) == "0"
-    assert taken.seconds["paused"] > taken.seconds["transfer"] > 0
-    assert taken.digests == {publication.digest}
-    assert {"start", "pause", "receive"} <= {state for state, *_ in taken.times.intervals}
 
 
 @pytest.fixture(params=["made ready", "reloaded"])
