@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox browser quickstart test test-fast test-slow test-times test-gpu plan-check chaos soak break-check lint format lock bench-check docs clean
+.PHONY: install sandbox browser quickstart test test-fast test-slow test-times test-gpu check-gpu-wheel plan-check chaos soak break-check lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -66,6 +66,10 @@ chaos: install
 # Everything that needs GPUs; what there are too few for is skipped.
 test-gpu: install
 	$(BIN)/python -m pytest -q -rs tests/gpu
+
+# Downloads vLLM's CUDA wheel (326 MB): what we import from it is what the tests ran on, and takes the arguments that we give.
+check-gpu-wheel: install
+	$(BIN)/python -m tests.gpu_wheel
 
 # The planner against real runs, four rounds of them, and the simulator: an hour on a quiet machine.
 plan-check: install

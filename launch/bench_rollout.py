@@ -105,7 +105,7 @@ async def _ours(engines: Any, prompts: list[Prompt], sampling: Sampling) -> floa
 
 def _raw_vllm(config: Config, pipe: Any) -> None:
     """A process of its own: answers lists of prompts with tokens per second, until it gets None."""
-    os.environ |= engine_environment(config, 0)
+    os.environ |= engine_environment(config)
     from vllm import LLM
     from vllm.platforms import current_platform
 

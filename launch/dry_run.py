@@ -146,6 +146,7 @@ def check_room(config: Config, output: Path, origin: str) -> None:
     _collect(problems, lambda: _check_disk(config, output, place))
     _collect(problems, check_temporary_folder)
     _collect(problems, lambda: check_this_host(config, on_gpu=bool(_visible_gpus())))
+    _collect(problems, lambda: _check_workers(config, origin))
     rollout, gib = config.rollout, free_memory() / 2**30
     cache = int(rollout.kv_cache_gib) * rollout.num_engines
     # Where the engines of a cluster will live, only their nodes know what is free.
@@ -158,6 +159,19 @@ def check_room(config: Config, output: Path, origin: str) -> None:
         place_kv, expected = f"{origin}:rollout.kv_cache_gib", f"together <= {gib:.1f} GiB, which are free"
         problems.append(InputError("E504", "bad KV size", place_kv, found, expected, fix))
     raise_all(problems)
+
+
+def _check_workers(config: Config, origin: str) -> None:
+    """Raises ``InputError`` E501 if an engine on this machine's CPUs has more workers than there are cores.
+
+    Workers wait for each other at every layer without giving up their cores.
+    """
+    workers, cores = config.rollout.workers_per_engine, os.cpu_count() or 1
+    if workers <= cores or os.environ.get("RAY_ADDRESS") or _visible_gpus():
+        return
+    place, found = f"{origin}:rollout.tensor_parallel_size", f"{workers} workers per engine"
+    expected, fix = f"at most {cores}, the cores of this machine", f"rollout.tensor_parallel_size = {cores}"
+    raise InputError("E501", "not enough CPUs", place, found, expected, fix)
 
 
 def _check_disk(config: Config, output: Path, place: Path) -> None:

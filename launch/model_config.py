@@ -24,6 +24,8 @@ LENGTHS = (
 """Keys for the longest sequence of a model; the smallest counts, as in vLLM."""
 LONGER = {"linear", "dynamic", "ntk"}
 """Kinds of rotary scaling by which the context is ``factor`` times the configured one."""
+WIDTHS = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")
+"""Keys for the inner width of a feed-forward layer, which workers share out evenly."""
 LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "attn_layers")
 ATTENTION = {"full_attention", "sliding_attention", "attention", "global", "local"}
 """Kinds of layers that mix tokens by attention alone, with the mask of a causal model or a window of it."""
@@ -82,12 +84,28 @@ def check_quantised(path: Path, raw: Shape, problems: list[InputError]) -> None:
 
 
 def _check_heads(config: Config, origin: str, shape: Shape, problems: list[InputError]) -> None:
+    """Add E406 if a layer cannot be shared out evenly, as vLLM asserts, or there are fewer layers than stages."""
     heads, tp = shape.get("num_attention_heads") or shape.get("n_head"), config.rollout.tensor_parallel_size
-    if heads and heads % tp:
-        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-        place, found = f"{origin}:rollout.tensor_parallel_size", f"{tp} for {heads} heads"
-        fix = f"use {max(n for n in divisors if n <= tp)}"
-        problems.append(InputError("E406", "heads do not split", place, found, f"one of {divisors}", fix))
+    layers, stages = shape.get("num_hidden_layers") or shape.get("n_layer"), config.rollout.pipeline_parallel_size
+    if heads and not _splits(shape, heads, tp):
+        sizes = [n for n in range(1, heads + 1) if _splits(shape, heads, n)]
+        parts = {key: shape[key] for key in ("num_key_value_heads", *WIDTHS) if _is_number(shape.get(key))}
+        found = f"{tp} for {heads} heads" + "".join(f", {key} {value}" for key, value in parts.items())
+        found = f"{tp} for {heads} heads" if heads % tp else found
+        place, fix = f"{origin}:rollout.tensor_parallel_size", f"use {max(n for n in sizes if n <= tp)}"
+        problems.append(InputError("E406", "heads do not split", place, found, f"one of {sizes}", fix))
+    if layers and layers < stages:
+        place, expected = f"{origin}:rollout.pipeline_parallel_size", f"at most {layers}, the layers of the model"
+        problems.append(InputError("E406", "layers do not split", place, str(stages), expected, f"use {layers}"))
+
+
+def _splits(shape: Shape, heads: int, workers: int) -> bool:
+    """Return whether so many workers take equal parts of every layer; heads of keys may instead be repeated evenly."""
+    given = shape.get("num_key_value_heads")
+    keys = given if isinstance(given, int) and given > 0 else heads
+    shared = max(keys, workers) % min(keys, workers) == 0
+    widths = [shape[key] for key in WIDTHS if _is_number(shape.get(key))]
+    return heads % workers == 0 and shared and not any(width % workers for width in widths)
 
 
 def _check_lengths(config: Config, origin: str, shape: Shape, problems: list[InputError]) -> None:

@@ -81,8 +81,8 @@ def check_model(config: Config, origin: str, ours: bool = False) -> list[str]:
     if ours:
         check_config(config, origin, raw, _has_gpu(), problems)
         raise_all(problems)
-        return []
-    return _ask_transformers(config, origin, raw, problems)
+        return _slow_types(config, origin)
+    return _slow_types(config, origin) + _ask_transformers(config, origin, raw, problems)
 
 
 def _ask_transformers(config: Config, origin: str, raw: dict[str, Any], problems: list[InputError]) -> list[str]:
@@ -126,6 +126,14 @@ def _read_config(path: Path, place: str) -> dict[str, Any]:
         file, expected = f"{path}/config.json", "a JSON object"
         raise InputError("E401", "model not readable", file, str(error), expected, "download it again") from None
     return raw
+
+
+def _slow_types(config: Config, origin: str) -> list[str]:
+    """Return W405 if the weights are float32 on GPUs, whose tensor cores multiply bfloat16."""
+    if config.model.dtype != "float32" or not _has_gpu():
+        return []
+    text = "float32 on a GPU is up to 15 times slower than bfloat16 and takes twice the memory"
+    return [f'warning[W405] {origin}:model.dtype: {text}; set model.dtype = "bfloat16"']
 
 
 def _has_gpu() -> bool:

@@ -113,6 +113,13 @@ class Arrangement:
 
 def check(needs: Needs, nodes: Sequence[Node], config: Config, origin: str) -> None:
     """Raises ``InputError`` E501 with a table, E506 or E108 if ``needs`` cannot be met by ``nodes``."""
+    if not needs.on_gpu and (stages := config.rollout.pipeline_parallel_size) > 1:
+        key, expected = (
+            f"{origin}:rollout.pipeline_parallel_size",
+            "1 on CPUs (vLLM splits layers there, not their sequence)",
+        )
+        fix = f"rollout.pipeline_parallel_size = 1, rollout.tensor_parallel_size = {config.rollout.workers_per_engine}"
+        raise InputError("E108", "options disagree", key, f"{stages}", expected, fix)
     if needs.on_gpu and config.rollout.max_engines and backend_of(config, on_gpu=True) == NCCL_BACKEND:
         key, expected = f"{origin}:rollout.max_engines", 'rollout.weights = "host" (a device link has fixed members)'
         raise InputError(

@@ -187,12 +187,18 @@ def kill_process(pid: int) -> None:
 
 
 def kill_children(pid: int) -> None:
-    """vLLM's own processes, where it has some."""
+    """End vLLM's own processes, where it has some.
+
+    Python's tracker of shared memory is spared: it removes what the others leave in /dev/shm, and ends by itself.
+    """
     import psutil
 
+    children = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        for child in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(pid).children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not any("multiprocessing.resource_tracker" in part for part in child.cmdline()):
                 child.kill()
 
 

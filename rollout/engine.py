@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rollout.stale_kv import StaleKV
-from rollout.stop_strings import stop_arguments
+from rollout.vllm_requests import completion, policy_version, sampling_parameters
 from rollout.vllm_setup import engine_environment, start_vllm
 from shared import faults
 from shared.config import Config
 from shared.errors import EngineFailed, WeightProofFailed
 from shared.ledger import TimeLedger, TimeSlice
-from shared.types import Completion, IntArray, VersionSpan
+from shared.types import Completion, IntArray
 from shared.weights import Canary, Link, Publication
+
+PREPARED_EVERY_S, MOST_PREPARED_EVERY_S = 0.001, 0.05
+"""Seconds between two questions whether workers have prepared a publication: at first, and at most."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +67,6 @@ class Sampling:
         )
 
 
-def sampling_parameters(sampling: Sampling, tokenizer: Any) -> Any:
-    """``sampling`` as vLLM's ``SamplingParams``, with the log-probs of the sampled tokens."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        n=sampling.n,
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        seed=sampling.seed,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        logprobs=0,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        **stop_arguments(sampling.stop, tokenizer),
-    )
-
-
 class Received(NamedTuple):
     """What an engine answers to a publication."""
 
@@ -104,7 +87,7 @@ class Engine:
     def __init__(self, config: Config, index: int = 0, load_format: str = "dummy") -> None:
         """Start vLLM. With ``load_format`` dummy the weights are random until the first publication arrives."""
         ledger = TimeLedger(f"engine-{index}")
-        os.environ.update(engine_environment(config, index))
+        os.environ.update(engine_environment(config))
         self.index = index
         self._ledger = ledger
         self._llm = start_vllm(config, index, load_format)
@@ -128,7 +111,7 @@ class Engine:
         with self._cancellable():
             outputs = await self._request(token_ids, sampling_parameters(sampling, self._tokenizer), version)
             texts = self._tokenizer.batch_decode([o.token_ids for o in outputs], skip_special_tokens=True)
-            completions = tuple(_completion(output, text) for output, text in zip(outputs, texts, strict=True))
+            completions = tuple(completion(output, text) for output, text in zip(outputs, texts, strict=True))
             if sampling.temperature > 0:
                 await self._stale_kv.measure(completions, partial(self._rescore, token_ids, sampling))
         faults.point("engine.after_generate")
@@ -169,14 +152,11 @@ class Engine:
 
         digests, begun = set[str](), time.monotonic()
         if publication.segment:
-            hashed = bytearray.fromhex(await asyncio.to_thread(publication.hash_segment))
-            faults.point("sync.after_hash", hashed)
-            digests.add(hashed.hex())
+            digests = await self._prepare(publication)
             if digests != {publication.digest}:
                 raise WeightProofFailed(
                     f"segment {publication.segment}: hashed {digests}, the learner sent {publication.digest}"
                 )
-            await self._llm.beside("millrace_prepare", {"update_info": publication.update_info()})
         started = time.monotonic()
         gap, recompute = self._stale_kv.take()
         self._ledger.enter("pause")
@@ -195,6 +175,17 @@ class Engine:
         seconds = {"prepare": started - begun, "paused": time.monotonic() - started, "transfer": transferred - paused}
         digests = digests or set(await self._llm.collective_rpc("millrace_received"))
         return Received(digests, seconds, gap, recompute, self._ledger.take())
+
+    async def _prepare(self, publication: Publication) -> set[str]:
+        """Return the digests that the workers have of the segment's bytes; requests go on while they hash and pack."""
+        await self._llm.collective_rpc("millrace_prepare", kwargs={"update_info": publication.update_info()})
+        interval_s = PREPARED_EVERY_S
+        while None in (answers := await self._llm.collective_rpc("millrace_prepared")):
+            await asyncio.sleep(interval_s)
+            interval_s = min(2 * interval_s, MOST_PREPARED_EVERY_S)
+        first = bytearray.fromhex(answers[0])
+        faults.point("sync.after_hash", first)
+        return {first.hex(), *answers[1:]}
 
     async def prove(self, canary: Canary, version: int) -> float:
         """Largest absolute difference between the engine's and the learner's log-probs of the canary, in nats."""
@@ -240,7 +231,7 @@ class Engine:
         parameters.logprobs, parameters.flat_logprobs, parameters.logprob_token_ids = None, False, [token]
         prefix = np.concatenate([token_ids, completion.token_ids[:position]])
         output = (await self._run(prefix, parameters, f"afresh-{self._requests}")).outputs[0]
-        return _version(output.weight_versions[0].version), output.logprobs[0][token].logprob
+        return policy_version(output.weight_versions[0].version), output.logprobs[0][token].logprob
 
     async def _request(self, token_ids: IntArray, parameters: Any, version: int) -> list[Any]:
         result = await self._run(token_ids, parameters, str(version))
@@ -281,20 +272,3 @@ class Engine:
 
     def _working(self) -> str:
         return "generate" if self._running else "wait_for_prompts"
-
-
-def _completion(output: Any, text: str) -> Completion:
-    """vLLM's answer in ours."""
-    spans = (VersionSpan(_version(s.version), s.start, s.end) for s in output.weight_versions or ())
-    return Completion(
-        token_ids=np.asarray(output.token_ids, dtype=np.int32),
-        logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),  # Of the sampled tokens alone.
-        text=text,
-        finish_reason=output.finish_reason,
-        version_spans=tuple(spans),
-    )
-
-
-def _version(label: str) -> int:
-    """The policy version that vLLM's label names; -1 for weights loaded from disk."""
-    return -1 if label == "default" else int(label)

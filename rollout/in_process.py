@@ -2,7 +2,8 @@
 
 ``AsyncLLM`` keeps vLLM's core in a process of its own and every sampled token crosses between the two as a message. A GPU
 hides that cost; on CPUs it takes a fifth of the throughput. Invariant: vLLM is touched by its thread alone, which
-does what others ask for between two steps; ``beside`` is the one exception, for work that no step looks at.
+does what others ask for between two steps. An engine of several workers has them in processes of their own, which the same
+thread calls.
 """
 
 from __future__ import annotations
@@ -91,6 +92,10 @@ class InProcessLLM:
         """Whether requests are frozen."""
         return bool(await self._do(self._core.is_scheduler_paused))
 
+    async def init_weight_transfer_engine(self, request: Any) -> None:
+        """Let the workers join a link with the learner."""
+        await self.collective_rpc("init_weight_transfer_engine", {"init_info": request.init_info})
+
     async def start_weight_update(self) -> None:
         """First stage of a round."""
         await self.collective_rpc("start_weight_update")
@@ -112,23 +117,18 @@ class InProcessLLM:
         """Forget all keys and values; False while a request holds some."""
         return bool(await self._do(self._core.reset_prefix_cache))
 
-    async def collective_rpc(self, method: str, keywords: dict[str, Any] | None = None) -> list[Any]:
-        """Call a method of every worker."""
-        answers: list[Any] = await self._do(lambda: self._core.collective_rpc(method, None, (), keywords))
+    async def collective_rpc(self, method: str, kwargs: dict[str, Any] | None = None) -> list[Any]:
+        """Call a method of every worker, between two steps; return their answers in order of rank."""
+        answers: list[Any] = await self._do(lambda: self._core.collective_rpc(method, None, (), kwargs))
         return answers
 
-    async def beside(self, method: str, keywords: dict[str, Any]) -> None:
-        """Call a method of the only worker, which lives here, while steps go on: it must not touch what they use.
-
-        With workers in processes of their own nothing is called.
-        """
-        if type(self._core.model_executor).__name__ == "UniProcExecutor":
-            await asyncio.to_thread(self._core.collective_rpc, method, None, (), keywords)
-
     async def check_health(self) -> None:
-        """Answer at once, however long a step takes. Raises ``EngineFailed`` if the thread has ended."""
+        """Answer at once, however long a step takes. Raises ``EngineFailed`` if the thread or a worker process has ended."""
         if self._ended is not None:
             raise self._ended
+        # Only the executor of worker processes has this field; the thread itself may wait for the dead one for seconds.
+        if getattr(self._core.model_executor, "is_failed", False):
+            raise EngineFailed(f"{self._name}: a worker process of vLLM has ended")
 
     def shutdown(self) -> None:
         """End the thread and vLLM."""

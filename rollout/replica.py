@@ -45,7 +45,7 @@ class Replica:
         """``health`` is that of the place, over all its lives."""
         self._config = config
         self.index, self.name, self.health = index, f"engine-{index}", health
-        environment = environment | engine_environment(config, index) | named(self.name)
+        environment = environment | engine_environment(config) | named(self.name)
         self._actor = slot.spawn(Engine, config, index, environment=environment, concurrency=4096)
         self.end_of_life: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outstanding = 0

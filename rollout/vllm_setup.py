@@ -27,17 +27,20 @@ CPU_STEP_TOKENS = 4096
 """Tokens of a step of vLLM on a CPU, unless its table says otherwise."""
 
 
-def engine_environment(config: Config, index: int) -> dict[str, str]:
-    """Environment variables of engine number ``index``; they must be set before vLLM is imported."""
+def engine_environment(config: Config) -> dict[str, str]:
+    """Return the environment variables of an engine; they must be set before vLLM is imported."""
     eager = bool(config.rollout.vllm.get("enforce_eager"))
     return {
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
         # The context is checked before the start (E407); vLLM does not know that YaRN multiplies it.
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": config.rollout.core_list(index),  # Of worker processes, where there are any.
+        # Worker processes inherit the cores of the thread that starts them; vLLM's own binding would set other counts of threads.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(config.rollout.cpu_threads),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # Pages of 2 MB.
+        # Products of float32 in Triton's attention are TF32 otherwise: log-probs would differ from the learner's by 1e-3 to 1e-2.
+        "TRITON_F32_DEFAULT": "ieee",
         # Without a compiled model vLLM would still compile its log-prob ranking: ten seconds in the first request.
         **({"TORCH_COMPILE_DISABLE": "1"} if eager else {}),
     }
@@ -48,7 +51,7 @@ def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, 
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
-    on_cpu = bool(current_platform.is_cpu())
+    on_cpu, workers = bool(current_platform.is_cpu()), config.rollout.workers_per_engine
     arguments: dict[str, Any] = {
         "model": config.model.path,
         "tokenizer": config.model.tokenizer or config.model.path,
@@ -67,10 +70,13 @@ def engine_arguments(config: Config, index: int, load_format: str) -> dict[str, 
         "disable_log_stats": True,
         "max_num_seqs": config.max_num_seqs,
     }
+    if workers > 1:
+        # Processes of the engine's own. In a placement group vLLM would choose Ray, which needs a bundle for every worker.
+        arguments["distributed_executor_backend"] = "mp"
     if on_cpu:
-        arguments["kv_cache_memory_bytes"] = int(config.rollout.kv_cache_gib) << 30
+        arguments["kv_cache_memory_bytes"] = (int(config.rollout.kv_cache_gib) << 30) // workers  # Of each worker.
         arguments["block_size"] = CPU_BLOCK_TOKENS
-        if config.rollout.workers_per_engine == 1:
+        if workers == 1:
             # No worker process, and no message queue to it: a quarter faster, and starts sooner.
             from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -96,13 +102,19 @@ def _room_for_whole_prompts(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def start_vllm(config: Config, index: int, load_format: str) -> Any:
     """vLLM behind ``AsyncLLM``'s interface."""
-    from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = engine_arguments(config, index, load_format)
     if current_platform.is_cpu():
         return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, config.rollout.cores(index))
+    return start_async(arguments)
+
+
+def start_async(arguments: dict[str, Any]) -> Any:
+    """Start ``AsyncLLM``, which keeps vLLM's core in a process of its own: what serves on GPUs."""
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)

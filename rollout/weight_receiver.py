@@ -2,13 +2,14 @@
 
 Importing this module registers our backends with vLLM's weight-transfer factory before the model loads. The rounds
 are vLLM's own: start, update, finish; what is added is proof. Invariant: every byte that is loaded was hashed on this
-side (shared memory before the update, by ``Engine.receive``; device links while loading), and a tied output head
-follows its embedding.
+side, by every worker (shared memory before the update; device links while loading), and a tied output head follows its
+embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rollout.cpu_weights import Replacement, make_ready, plan, put_in_place, reproduces, tied_heads
 from shared.errors import WeightProofFailed
-from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, unpack_handle
+from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, digest, unpack_handle, views
 
 
 @dataclass
@@ -52,7 +53,7 @@ class ShmUpdateInfo(WeightTransferUpdateInfo):
 
 
 class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Takes full tensors from shared memory: the backend for CPU engines. ``Engine.receive`` has hashed them there."""
+    """Takes full tensors from shared memory: the backend for CPU engines. ``prepare`` has hashed them there."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
@@ -63,23 +64,24 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
     _loaded: ShmUpdateInfo | None = None
     """What vLLM's loader took in this round."""
     _beside = False
-    """Whether this worker is asked to prepare at all."""
+    """Whether this worker can pack beside its steps: it holds the whole model, on a CPU."""
     _reproduced: bool | None = None
     """Whether a plan gives the weights that vLLM's loader gives; None until the first publication, which tells."""
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """Nothing to connect."""
 
-    def prepare(self, update_info: ShmUpdateInfo) -> None:
-        """Pack the next weights beside the live ones while the engine generates; do nothing if they cannot be packed so.
+    def prepare(self, update_info: ShmUpdateInfo) -> str:
+        """Return the digest of the next weights; pack them beside the live ones if this worker can.
 
         The first publication is left to vLLM's own loader, which the later ones are measured by.
         """
-        self._ready, self._beside = None, True
+        self._ready, self._beside = None, self.device.type == "cpu" and self.parallel_config.world_size == 1
         where = plan(self.model, update_info.names) if self._reproduced and not self._loading else None
         if where is not None:
             self._ready = make_ready(self.model, where, dict(_tensors(update_info)))
             self._ready_from = update_info
+        return _digest(update_info)
 
     def start_weight_update(self) -> None:
         """Unless all is ready, put the layers into loadable form: packed ones cannot be written in place."""
@@ -122,6 +124,11 @@ class ProvedNcclEngine(NCCLWeightTransferEngine):
             super().receive_weights(update_info)
         self.received = hasher.hexdigest()
 
+    def finish_weight_update(self) -> None:
+        """Finalise the layers, tied heads included."""
+        super().finish_weight_update()
+        pack_tied_heads(self.model)
+
 
 @dataclass
 class IpcUpdateInfo(IPCWeightTransferUpdateInfo):
@@ -148,6 +155,11 @@ class ProvedIpcEngine(IPCWeightTransferEngine):
         with _hashed_load(self.model, update_info.digest) as hasher:
             super().receive_weights(update_info)
         self.received = hasher.hexdigest()
+
+    def finish_weight_update(self) -> None:
+        """Finalise the layers, tied heads included."""
+        super().finish_weight_update()
+        pack_tied_heads(self.model)
 
 
 @contextmanager
@@ -181,6 +193,11 @@ def _tensors(info: ShmUpdateInfo) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
+def _digest(info: ShmUpdateInfo) -> str:
+    """Hash the publication's bytes as this process reads them."""
+    return digest(views(Segment(info.segment).bytes, info.tensors()))
+
+
 def pack_tied_heads(model: torch.nn.Module) -> None:
     """Let every tied output head of ``model`` multiply by its embedding's new values.
 
@@ -207,10 +224,18 @@ def forget_expert_kernels(model: torch.nn.Module) -> None:
 class MillraceWorker:
     """Mixed into vLLM's worker class; the names must not occur there."""
 
+    millrace_thread: ThreadPoolExecutor | None = None
+    millrace_preparing: Future[str]
+
     def millrace_prepare(self, update_info: dict[str, Any]) -> None:
-        """Pack the next weights on the caller's thread, beside the steps of another."""
+        """Begin to hash and pack the next weights, on a thread beside this worker's steps."""
         engine = self.weight_transfer_engine  # type: ignore[attr-defined]
-        engine.prepare(engine.parse_update_info(update_info))
+        self.millrace_thread = self.millrace_thread or ThreadPoolExecutor(1, "millrace-prepare")
+        self.millrace_preparing = self.millrace_thread.submit(engine.prepare, engine.parse_update_info(update_info))
+
+    def millrace_prepared(self) -> str | None:
+        """Return the digest of the bytes that this worker read, or None while it is not ready. Raises what ``prepare`` raised."""
+        return self.millrace_preparing.result() if self.millrace_preparing.done() else None
 
     def millrace_received(self) -> str:
         """Digest of the publication that this worker took last."""

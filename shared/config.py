@@ -72,9 +72,9 @@ class Rollout(Section):
     max_engines: NonNegative = 0
     """Above num_engines: so many are asked for, and those beyond num_engines join whenever the cluster has room for them."""
     tensor_parallel_size: Positive = 1
-    """GPUs (or CPU workers) among which every layer of a replica is split; all on one node."""
+    """Workers (a GPU each, or cpu_threads on CPUs) among which every layer of a replica is split; all on one node."""
     pipeline_parallel_size: Positive = 1
-    """GPUs (or CPU workers) among which the layers of a replica are shared out; all on one node."""
+    """GPUs among which the layers of a replica are shared out; all on one node. Must be 1 on CPUs."""
     weights: Literal["auto", "host"] = "auto"
     """How new weights reach engines: auto: shared memory and the object store on CPUs, CUDA IPC when colocated, else NCCL; or as
     on CPUs, by a copy in host memory (host): the learner continues at once, and engines may come and go."""
@@ -103,7 +103,7 @@ class Rollout(Section):
     max_stale_kv_gap: Annotated[float, Field(ge=0)] = 0.05
     """Mean log-prob change by a KV cache of older weights, in nats, above which it is dropped; 0 drops it each time."""
     kv_cache_gib: int | float = 1
-    """KV cache per engine on CPU, whole GiB (on GPUs use rollout.vllm.gpu_memory_utilization)."""
+    """KV cache per engine on CPU, over all its workers, whole GiB (on GPUs use rollout.vllm.gpu_memory_utilization)."""
     cpu_cores: str = "nobind"
     """CPU only: cores of the engines, one list per engine separated by "|", or nobind."""
     cpu_threads: Positive = 1

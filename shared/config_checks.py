@@ -119,6 +119,9 @@ def _engines(c: Config, refuse: Refuse, disagree: Refuse) -> None:
     if 1 < len(lists) != c.rollout.num_engines:
         expected, fix = f"one per engine ({c.rollout.num_engines})", 'rollout.cpu_cores = "nobind"'
         disagree("rollout.cpu_cores", f"{len(lists)} lists", expected, fix)
+    elif any(cores and len(cores) < workers for cores in map(c.rollout.cores, range(c.rollout.num_engines))):
+        expected, fix = f"a core for each of {workers} workers of an engine", 'rollout.cpu_cores = "nobind"'
+        disagree("rollout.cpu_cores, rollout.tensor_parallel_size", c.rollout.cpu_cores, expected, fix)
     gib = c.rollout.kv_cache_gib
     if not isinstance(gib, int) or gib < 1:
         refuse("E504", "bad KV size", "rollout.kv_cache_gib", gib, "an integer >= 1", "rollout.kv_cache_gib = 1")

@@ -105,8 +105,26 @@ canary-one-sided rollout/engine.py engine_pool
     np.max(np.abs(ours - canary.logprobs)) => np.max(ours - canary.logprobs)
 damaged-bytes-loaded rollout/engine.py engine_stack
     if digests != {publication.digest}: => if not digests:
-tied-head-forgotten rollout/weight_receiver.py cpu_weights_stack engine_stack
-    pack_tied_heads(self.model) => pass
+tied-head-forgotten rollout/weight_receiver.py engine_stack
+    head.quant_method.process_weights_after_loading(head) => assert head
+one-worker-s-digest-ignored rollout/engine.py tensor_parallel_stack
+    return {first.hex(), *answers[1:]} => return {first.hex()}
+part-packed-as-a-whole rollout/weight_receiver.py cpu_weights_stack
+    self.device.type == "cpu" and self.parallel_config.world_size == 1 => self.device.type == "cpu"
+workers-left-to-ray rollout/vllm_setup.py contracts_stack
+    if workers > 1: => if workers > 8:
+products-of-float32-in-tf32 rollout/vllm_setup.py contracts_stack
+    "TRITON_F32_DEFAULT": "ieee" => "TRITON_F32_DEFAULT": "tf32"
+dead-worker-unnoticed rollout/in_process.py in_process
+    "is_failed", False) => "is_fail", False)
+shared-memory-left-behind launch/ray_actors.py ray_actors
+    if not any("multiprocessing.resource_tracker" in part for part in child.cmdline()): => if child:
+stages-on-cpus launch/placement.py placement
+    if not needs.on_gpu and (stages => if needs.on_gpu and (stages
+more-workers-than-cores launch/dry_run.py dry_run
+    if workers <= cores or => if cores or
+keys-heads-that-do-not-split launch/model_config.py preflight
+    heads % workers == 0 and shared and => heads % workers == 0 and
 late-piece-overwrites rollout/weight_relay.py weight_relay
     if number == self.number: => if number <= self.number:
 weights-readable-by-others shared/weights.py weights

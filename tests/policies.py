@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
+
+NUMBERS = itertools.count()
 
 
 class Policy:
@@ -17,6 +20,7 @@ class Policy:
         self.torch = torch
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         self.version = -1
+        self._name = f"test-{os.getpid()}-{next(NUMBERS)}"
         self.segments = []
 
     def logprobs(self, token_ids, temperature=1.0):
@@ -38,7 +42,7 @@ class Policy:
         named = list(self.model.named_parameters())
         metas = describe((name, p.dtype, tuple(p.shape)) for name, p in named)
         self.version += 1
-        segment = Segment(segment_name(f"test-{os.getpid()}", str(self.version)), metas[-1].offset + metas[-1].nbytes)
+        segment = Segment(segment_name(self._name, str(self.version)), metas[-1].offset + metas[-1].nbytes)
         self.segments.append(segment)
         for view, (_, p) in zip(views(segment.bytes, metas), named, strict=True):
             np.copyto(view, p.detach().contiguous().view(-1).view(self.torch.uint8).numpy())

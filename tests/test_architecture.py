@@ -31,6 +31,7 @@ HEAVY = {
     # The bench runs raw vLLM beside ours.
     "vllm": {
         "rollout/engine.py",
+        "rollout/vllm_requests.py",
         "rollout/vllm_setup.py",
         "rollout/in_process.py",
         "rollout/weight_receiver.py",

@@ -35,6 +35,8 @@ DISAGREE = [
     ({"rollout.colocate": True, "rollout.num_engines": 2}, "rollout.colocate, rollout.num_engines",
      "2 engines of 1 GPUs, 1 learner ranks", "rollout.num_engines = 1"),
     ({"rollout.cpu_cores": "0|1"}, "rollout.cpu_cores", "2 lists", 'rollout.cpu_cores = "nobind"'),
+    ({"rollout.cpu_cores": "0-1|3", "rollout.num_engines": 2, "rollout.tensor_parallel_size": 2},
+     "rollout.cpu_cores, rollout.tensor_parallel_size", "0-1|3", 'rollout.cpu_cores = "nobind"'),
     ({"rollout.top_p": 0.9}, "rollout.top_p", "0.9", OR_FILTER),
     ({"rollout.top_k": 5}, "rollout.top_k", "5", OR_FILTER),
     ({"rollout.min_p": 0.1}, "rollout.min_p", "0.1", OR_FILTER),

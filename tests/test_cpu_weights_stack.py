@@ -294,7 +294,9 @@ def rounds(monkeypatch):
     monkeypatch.setattr(weight_receiver, "initialize_layerwise_reload", lambda model: done.append("opened"))
     monkeypatch.setattr(weight_receiver, "finalize_layerwise_reload", lambda model, config: done.append("closed"))
     engine = weight_receiver.ShmWeightTransferEngine.__new__(weight_receiver.ShmWeightTransferEngine)
-    engine.model, engine.model_config = Model(), None
+    engine.model, engine.model_config, engine.device = Model(), None, torch.device("cpu")
+    engine.parallel_config = SimpleNamespace(world_size=1)
+    monkeypatch.setattr(weight_receiver, "_digest", lambda info: f"digest of {info.segment}")
     engine.model.load_weights = lambda named: done.append("loaded")
     engine._reproduced = True
     return engine, done
@@ -373,3 +375,27 @@ def test_a_padded_head_with_a_bias_is_declined():
     assert (out.bias is None) == (plan(model, NAMES) is not None)
     out.bias = nn.Parameter(torch.zeros(len(out.weight)))
     assert not cpu_weights._replaceable(out)
+
+
+@pytest.mark.parametrize("name", ["ProvedNcclEngine", "ProvedIpcEngine"])
+def test_a_tied_head_follows_weights_from_a_device_link_once_the_layers_are_final(monkeypatch, name):
+    receiver, done = getattr(weight_receiver, name), []
+    monkeypatch.setattr(receiver.__mro__[1], "finish_weight_update", lambda self: done.append("final"))
+    monkeypatch.setattr(weight_receiver, "pack_tied_heads", done.append)
+    engine = receiver.__new__(receiver)
+    engine.model = "the model"
+    engine.finish_weight_update()
+    assert done == ["final", "the model"]
+
+
+@pytest.mark.parametrize(("device", "workers"), [("cpu", 2), ("cuda", 1)])
+def test_a_worker_that_holds_a_part_or_computes_on_a_gpu_hashes_and_packs_nothing(rounds, monkeypatch, device, workers):
+    engine, done = rounds
+    engine._reproduced, engine.device = None, torch.device(device)
+    engine.parallel_config = SimpleNamespace(world_size=workers)
+    monkeypatch.setattr(weight_receiver, "reproduces", lambda *_: pytest.fail("compared"))
+    assert engine.prepare(info("plain")) == "digest of s"
+    engine.start_weight_update()
+    engine.receive_weights(info("plain"))
+    engine.finish_weight_update()
+    assert done == ["opened", "loaded", "closed"]

@@ -131,6 +131,19 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(model, tmp_path, monkey
         check_room(wanted, tmp_path / "a" / "b", "run.toml")
 
 
+def test_more_workers_of_an_engine_than_cores_are_refused(model, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("launch.shared_memory.shared_memory_free", lambda: 4e9)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 1e12))
+    monkeypatch.setattr(dry_run.os, "cpu_count", lambda: 2)
+    check_room(config(model, **{"rollout.tensor_parallel_size": 2}), tmp_path, "run.toml")
+    four = config(model, **{"rollout.tensor_parallel_size": 4})
+    with pytest.raises(InputErrors, match=r"E501.*Found 4 workers per engine, expected at most 2, the cores"):
+        check_room(four, tmp_path, "run.toml")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # Its nodes are asked for room instead.
+    check_room(four, tmp_path, "run.toml")
+
+
 @pytest.mark.parametrize(("visible", "gpus"), [(None, 4), ("0,1", 2), ("", 0), ("-1", 0), ("0,1,2,3,4,5", 4)])
 def test_this_machine_as_a_private_ray_would_see_it(model, tmp_path, monkeypatch, visible, gpus):
     driver = tmp_path / "gpus"

@@ -257,15 +257,13 @@ def test_vllm_is_built_and_stepped_with_its_own_number_of_threads(monkeypatch):
     assert seen == [("vllm", 3), "built"]
 
 
-@pytest.mark.parametrize(("executor", "called"), [("UniProcExecutor", True), ("MultiprocExecutor", False)])
-def test_work_beside_the_steps_is_done_on_another_thread_or_not_at_all(vllm, executor, called):
+def test_an_engine_whose_worker_process_ended_is_not_healthy_even_while_its_thread_waits(vllm):
     llm, fake = vllm
-    calls = []
-    fake.core.model_executor = type(executor, (), {})()
-    fake.core.collective_rpc = lambda *call: calls.append((threading.current_thread().name, call))
-    asyncio.run(llm.beside("prepare", {"a": 1}))
-    assert [call for _, call in calls] == [("prepare", None, (), {"a": 1})] * called
-    assert "vllm" not in [thread for thread, _ in calls]
+    fake.core.model_executor = SimpleNamespace(is_failed=False)
+    asyncio.run(llm.check_health())
+    fake.core.model_executor.is_failed = True
+    with pytest.raises(EngineFailed, match="engine-3: a worker process of vLLM has ended"):
+        asyncio.run(llm.check_health())
 
 
 def test_who_goes_away_before_the_thread_comes_by_leaves_it_alive(vllm):

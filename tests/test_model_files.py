@@ -449,7 +449,7 @@ def test_vllm_takes_the_context_and_only_that(tmp_path):
         write_model(tmp_path / str(i), **{key: value for key, value in shape.items() if key != "model_type"})
     name = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
     asked = json.dumps([[str(tmp_path / str(i)), context] for i, (_, context) in enumerate(cases)])
-    command = [sys.executable, "-c", TAKES, name, engine_environment(make_config(), 0)[name], asked]
+    command = [sys.executable, "-c", TAKES, name, engine_environment(make_config())[name], asked]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=scaled(200), check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for (shape, context), (exactly, longer, allowed) in zip(

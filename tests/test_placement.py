@@ -114,6 +114,13 @@ def test_a_learner_without_a_place_says_so_with_a_table(nodes, changes, found, f
     assert "learner rank" in error.table
 
 
+def test_a_sequence_of_stages_is_refused_on_cpus_in_one_line():
+    error = refused(cpus(8), "E108", **{TP: 2, PP: 2})
+    assert error.place == "run.toml:rollout.pipeline_parallel_size"
+    assert error.fix == "rollout.pipeline_parallel_size = 1, rollout.tensor_parallel_size = 4"
+    assert not error.table
+
+
 def test_pairs_stay_on_gpus_of_one_type():
     error = refused([*gpus(1), *gpus(1, kind="A100")], "E506", **{COLOCATE: True, E: 2, RANKS: 2})
     assert error.fix == BOTH.format(1)

@@ -156,11 +156,29 @@ def test_a_builtin_whose_default_column_is_missing_is_found_before_the_run(confi
     assert codes(lambda: prepare(config(**changes), "run.toml", tmp_path)) == ["E301"]
 
 
+SEVEN_B = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "head_dim": 64}
+
+
 @pytest.mark.parametrize(
     ("changes", "shape", "found"),
     [
         ({"rollout.tensor_parallel_size": 2}, {"num_attention_heads": 14, "head_dim": 64}, None),
         ({"rollout.tensor_parallel_size": 4}, {"num_attention_heads": 14, "head_dim": 64}, "use 2"),
+        ({"rollout.tensor_parallel_size": 7}, SEVEN_B, "7 for 28 heads, num_key_value_heads 4"),
+        ({"rollout.tensor_parallel_size": 7}, SEVEN_B, "one of [1, 2, 4]. Fix: use 4"),
+        ({"rollout.tensor_parallel_size": 4}, SEVEN_B, None),
+        (
+            {"rollout.tensor_parallel_size": 8},
+            {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
+            None,
+        ),  # Repeated.
+        (
+            {"rollout.tensor_parallel_size": 2},
+            {"num_attention_heads": 2, "intermediate_size": 95},
+            "intermediate_size 95",
+        ),
+        ({"rollout.pipeline_parallel_size": 3}, {"num_hidden_layers": 2}, "at most 2, the layers of the model"),
+        ({"rollout.pipeline_parallel_size": 2}, {"num_hidden_layers": 2}, None),
         ({"rollout.max_new_tokens": 48}, {}, None),
         ({"rollout.max_new_tokens": 49}, {}, "at most 48 new tokens"),
         ({"rollout.max_prompt_tokens": 64, "rollout.max_new_tokens": 1}, {}, "rollout.max_prompt_tokens below 64"),
@@ -176,6 +194,15 @@ def test_the_limits_of_a_model(config, tmp_path, changes, shape, found):
         with pytest.raises(InputErrors) as excinfo:
             check_model(config(**changes), "run.toml")
         assert found in str(excinfo.value)
+
+
+@pytest.mark.parametrize(("gpu", "dtype", "told"), [(True, "float32", 1), (True, "bfloat16", 0), (False, "float32", 0)])
+def test_float32_on_a_gpu_is_told_to_be_slow(config, tmp_path, monkeypatch, gpu, dtype, told):
+    write_model(tmp_path / "model")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    lines = [line for line in check_model(config(**{"model.dtype": dtype}), "run.toml") if "W405" in line]
+    assert len(lines) == told
+    assert all('set model.dtype = "bfloat16"' in line for line in lines)
 
 
 def test_head_dim_is_limited_only_without_a_gpu(config, tmp_path, monkeypatch):

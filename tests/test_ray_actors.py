@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import psutil
 import pytest
@@ -152,3 +154,24 @@ async def test_nothing_is_cancelled_once_ray_is_shut_down(killed, monkeypatch, r
 def test_what_is_bound_to_a_node_goes_nowhere_else():
     where = ray_actors.RaySlot({"CPU": 2.0}, node="a" * 56)._options({})["scheduling_strategy"]
     assert (where.node_id, where.soft) == ("a" * 56, False)
+
+
+LEAVES_MEMORY = """
+import time
+from multiprocessing.shared_memory import SharedMemory
+print(SharedMemory(create=True, size=8).name, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.process
+def test_shared_memory_of_a_process_that_is_ended_with_its_children_is_removed():
+    child = subprocess.Popen([sys.executable, "-c", LEAVES_MEMORY], stdout=subprocess.PIPE, text=True)
+    name = Path("/dev/shm") / child.stdout.readline().strip()
+    assert name.exists()
+    kill_process(child.pid)
+    child.communicate()
+    deadline = time.monotonic() + scaled(5)
+    while name.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not name.exists()

@@ -293,7 +293,7 @@ def test_actors_get_those_switches_off_whatever_their_node_says(monkeypatch):
 
     for name in SAFE:
         monkeypatch.setenv(name, "1")
-    engine = cluster.worker_environment() | engine_environment(make_config(), 0)
+    engine = cluster.worker_environment() | engine_environment(make_config())
     assert {name: engine[name] for name in SAFE} == dict.fromkeys(SAFE, "0")
 
 
