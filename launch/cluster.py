@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder
+from launch.memory import Sizes, refusals
+from launch.model_weights import count_parameters
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
@@ -176,10 +178,13 @@ def addresses() -> dict[str, str]:
 
 
 def check_resources(config: Config, origin: str) -> Needs:
-    """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table."""
+    """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table, or ``InputErrors`` E508."""
     there = nodes()
     needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in there))
     check(needs, there, config, origin)
+    if needs.on_gpu:
+        parameters = count_parameters(Path(config.model.path))
+        raise_all(refusals(config, Sizes.of(config, parameters), there, origin))
     return needs
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from learner.batching import MicroBatch, Row, Step, collate
 from learner.choices import Choices
 from learner.distributed import deepspeed_config, join_group
-from learner.learner_state import gather_state, load_state, write_state
+from learner.learner_state import load_state, save_state
 from learner.logprobs import PolicyModel, Sampled
 from learner.losses import LossInputs, LossSettings, grpo_loss
 from learner.packing_proof import prove_packing
 from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference
-from learner.saving import save_pretrained, whole_copies
+from learner.saving import save_pretrained
 from learner.step_metrics import over_updates, reduce_metrics, token_means
 from learner.weight_sender import NcclSender, make_sender
 from shared import faults
@@ -286,10 +286,14 @@ class Learner:
         Raises ``OSError``; on the rank that met it alone, for all that the ranks do together is done before.
         """
         with self._ledger.during("save"):
-            weights, share = whole_copies(self.engine, self.rank == 0), gather_state(self)
-            if self.rank == 0:
-                save_pretrained(self.engine, weights, self.config, f"{directory}/hf")
-            write_state(self, share, f"{directory}/learner")
+            failed: OSError | None = None
+            try:
+                save_pretrained(self.engine, self.config, f"{directory}/hf", self.rank == 0)
+            except OSError as error:  # The other ranks already gather the state with this one.
+                failed = error
+            save_state(self, f"{directory}/learner")
+            if failed is not None:
+                raise failed
 
     def load(self, directory: str) -> int:
         """Go on from what a whole ``save`` wrote, by any number of ranks; the policy version."""
