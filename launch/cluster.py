@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder
+from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder, uses_gpus
 from launch.memory import Sizes, refusals
 from launch.model_weights import count_parameters
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
@@ -180,7 +180,8 @@ def addresses() -> dict[str, str]:
 def check_resources(config: Config, origin: str) -> Needs:
     """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table, or ``InputErrors`` E508."""
     there = nodes()
-    needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in there))
+    gpus = sum(node.count("GPU") for node in there)
+    needs = Needs.of(config, on_gpu=uses_gpus(gpus, config.rollout.colocate, origin))
     check(needs, there, config, origin)
     if needs.on_gpu:
         parameters = count_parameters(Path(config.model.path))

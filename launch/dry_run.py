@@ -12,8 +12,9 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from launch.environment import check_temporary_folder
+from launch.environment import check_temporary_folder, made_for_gpus, uses_gpus
 from launch.hardware import DEVICES, ENGINE_SHARE, NAMES
 from launch.memory import Sizes, engine_bytes, gb, learner_bytes, refusals, start_bytes, total
 from launch.model_weights import count_parameters
@@ -44,13 +45,18 @@ def dry_run(config: Config, origin: str, output: Path, point: Point | None, devi
         nodes = asyncio.run(_nodes_of_cluster(config))
     else:
         nodes = [this_machine(config)]
-    needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in nodes))
+    problems: list[InputError] = []
+    on_gpu = bool(device)
+    if not device:
+        gpus = sum(node.count("GPU") for node in nodes)
+        on_gpu = bool(_collect(problems, lambda: uses_gpus(gpus, config.rollout.colocate, origin)))
+    needs = Needs.of(config, on_gpu)
     begin = f"goes on from {point.place}" if point else "begins at step 0"
     print(f"{dump_config(config)}\n# {begin}, in {output}; placement:\n{table(needs, nodes)}")
     print("# memory, estimated:\n" + "\n".join(f"  {line}" for line in memory(config, needs.on_gpu)), flush=True)
-    problems: list[InputError] = []
     _collect(problems, lambda: check(needs, nodes, config, origin))
-    problems += refusals(config, Sizes.of(config, count_parameters(Path(config.model.path))), nodes, origin)
+    if needs.on_gpu:
+        problems += refusals(config, Sizes.of(config, count_parameters(Path(config.model.path))), nodes, origin)
     _collect(problems, lambda: check_room(config, output, origin))
     raise_all(problems)
     print("# dry run: everything checked, nothing started", flush=True)
@@ -93,6 +99,10 @@ def _visible_gpus() -> int:
     if visible is None:
         return there
     return min(there, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+
+
+def _on_gpus() -> bool:
+    return made_for_gpus() and bool(_visible_gpus())
 
 
 def memory(config: Config, on_gpu: bool) -> list[str]:
@@ -154,11 +164,11 @@ def check_room(config: Config, output: Path, origin: str) -> None:
         problems.append(InputError("E601", what, where, found, expected, "another place"))
     _collect(problems, lambda: _check_disk(config, output, place))
     _collect(problems, check_temporary_folder)
-    _collect(problems, lambda: check_this_host(config, on_gpu=bool(_visible_gpus())))
+    _collect(problems, lambda: check_this_host(config, on_gpu=_on_gpus()))
     rollout, gib = config.rollout, free_memory() / 2**30
     cache = int(rollout.kv_cache_gib) * rollout.num_engines
     # Where the engines of a cluster will live, only their nodes know what is free.
-    if cache > gib and not os.environ.get("RAY_ADDRESS") and not _visible_gpus():
+    if cache > gib and not os.environ.get("RAY_ADDRESS") and not _on_gpus():
         found, most = (
             f"{rollout.kv_cache_gib} for each of {rollout.num_engines} engines",
             int(gib / rollout.num_engines),
@@ -186,13 +196,15 @@ def _check_disk(config: Config, output: Path, place: Path) -> None:
     raise InputError("E601", "not enough disk", f"run.output_dir = {output}", found, expected, fix)
 
 
-def _collect(problems: list[InputError], check: Callable[[], None]) -> None:
+def _collect(problems: list[InputError], check: Callable[[], Any]) -> Any:
+    """Return what ``check`` does; None if it raises, and add to ``problems`` what it raises."""
     try:
-        check()
+        return check()
     except InputErrors as found:
         problems += found.problems
     except InputError as problem:
         problems.append(problem)
+    return None
 
 
 def free_memory() -> float:

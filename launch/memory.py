@@ -139,7 +139,7 @@ def total(parts: dict[str, float]) -> float:
 
 def refusals(config: Config, sizes: Sizes, nodes: Sequence[Node], origin: str) -> list[InputError]:
     """E508 for a learner rank or an engine that cannot fit the smallest device that Ray names; none without a known one."""
-    there = [device for node in nodes if node.count("GPU") and (device := device_named(node.accelerator))]
+    there = _devices(nodes)
     if not there:
         return []
     device, problems = min(there, key=lambda one: one.memory), []
@@ -159,6 +159,30 @@ def refusals(config: Config, sizes: Sizes, nodes: Sequence[Node], origin: str) -
         place, found = f"{origin}:rollout.tensor_parallel_size", f"~{gb(needed)} a worker"
         problems.append(_refused("engine does not fit", place, found, device, fix, share))
     return problems
+
+
+def colocated(config: Config, sizes: Sizes, nodes: Sequence[Node]) -> Config:
+    """Return ``config`` with vLLM's sizes for engines that share their GPU with a learner rank, which starts first.
+
+    Keys and values get what the learner's peak, the weights and the engine's own buffers leave of the smallest device. With
+    a size of its own vLLM does not measure what is free, which the learner changes meanwhile. Without a known device, or
+    with a size in ``rollout.vllm``, nothing changes.
+    """
+    given = config.rollout.vllm
+    there = _devices(nodes)
+    if not config.rollout.colocate or not there or {"kv_cache_memory_bytes", "gpu_memory_utilization"} & given.keys():
+        return config
+    memory, workers = min(device.memory for device in there), config.rollout.workers_per_engine
+    weights = sizes.number * sizes.parameters / workers
+    room = memory - total(learner_bytes(config, sizes, on_gpu=True)) - weights - RUNTIME
+    share = (weights + RUNTIME + room) / memory  # vLLM refuses to start if less than this is free.
+    sized = {"kv_cache_memory_bytes": int(room), "gpu_memory_utilization": round(share, 3)}
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"vllm": given | sized})})
+
+
+def _devices(nodes: Sequence[Node]) -> list[Device]:
+    """Data sheets of the GPUs that Ray names."""
+    return [device for node in nodes if node.count("GPU") and (device := device_named(node.accelerator))]
 
 
 def _refused(what: str, place: str, found: str, device: Device, fix: str, share: float = 1.0) -> InputError:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from learner.batching import Row, collate
+from learner.saving import save_pretrained
 from learner.tensor_files import Described, write_tensors
 from learner.weight_sender import named_parameters
 from shared.types import Completion, Prompt
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
     from learner.learner import Learner
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_all(learner: Learner, directory: str) -> None:
+    """Write the policy in Hugging Face form to ``directory``/hf, and ``save_state`` to ``directory``/learner.
+
+    All ranks call it together. Raises ``OSError``, after all that the ranks do together.
+    """
+    failed: OSError | None = None
+    try:
+        save_pretrained(learner.engine, learner.config, f"{directory}/hf", learner.rank == 0)
+    except OSError as error:  # The other ranks already gather the state with this one.
+        failed = error
+    save_state(learner, f"{directory}/learner")
+    if failed is not None:
+        raise failed
 
 
 def save_state(learner: Learner, directory: str) -> None:

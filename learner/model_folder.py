@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 from learner.sharded_loading import in_shares
-
 from shared.errors import InputError
 
 MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")

@@ -22,9 +22,9 @@ def in_shares(deepspeed_settings: dict[str, Any]) -> Iterator[None]:
     from transformers import PreTrainedModel
 
     def load(
-        model: Any, state_dict: Any, checkpoint_files: list[str], load_config: Any, expected_keys: Any = None
+        model: Any, _: None, files: list[str], load_config: Any, *__: Any, **___: Any
     ) -> tuple[Any, dict[str, Any]]:
-        return _load_layers(model, checkpoint_files, load_config, deepspeed_settings), {}
+        return _load_layers(model, files, load_config, deepspeed_settings), {}
 
     before = PreTrainedModel.__dict__["_load_pretrained_model"]
     PreTrainedModel._load_pretrained_model = staticmethod(load)
