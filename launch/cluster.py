@@ -20,8 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.environment import SAFE, refuse_open_dashboard, refuse_open_gcs
+from launch.environment import SAFE, refuse_open_dashboard, refuse_open_gcs, uses_gpus
 from launch.interrupts import kept
+from launch.memory import Sizes, refusals
+from launch.model_weights import count_parameters
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.private_ray import check_temporary_folder, keep_private, remove_folders, start_private
 from launch.ray_actors import RaySlot
@@ -167,10 +169,14 @@ def addresses() -> dict[str, str]:
 
 
 def check_resources(config: Config, origin: str) -> Needs:
-    """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table."""
+    """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table, or ``InputErrors`` E508."""
     there = nodes()
-    needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in there))
+    gpus = sum(node.count("GPU") for node in there)
+    needs = Needs.of(config, on_gpu=uses_gpus(gpus, config.rollout.colocate, origin))
     check(needs, there, config, origin)
+    if needs.on_gpu:
+        parameters = count_parameters(Path(config.model.path))
+        raise_all(refusals(config, Sizes.of(config, parameters), there, origin))
     return needs
 
 

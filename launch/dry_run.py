@@ -12,10 +12,13 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from launch.hardware import Shape
+from launch.environment import made_for_gpus, uses_gpus
+from launch.hardware import DEVICES, ENGINE_SHARE, NAMES
+from launch.memory import Sizes, engine_bytes, gb, learner_bytes, refusals, start_bytes, total
 from launch.model_weights import count_parameters
-from launch.placement import Needs, Node, check, table
+from launch.placement import ACCELERATOR, Needs, Node, check, table
 from launch.preflight import Prepared
 from launch.private_ray import check_temporary_folder
 from launch.resume import Point
@@ -23,7 +26,7 @@ from launch.run_folder import dump_config
 from launch.shared_memory import check_this_host, shared_memory_bytes
 from shared.checkpoints import all_of
 from shared.config import Config
-from shared.errors import InputError, raise_all, visible
+from shared.errors import InputError, InputErrors, raise_all, visible
 
 DRIVER = Path("/proc/driver/nvidia/gpus")
 CGROUP = Path("/sys/fs/cgroup")
@@ -31,18 +34,42 @@ ADAM_BYTES = 12
 """Of a parameter in a checkpoint: the master weights and two moments in float32."""
 
 
-def dry_run(config: Config, origin: str, output: Path, point: Point | None) -> None:
-    """Print the settings, the placement and the memory. Raises ``InputError`` E501, E506, E601 or E502."""
-    if os.environ.get("RAY_ADDRESS"):
+def dry_run(config: Config, origin: str, output: Path, point: Point | None, device: str = "") -> None:
+    """Print the settings, the placement and the memory, then all that is wrong with them together.
+
+    ``device``: plan for enough GPUs of that data sheet, which need not be here. Raises ``InputErrors``: E501, E506 or E508
+    for the cluster, E601 for the disk, and others of ``check_room``; E502 if a cluster does not answer.
+    """
+    if device:
+        nodes = [_planned(config, device)]
+    elif os.environ.get("RAY_ADDRESS"):
         nodes = asyncio.run(_nodes_of_cluster(config))
     else:
         nodes = [this_machine(config)]
-    needs = Needs.of(config, on_gpu=any(node.count("GPU") for node in nodes))
-    check(needs, nodes, config, origin)
+    problems: list[InputError] = []
+    on_gpu = bool(device)
+    if not device:
+        gpus = sum(node.count("GPU") for node in nodes)
+        on_gpu = bool(_collect(problems, lambda: uses_gpus(gpus, config.rollout.colocate, origin)))
+    needs = Needs.of(config, on_gpu)
     begin = f"goes on from {point.place}" if point else "begins at step 0"
     print(visible(f"{dump_config(config)}\n# {begin}, in {output}; placement:\n{table(needs, nodes)}"))
-    print("# memory, estimated:\n" + "\n".join(f"  {line}" for line in memory(config, needs.on_gpu)))
+    print("# memory, estimated:\n" + "\n".join(f"  {line}" for line in memory(config, needs.on_gpu)), flush=True)
+    _collect(problems, lambda: check(needs, nodes, config, origin))
+    if needs.on_gpu:
+        problems += refusals(config, Sizes.of(config, count_parameters(Path(config.model.path))), nodes, origin)
+    _collect(problems, lambda: check_room(config, output, origin))
+    raise_all(problems)
     print("# dry run: everything checked, nothing started", flush=True)
+
+
+def _planned(config: Config, device: str) -> Node:
+    """One machine that has what a run of ``config`` takes, with GPUs of the data sheet ``device``."""
+    needs = Needs.of(config, on_gpu=True)
+    kind = next(name for name, sheet in NAMES.items() if sheet == device)
+    have = {name: needs.bundles.total(name) for name in ("CPU", "GPU")}
+    assert device in DEVICES
+    return Node("planned", have | {f"{ACCELERATOR}{kind}": have["GPU"]})
 
 
 def contents(prepared: Prepared) -> str:
@@ -75,39 +102,32 @@ def _visible_gpus() -> int:
     return min(there, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
 
 
+def _on_gpus() -> bool:
+    return made_for_gpus() and bool(_visible_gpus())
+
+
 def memory(config: Config, on_gpu: bool) -> list[str]:
     """What an engine, a learner rank and a checkpoint take, in words, from the shape of the model alone."""
-    rollout, learner = config.rollout, config.learner
-    parameters, size = count_parameters(Path(config.model.path)), _weight_bytes(config)
-    ranks, stage = learner.num_ranks, learner.zero_stage
-    states = parameters * (
-        12 / (ranks if stage >= 1 else 1) + 4 / (ranks if stage >= 2 else 1) + size / (ranks if stage >= 3 else 1)
-    )
-    told = f"optimizer, gradients and weights {_size(states)}"
-    if config.needs_reference:
-        states += (reference := size * parameters / (ranks if stage >= 3 else 1))
-        told += f", reference {_size(reference)}"
+    rollout, stage = config.rollout, config.learner.zero_stage
+    sizes = Sizes.of(config, count_parameters(Path(config.model.path)))
+    parts = learner_bytes(config, sizes, on_gpu)
+    told = ", ".join(f"{name} {gb(nbytes)}" for name, nbytes in parts.items())
+    told += "" if sizes.kept else "; activations not estimated"
     cache = f"{rollout.kv_cache_gib} GiB of keys and values"
     if on_gpu:
-        cache = f"keys and values up to {rollout.vllm.get('gpu_memory_utilization', 0.9):.0%} of the GPU"
-    try:
-        shape = Shape.of(config)
-    except InputError:  # A family whose configuration names things otherwise.
-        activations, longest = 0.0, ""
-        told += "; activations not estimated"
-    else:
-        activations = size * shape.hidden * shape.layers * (1 if learner.gradient_checkpointing else 17)
-        activations *= learner.max_tokens_per_microbatch
-        told += f", activations {_size(activations)}"
-        tokens = rollout.max_prompt_tokens + rollout.max_new_tokens
-        longest = f", {_size(shape.kv_bytes * tokens)} for the longest sequence"
+        cache = f"keys and values up to {rollout.vllm.get('gpu_memory_utilization', ENGINE_SHARE):.0%} of the GPU"
+    if rollout.colocate:
+        cache = "keys and values in what the learner leaves of the GPU"
+    engine = engine_bytes(config, sizes)
+    longest = f", {gb(engine['longest sequence'])} for the longest sequence" if sizes.kv_bytes else ""
     shared = shared_memory_bytes(config, on_gpu)
     return [
-        f"model: {_count(parameters)} parameters",
-        f"engine worker: weights {_size(size * parameters / rollout.workers_per_engine)}, {cache}{longest}",
-        f"learner rank, ZeRO {stage}: {_size(states + activations)} ({told})",
-        f"checkpoint: {_size(checkpoint_bytes(config))}, up to {most_checkpoints(config)} at a time",
-        *([f"shared memory: {_size(shared)} in /dev/shm of every host that holds published weights"] if shared else []),
+        f"model: {_count(sizes.parameters)} parameters",
+        f"engine worker: weights {gb(engine['weights'])}, {cache}{longest}",
+        f"learner rank, ZeRO {stage}: {gb(total(parts))} ({told})",
+        f"start of a learner rank: {gb(start_bytes(config, sizes))} of the host's memory for weights",
+        f"checkpoint: {gb(checkpoint_bytes(config))}, up to {most_checkpoints(config)} at a time",
+        *([f"shared memory: {gb(shared)} in /dev/shm of every host that holds published weights"] if shared else []),
     ]
 
 
@@ -145,12 +165,12 @@ def check_room(config: Config, output: Path, origin: str) -> None:
         problems.append(InputError("E601", what, where, found, expected, "another place"))
     _collect(problems, lambda: _check_disk(config, output, place))
     _collect(problems, check_temporary_folder)
-    _collect(problems, lambda: check_this_host(config, on_gpu=bool(_visible_gpus())))
+    _collect(problems, lambda: check_this_host(config, on_gpu=_on_gpus()))
     _collect(problems, lambda: _check_workers(config, origin))
     rollout, gib = config.rollout, free_memory() / 2**30
     cache = int(rollout.kv_cache_gib) * rollout.num_engines
     # Where the engines of a cluster will live, only their nodes know what is free.
-    if cache > gib and not os.environ.get("RAY_ADDRESS") and not _visible_gpus():
+    if cache > gib and not os.environ.get("RAY_ADDRESS") and not _on_gpus():
         found, most = (
             f"{rollout.kv_cache_gib} for each of {rollout.num_engines} engines",
             int(gib / rollout.num_engines),
@@ -184,18 +204,22 @@ def _check_disk(config: Config, output: Path, place: Path) -> None:
     free = shutil.disk_usage(place).free
     if free >= max(size, size * most - there):
         return
-    found = f"{_size(free)} free{f' beside checkpoints of {_size(there)}' if there else ''}"
-    expected = f"~{_size(size * most)} for {f'{most} checkpoints at a time' if most > 1 else 'a checkpoint'}"
+    found = f"{gb(free)} free{f' beside checkpoints of {gb(there)}' if there else ''}"
+    expected = f"~{gb(size * most)} for {f'{most} checkpoints at a time' if most > 1 else 'a checkpoint'}"
     fewer = int((free + there) / size) - 1 - _keeps_best(config) if free >= size else 0
     fix = f"run.keep_checkpoints = {fewer}" if fewer > 0 else "another place, or make room"
     raise InputError("E601", "not enough disk", f"run.output_dir = {output}", found, expected, fix)
 
 
-def _collect(problems: list[InputError], check: Callable[[], None]) -> None:
+def _collect(problems: list[InputError], check: Callable[[], Any]) -> Any:
+    """Return what ``check`` does; None if it raises, and add to ``problems`` what it raises."""
     try:
-        check()
+        return check()
+    except InputErrors as found:
+        problems += found.problems
     except InputError as problem:
         problems.append(problem)
+    return None
 
 
 def free_memory() -> float:
@@ -209,14 +233,6 @@ def free_memory() -> float:
     except (OSError, ValueError):  # "max", or another version of control groups.
         return free
     return min(free, limit - used)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _count(number: float) -> str:

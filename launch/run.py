@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from rollout.prompts import PromptStream
 
 
+DEVICES = ("a100-80", "h100-80", "h200", "b200", "l40s")
+"""Data sheets of ``hardware.DEVICES``, which imports too much for the options."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train, and return the exit code."""
     return guarded(arguments, _train_command, parser())
@@ -83,13 +87,20 @@ def _common(options: ConfigOptions) -> None:
     text = "check everything, show settings, placement and memory, and start no part of a run; reward functions are tried on a "
     text += "few made-up samples, so a reward service is sent them"
     options.add_argument("--dry-run", action="store_true", help=text)
+    text = "with --dry-run: plan for GPUs of this data sheet, which need not be here"
+    options.add_argument("--device", choices=DEVICES, default="", help=text)
     text = "run.trace = true: keep the whole timeline of all processes, for Perfetto (ledger/trace.json)"
     options.add_argument("--trace", action="store_true", help=text)
 
 
 def _train_command(arguments: list[str]) -> None:
     options, files, settings = parser().parse_config(arguments)
-    train(load_config(files, _traced(options, settings)), config_file(files[-1]), dry_run=options.dry_run)
+    train(
+        load_config(files, _traced(options, settings)),
+        config_file(files[-1]),
+        dry_run=options.dry_run,
+        device=options.device,
+    )
 
 
 def _resume_command(arguments: list[str]) -> None:
@@ -100,21 +111,27 @@ def _resume_command(arguments: list[str]) -> None:
         raise InputError("E603", "nothing to resume", folders[0], "no config.toml", "the folder of a run", fix)
     here = {"run.output_dir": str(folder), "run.resume": "auto"}
     file, settings = folder / "config.toml", _traced(options, here | settings)
-    train(load_config([str(file)], settings), file, dry_run=options.dry_run)
+    train(load_config([str(file)], settings), file, dry_run=options.dry_run, device=options.device)
 
 
 def _traced(options: Any, settings: dict[str, str]) -> dict[str, str]:
     return settings | {"run.trace": "true"} if options.trace else settings
 
 
-def train(config: Config, source: Path, dry_run: bool = False) -> None:
-    """Check everything, then run the whole loop; ``source`` names the configuration in messages."""
+def train(config: Config, source: Path, dry_run: bool = False, device: str = "") -> None:
+    """Check everything, then run the whole loop; ``source`` names the configuration in messages.
+
+    A ``dry_run`` starts nothing, and plans for GPUs of the data sheet ``device`` if one is named.
+    """
+    if device and not dry_run:
+        fix = "add --dry-run, or leave it out"
+        raise InputError("E102", "device without a dry run", "--device", device, "a dry run", fix)
     if dry_run:
         from launch.dry_run import dry_run as rehearse
 
         session = prepare_session(config, source, rehearsal=True)
         if session is not None:
-            rehearse(session.prepared.config, source.name, session.output, session.point)
+            rehearse(session.prepared.config, source.name, session.output, session.point, device)
         return
     session = prepare_session(config, source)
     if session is not None:
@@ -143,7 +160,8 @@ def prepare_session(
     prepared = prepare(config, source.name, source.parent, rehearsal=rehearsal)
     stream = prepared.train.stream(config)
     point = find(prepared.config, output, stream, source.name)
-    check_room(prepared.config, output, source.name)
+    if not rehearsal:  # A dry run tells it after placement and memory.
+        check_room(prepared.config, output, source.name)
     for warning in prepared.warnings:
         print(visible(warning), flush=True)
     if config.run.resume == "overwrite" and (length := length_of(output)):

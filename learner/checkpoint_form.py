@@ -14,10 +14,14 @@ from torch import Tensor
 class CheckpointForm:
     """Turns the weights of one model into the form of its files, a decoder layer at a time."""
 
-    def __init__(self, model: Any) -> None:
-        """``model`` is of transformers; any other is taken to hold its weights as its files do."""
+    def __init__(self, model: Any, as_loaded: bool = False) -> None:
+        """``model`` is of transformers; any other is taken to hold its weights as its files do.
+
+        With ``as_loaded`` the form is that of the very files that it was loaded from, whose names may be older ones.
+        """
         self._model = model
-        self._conversions = _conversions(model)
+        loaded = getattr(model, "_weight_conversions", None) if as_loaded else None
+        self._conversions = _conversions(model) if loaded is None else loaded
 
     def __call__(self, group: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         """``group`` of names and whole tensors, converted; it must hold all that belongs together, as a layer does."""

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from learner.batching import MicroBatch, Row, Step, collate
 from learner.choices import Choices
-from learner.distributed import deepspeed_config, join_group
-from learner.learner_state import gather_state, load_state, write_state
+from learner.distributed import deepspeed_config, freed_at_once, join_group
+from learner.learner_state import load_state, save_all
 from learner.logprobs import PolicyModel, Sampled
 from learner.losses import LossInputs, LossSettings, grpo_loss
 from learner.packing_proof import prove_packing
 from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference
-from learner.saving import save_pretrained, whole_copies
 from learner.step_metrics import over_updates, reduce_metrics, token_means
 from learner.weight_sender import NcclSender, make_sender
 from shared import faults
@@ -44,39 +43,40 @@ class Learner:
         self.policy_version = 0
         self._grad_norm = self._lr = float("nan")
         join_group(config, rank, world_size, master)
-        import deepspeed
-
         self._choices = Choices(config)
-        algorithm, settings = config.algorithm, config.learner
+        algorithm = config.algorithm
         self._kl_control = self._choices.kl_control(algorithm.kl.reward_coef or algorithm.kl.coef)
         self._entropy_bonus = self._choices.entropy_bonus()
         self.coefficients = {"kl": self._kl_control, "entropy": self._entropy_bonus}
         torch.manual_seed(config.run.seed)
         self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        with freed_at_once():
+            self._start()
+        self._passes = Passes(config, self._choices, self._without_gradient, self.reference, self._ledger)
+        self._ledger.enter("wait_for_groups")
+
+    def _start(self) -> None:
+        """Load the policy and the reference, each under DeepSpeed before the next is read."""
+        import deepspeed
+
+        config, settings = self.config, self.config.learner
         policy = PolicyModel.load(config)
         self._choices.needs_old_pass |= policy.has_dropout
         if settings.gradient_checkpointing:
             policy.model.gradient_checkpointing_enable()
-        optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        betas = settings.betas[0], settings.betas[1]
+        rates = {"lr": settings.lr, "betas": betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+        optimizer = torch.optim.AdamW(policy.parameters(), **rates, fused=True)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=policy, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
         )
         # In float32 at stage 0 DeepSpeed neither reports the norm nor notices a non-finite one.
         self.engine.clip_fp32_gradients = self._clip_float32
         self.engine.train()
-        full = self._choices.full_in_loss or self._choices.full_in_reward
-        self.reference = (
-            Reference(config, PolicyModel.load(config), self.device, full) if config.needs_reference else None
-        )
-        self._passes = Passes(config, self._choices, self._without_gradient, self.reference, self._ledger)
-        self._ledger.enter("wait_for_groups")
+        self.reference = None
+        if config.needs_reference:
+            full = self._choices.full_in_loss or self._choices.full_in_reward
+            self.reference = Reference(config, PolicyModel.load(config), self.device, full)
 
     # --- training ---
 
@@ -286,10 +286,7 @@ class Learner:
         Raises ``OSError``; on the rank that met it alone, for all that the ranks do together is done before.
         """
         with self._ledger.during("save"):
-            weights, share = whole_copies(self.engine, self.rank == 0), gather_state(self)
-            if self.rank == 0:
-                save_pretrained(self.engine, weights, self.config, f"{directory}/hf")
-            write_state(self, share, f"{directory}/learner")
+            save_all(self, directory)
 
     def load(self, directory: str) -> int:
         """Go on from what a whole ``save`` wrote, by any number of ranks; the policy version."""

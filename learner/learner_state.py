@@ -1,12 +1,13 @@
 """Everything a learner needs to go on, as safetensors that fit any number of ranks and any ZeRO stage.
 
 Master weights and Adam's moments are stored in full and by name; each rank writes its share of them and reads what it
-needs. Nothing here is a pickle. Invariant: what ``load_state`` puts back is bit for bit what ``gather_state`` found.
+needs. Nothing here is a pickle. Invariant: what ``load_state`` puts back is bit for bit what ``save_state`` found.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from learner.batching import Row, collate
+from learner.saving import save_pretrained
+from learner.tensor_files import Described, write_tensors
 from learner.weight_sender import named_parameters
 from shared.types import Completion, Prompt
 
@@ -24,31 +27,36 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather_state(learner: Learner) -> dict[str, Tensor]:
-    """This rank's share of all master weights, moments and the moved reference, on the CPU; all ranks call it together."""
-    share: dict[str, Tensor] = {}
-    keys = ("weight", *MOMENTS) if _adam_steps(learner) else ("weight",)
-    for number, (name, parameter) in enumerate(named_parameters(learner.engine)):
-        for key in keys:
-            value = _full(learner, parameter, key)
-            if number % learner.world_size == learner.rank:
-                share[f"{key}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    if learner.reference is not None and learner.reference.moved:
-        for number, (name, tensor) in enumerate(learner.reference.tensors()):
-            if number % learner.world_size == learner.rank:
-                share[f"reference/{name}"] = tensor.detach().to("cpu", copy=True).contiguous()
-    return share
+def save_all(learner: Learner, directory: str) -> None:
+    """Write the policy in Hugging Face form to ``directory``/hf, and ``save_state`` to ``directory``/learner.
+
+    All ranks call it together. Raises ``OSError``, after all that the ranks do together.
+    """
+    failed: OSError | None = None
+    try:
+        save_pretrained(learner.engine, learner.config, f"{directory}/hf", learner.rank == 0)
+    except OSError as error:  # The other ranks already gather the state with this one.
+        failed = error
+    save_state(learner, f"{directory}/learner")
+    if failed is not None:
+        raise failed
 
 
-def write_state(learner: Learner, share: dict[str, Tensor], directory: str) -> None:
-    """Write this rank's ``share`` into ``directory``; no collective. Raises ``OSError``, also for a full disk."""
+def save_state(learner: Learner, directory: str) -> None:
+    """Write this rank's share of master weights, moments and the moved reference, gathered one after the other.
+
+    All ranks call it together. Raises ``OSError``, also for a full disk, after all that the ranks do together.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(directory)
+    mine = folder / f"part-{learner.rank:03d}.safetensors"
+    write_tensors([(mine, [described for described, own in _described(learner) if own])], _share(learner))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(share, str(folder / f"part-{learner.rank:03d}.safetensors"))
+        if not mine.exists():
+            save_file({}, str(mine))
         save_file(_random_state(), str(folder / f"random-{learner.rank:03d}.safetensors"))
     except SafetensorError as error:
         raise OSError(str(error)) from None
@@ -61,9 +69,36 @@ def write_state(learner: Learner, share: dict[str, Tensor], directory: str) -> N
         (folder / "learner.json").write_text(json.dumps(numbers), encoding="utf-8")
 
 
+def _described(learner: Learner) -> Iterator[tuple[Described, bool]]:
+    """Yield what a checkpoint holds, in the order of ``_share``, and whether this rank writes it."""
+    keys = ("weight", *MOMENTS) if _adam_steps(learner) else ("weight",)
+    for number, (name, parameter) in enumerate(named_parameters(learner.engine)):
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for key in keys:
+            yield Described(f"{key}/{name}", torch.float32, shape), number % learner.world_size == learner.rank
+    if learner.reference is not None and learner.reference.moved:
+        for number, (name, dtype, shape) in enumerate(learner.reference.described()):
+            yield Described(f"reference/{name}", dtype, shape), number % learner.world_size == learner.rank
+
+
+def _share(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    """Gather everything, one tensor at a time; yield what this rank writes."""
+    own = {described.name for described, mine in _described(learner) if mine}
+    keys = ("weight", *MOMENTS) if _adam_steps(learner) else ("weight",)
+    for name, parameter in named_parameters(learner.engine):
+        for key in keys:
+            value = _full(learner, parameter, key)
+            if f"{key}/{name}" in own:
+                yield f"{key}/{name}", value.detach().to("cpu", torch.float32)
+    if learner.reference is not None and learner.reference.moved:
+        for name, tensor in learner.reference.tensors():
+            if f"reference/{name}" in own:
+                yield f"reference/{name}", tensor
+
+
 @torch.no_grad()
 def load_state(learner: Learner, directory: str) -> None:
-    """Put back what ``write_state`` wrote, by whatever number of ranks; a collective that all ranks call together."""
+    """Put back what ``save_state`` wrote, by whatever number of ranks; a collective that all ranks call together."""
     folder = Path(directory)
     numbers = json.loads((folder / "learner.json").read_text(encoding="utf-8"))
     if numbers["adam_steps"]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from learner.attention import ATTENTION_NAME, Layout, register_attention
-from learner.model_folder import load_whole
+from learner.distributed import deepspeed_config
+from learner.model_folder import load_model
 from shared.config import Config
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
@@ -160,10 +161,15 @@ class PolicyModel(nn.Module):
 
     @classmethod
     def load(cls, config: Config) -> PolicyModel:
-        """Return the configured model from disk, in its own type, with packed attention. Raises ``InputError`` E411."""
+        """Return the configured model from disk, in its own type, with packed attention. Raises ``InputError`` E411.
+
+        At ZeRO-3 it is this rank's share, and all ranks load together.
+        """
         register_attention()
-        model = load_whole(
+        sharded = config.learner.zero_stage == 3 and torch.distributed.is_initialized()
+        model = load_model(
             config.model.path,
+            deepspeed_config(config) if sharded else None,
             dtype=getattr(torch, config.model.dtype),
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=config.model.trust_remote_code,

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gener
 from transformers.utils import logging
 
 from learner.model_folder import make_savable, refuse_missing
-from learner.saving import write_model
+from learner.saving import write_settings
 from shared.errors import InputError, one_line
 
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -151,7 +151,7 @@ def rehearse_save(path: str, model: Any) -> list[str]:
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
             changed = make_savable(model)
-            write_model(model, {}, folder)
+            write_settings(model, folder)
     except Exception as error:  # Whatever a library raises at the save.
         expected, fix = "a model that transformers can save", "correct the file that it names"
         raise InputError("E413", "cannot be saved", path, one_line(error), expected, fix) from None

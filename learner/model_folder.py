@@ -1,10 +1,12 @@
-"""Load a model folder whole and in a state that can be saved again, or say in one line what keeps it from that."""
+"""Load a model folder completely and in a state that can be saved again, or say in one line what keeps it from that."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
+from learner.sharded_loading import in_shares
 from shared.errors import InputError
 
 MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
@@ -12,17 +14,19 @@ MARKERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.",
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
-def load_whole(path: str, **options: Any) -> Any:
+def load_model(path: str, shares: dict[str, Any] | None = None, **options: Any) -> Any:
     """Return the causal language model in the folder ``path``, loaded with ``options`` of ``from_pretrained``.
 
+    With ``shares``, settings of DeepSpeed, every rank gets its ZeRO-3 share of each weight, and all ranks call it together.
     Raises ``InputError`` E411 if weights are missing: transformers would make up random ones.
     """
     from transformers import AutoModelForCausalLM
 
     trusted = options.pop("trust_remote_code")
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, output_loading_info=True, use_safetensors=True, trust_remote_code=trusted, **options
-    )
+    with in_shares(shares) if shares else nullcontext():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, use_safetensors=True, trust_remote_code=trusted, **options
+        )
     refuse_missing(path, model, info["missing_keys"], info["unexpected_keys"])
     make_savable(model)
     return model

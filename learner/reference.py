@@ -69,6 +69,11 @@ class Reference:
         names = [name for name, _ in self._model.named_parameters()]
         yield from zip(names, self._writable(), strict=True)
 
+    def described(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Names, types and whole shapes of ``tensors``."""
+        named = self._model.named_parameters()
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in named]
+
     @torch.no_grad()
     def load(self, stored: Callable[[str], Tensor]) -> None:
         """Become what ``tensors`` gave once; ``stored`` finds a tensor by name."""

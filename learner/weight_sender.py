@@ -49,9 +49,9 @@ def named_parameters(engine: Any) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name.removeprefix(PREFIX), parameter) for name, parameter in engine.module.named_parameters()]
 
 
-def layout(engine: Any, alignment: int = 64) -> tuple[TensorMeta, ...]:
+def layout(engine: Any, alignment: int = 64, form: CheckpointForm | None = None) -> tuple[TensorMeta, ...]:
     """Names, types and full shapes of what ``published`` gives, without gathering."""
-    form = CheckpointForm(engine.module.model)
+    form = form or CheckpointForm(engine.module.model)
     shapes = [
         (name, torch.empty(tuple(getattr(p, "ds_shape", p.shape)), dtype=p.dtype, device="meta"))
         for name, p in named_parameters(engine)
@@ -83,9 +83,9 @@ def full_tensors(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def published(engine: Any) -> Iterator[tuple[str, Tensor]]:
+def published(engine: Any, form: CheckpointForm | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every weight in full as checkpoint files have it, in the order of ``layout``; under ZeRO-3 as ``full_tensors``."""
-    form = CheckpointForm(engine.module.model)
+    form = form or CheckpointForm(engine.module.model)
     for group in _whole_layers(engine):
         yield from form(group)
 

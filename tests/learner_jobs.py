@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from learner.learner import Learner
+from learner.logprobs import PolicyModel
 from learner.weight_sender import full_tensors
 from shared.config import Config
 from shared.config_algorithm import Choice
+from shared.errors import InputError
 from shared.weights import Segment, views
 from tests.learner_groups import make_groups
 
@@ -92,8 +95,53 @@ def resume(options: dict[str, Any]) -> None:
     write(options, learner, reports, {f"reference/{name}": t.float().numpy().copy() for name, t in reference})
 
 
+def load(options: dict[str, Any]) -> None:
+    """Load every one of ``models`` in shares: rank 0 writes whole weights, buffers, and the model as a checkpoint has it.
+
+    The most bytes that this rank held whole at a time, and those of its shares, go into ``out``-RANK.json.
+    """
+    import torch
+
+    from learner import sharded_loading
+    from learner.distributed import join_group
+    from learner.saving import save_weights
+
+    held: dict[str, Any] = {}
+    join_group(
+        Config.model_validate(options["config"]), options["rank"], options["ranks"], ("127.0.0.1", options["port"])
+    )
+    plain = sharded_loading.partition
+    for path, dtype in options["models"]:
+        options["config"]["model"] = {"path": path, "dtype": dtype}
+        most = [0]
+
+        def counted(model: Any, settings: Any, most: list[int] = most) -> None:
+            whole = [p for p in model.parameters() if not p.is_meta and not hasattr(p, "ds_id")]
+            most[0] = max(most[0], sum(p.numel() * p.element_size() for p in whole))
+            plain(model, settings)
+
+        sharded_loading.partition = counted
+        try:
+            policy = PolicyModel.load(Config.model_validate(options["config"]))
+        except InputError as problem:
+            held[f"{path} {dtype}"] = str(problem)
+            continue
+        finally:
+            sharded_loading.partition = plain
+        shares = sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in policy.parameters())
+        held[f"{path} {dtype}"] = [most[0], shares]
+        engine = SimpleNamespace(module=policy)
+        weights = {name: tensor.detach().clone() for name, tensor in full_tensors(engine)}
+        buffers = {f"buffer {name}": buffer for name, buffer in policy.model.named_buffers()}
+        save_weights(engine, f"{path}-{dtype}-saved", options["rank"] == 0)
+        if options["rank"] == 0:
+            torch.save(weights | buffers, f"{path}-{dtype}.pt")
+    with open(f"{options['out']}-{options['rank']}.json", "w", encoding="utf-8") as file:
+        json.dump(held, file)
+
+
 if __name__ == "__main__":
-    JOBS = {"train": train, "gradients": gradients, "resume": resume}
+    JOBS = {"train": train, "gradients": gradients, "resume": resume, "load": load}
     for line in sys.stdin:
         job = json.loads(line)
         JOBS[job["job"]](job)

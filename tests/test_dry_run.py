@@ -11,8 +11,9 @@ import pytest
 
 from launch import dry_run
 from launch.dry_run import check_room, checkpoint_bytes, memory, most_checkpoints, this_machine
+from launch.environment import uses_gpus
 from launch.model_weights import count_parameters
-from shared.errors import InputErrors
+from shared.errors import InputError, InputErrors
 from tests.fakes import make_config
 
 Usage = namedtuple("Usage", "total used free")
@@ -42,12 +43,17 @@ def test_parameters_are_counted_by_the_headers(model):
 
 @pytest.mark.parametrize(
     ("stage", "states"),
-    [(0, "18 GB"), (1, "12 GB"), (2, "10 GB"), (3, "9 GB")],  # 12 + 4 + 2 bytes a parameter, halved one by one.
+    [
+        (0, (12, 2, 2)),
+        (1, (6, 2, 2)),
+        (2, (6, 1, 2)),
+        (3, (6, 1, 1)),
+    ],  # Of 12, 2 and 2 bytes a parameter, halved one by one.
 )
 def test_memory_of_a_learner_rank(model, stage, states):
     rank = memory(config(model, **{"learner.zero_stage": stage}), on_gpu=True)[2]
     assert f"learner rank, ZeRO {stage}:" in rank
-    assert f"weights {states}" in rank
+    assert "optimizer {} GB, gradients {} GB, weights {} GB".format(*states) in rank
 
 
 def test_memory_of_engine_and_checkpoint(model):
@@ -56,12 +62,13 @@ def test_memory_of_engine_and_checkpoint(model):
     assert told[0] == "model: 1 billion parameters"
     # 2 x 20 layers x 4 heads x 100 x 2 bytes = 32 kB a token.
     assert (
-        told[1] == "engine worker: weights 1 GB, keys and values up to 90% of the GPU, 128 MB for the longest sequence"
+        told[1] == "engine worker: weights 1 GB, keys and values up to 92% of the GPU, 64 MB for the longest sequence"
     )
-    assert told[3] == "checkpoint: 14 GB, up to 2 at a time"
-    assert len(told) == 4  # Over NCCL: no shared memory.
-    assert memory(config(model), on_gpu=False)[4].startswith("shared memory: 4 GB in /dev/shm")
-    assert memory(config(model, **{"rollout.weights": "host"}), on_gpu=True)[4].startswith("shared memory: 4 GB")
+    assert told[3] == "start of a learner rank: 2 GB of the host's memory for weights"
+    assert told[4] == "checkpoint: 14 GB, up to 2 at a time"
+    assert len(told) == 5  # Over NCCL: no shared memory.
+    assert memory(config(model), on_gpu=False)[5].startswith("shared memory: 4 GB in /dev/shm")
+    assert memory(config(model, **{"rollout.weights": "host"}), on_gpu=True)[5].startswith("shared memory: 4 GB")
     assert "1 GiB of keys and values" in memory(config(model), on_gpu=False)[1]
 
 
@@ -74,7 +81,7 @@ def test_a_model_of_an_unusual_kind_is_still_estimated(model):
     (model / "config.json").write_text('{"text_config": {}}')
     told = memory(config(model), on_gpu=False)
     assert "activations not estimated" in told[2]
-    assert told[3].startswith("checkpoint: 14 GB")
+    assert told[4].startswith("checkpoint: 14 GB")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +163,43 @@ def test_this_machine_as_a_private_ray_would_see_it(model, tmp_path, monkeypatch
     node = this_machine(config(model, **{"rollout.num_engines": 64}))
     assert node.count("GPU") == gpus
     assert node.count("CPU") >= 66  # Threads may share cores.
+
+
+def test_problems_are_told_together_after_placement_and_memory(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("launch.shared_memory.shared_memory_free", lambda: 4e9)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: Usage(0, 0, 1e9))
+    wanted = config(model, **{"learner.num_ranks": 8, "learner.max_tokens_per_microbatch": 65536})
+    with pytest.raises(InputErrors) as refused:
+        dry_run.dry_run(wanted, "run.toml", tmp_path, None, device="l40s")
+    assert [problem.code for problem in refused.value.problems] == ["E508", "E601"]
+    fix = "learner.gradient_checkpointing = true"
+    assert f"expected at most 48 GB, the GPU's memory. Fix: {fix}" in str(refused.value.problems[0])
+    out = capsys.readouterr().out
+    assert "placement:" in out
+    assert "9 GPU" in out
+    assert "learner rank, ZeRO 0:" in out
+    assert "nothing started" not in out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "colocate", "built", "uses", "told"),
+    [
+        (0, False, False, False, ""),
+        (8, False, True, True, ""),
+        (8, True, True, True, ""),
+        (8, False, False, False, "info: 8 GPUs are not used: the packages are for CPUs. Fix: make install-gpu"),
+        (8, True, False, None, "E701.*rollout.colocate. Found packages for CPUs.*Fix: make install-gpu"),
+        (0, False, True, None, "E701.*Found packages for GPUs, and no GPU.*Fix: make install,"),
+    ],
+)
+def test_packages_and_hardware_that_disagree_are_one_line_with_the_fix(gpus, colocate, built, uses, told, capsys):
+    if uses is None:
+        with pytest.raises(InputError, match=told):
+            uses_gpus(gpus, colocate, "run.toml", built)
+    else:
+        assert uses_gpus(gpus, colocate, "run.toml", built) is uses
+        assert capsys.readouterr().out.startswith(told)
 
 
 def test_it_asks_no_ray_on_one_machine(model, tmp_path, monkeypatch, capsys):

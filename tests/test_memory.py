@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from launch.builtin import TASKS, make_tokenizer, random_qwen2
+from launch.memory import Sizes, learner_bytes, total
 from learner import logprobs
 from learner.learner import Learner
 from learner.passes import plan_batch
@@ -100,6 +101,14 @@ def test_a_step_needs_what_it_must_hold_and_little_more(learner):
     used = held + live_peak(lambda: learner.train_step(groups(TOKENS)))
     print(f"{used / 1e6:.0f} MB of {limit / 1e6:.0f} MB")
     assert limit * 0.8 < used < limit * SLACK
+
+
+def test_the_model_of_bytes_is_true_within_15_percent(learner):
+    held, _ = bound(learner)
+    used = held + live_peak(lambda: learner.train_step(groups(TOKENS)))
+    told = total(learner_bytes(learner.config, Sizes.of(learner.config), on_gpu=False))
+    print(f"{used / 1e6:.0f} MB, told {told / 1e6:.0f} MB")
+    assert told == pytest.approx(used, rel=0.15)
 
 
 def test_the_whole_matrix_of_logits_breaks_the_bound_with_an_eighth_of_the_tokens(learner, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -557,7 +558,7 @@ def test_settings_that_could_not_be_saved_are_repaired_at_load_and_told_before(s
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     from learner.logprobs import PolicyModel
-    from learner.saving import write_model as write
+    from learner.saving import save_weights
 
     folder = save_tiny(tmp_path / "model", "Llama")
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -566,7 +567,7 @@ def test_settings_that_could_not_be_saved_are_repaired_at_load_and_told_before(s
     assert told in line
     policy = PolicyModel.load(make_config(**{"model.path": str(folder)}))
     weights = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
-    write(policy.model, weights, str(tmp_path / "saved"))
+    save_weights(SimpleNamespace(module=policy), str(tmp_path / "saved"))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=False, use_safetensors=True)
     assert all((weights[name] == tensor).all() for name, tensor in again.state_dict().items())
     kept = GenerationConfig.from_pretrained(tmp_path / "saved")
@@ -597,13 +598,12 @@ def test_a_checkpoint_has_the_names_and_values_that_were_loaded(name, tmp_path):
     from safetensors.torch import load_file
 
     from learner.logprobs import PolicyModel
-    from learner.saving import write_model as write
+    from learner.saving import save_weights
 
     kind, shape = ARCHITECTURES[name]
     folder = save_tiny(tmp_path / "model", kind, **shape)
     policy = PolicyModel.load(make_config(**{"model.path": str(folder)}))
-    weights = {key: weight.data.clone() for key, weight in policy.model.named_parameters()}
-    write(policy.model, weights, str(tmp_path / "hf"))
+    save_weights(SimpleNamespace(module=policy), str(tmp_path / "hf"))
     there, again = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "hf"))
     assert there.keys() == again.keys()
     assert all((there[key] == again[key]).all() for key in there)

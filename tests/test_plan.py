@@ -319,7 +319,7 @@ def test_a_device_by_its_data_sheet(model):
     changes = {"model.path": model, "model.dtype": "bfloat16"}
     timings = timings_of(make_config(**changes), DEVICES["h100-80"], 1000, 1000, 500)
     assert timings.decode_step_s == pytest.approx(15.2e9 / (0.75 * 3.35e12) + 2e-3, rel=0.01)
-    full = 57e9 / (57344 * 1000)  # Sequences at a mean context of 1000 in what the weights leave of 72 GB.
+    full = 58.4e9 / (57344 * 1000)  # Sequences at a mean context of 1000 in what the weights leave of 73.6 GB.
     assert timings.room == pytest.approx(full, rel=0.01)
     # The rate at full memory that the paper arithmetic gives: some 31,000 tokens/s.
     assert 24_000 < full / timings.decode_s(full) < 33_000
@@ -344,7 +344,7 @@ def test_no_faster_than_the_memory_allows(tmp_path):
     changes = {"model.path": str(tmp_path), "model.dtype": "bfloat16", "rollout.max_new_tokens": 32768}
     run, device = config(512, 16, 4, **changes), DEVICES["h100-80"]
     timings, shape = timings_of(run, device, 3000, 32768, 500), Shape.of(run)
-    most = (0.9 * device.memory - shape.weights) / (shape.kv_bytes * (500 + Lengths(timings).live))
+    most = (0.92 * device.memory - shape.weights) / (shape.kv_bytes * (500 + Lengths(timings).live))
     assert timings.room == int(most)
     rate, learner = most / timings.decode_s(most), 1 / timings.train_token_s
     best = splits(run, timings, 64)[0]
@@ -462,4 +462,5 @@ def test_each_stage_of_zero_spreads_more(model):
         needed.append(float(line.rsplit(": ", 1)[1].split()[0]))
     parameters = Shape.of(given).parameters / 1e9
     saved = -np.diff(needed) / (parameters * 7 / 8)
-    assert saved == pytest.approx([12, 2, 2], abs=0.05)
+    whole = (2 * 1.5e9 + 2 * 152064 * 3584) / 1e9  # At stage 3 layers, a bucket and the head are whole for a while.
+    assert saved + np.array([0, 0, whole / (parameters * 7 / 8)]) == pytest.approx([12, 2, 2], abs=0.05)

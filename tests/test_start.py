@@ -147,6 +147,35 @@ def test_a_long_start_says_again_who_is_missing_and_where_the_logs_are(monkeypat
     assert lines[-1].startswith(("engines ready", "learner ready"))
 
 
+def test_colocated_the_learner_is_up_before_any_engine_starts(monkeypatch, tmp_path):
+    async def reserved(needs):
+        return SimpleNamespace(needs=needs, ranks=[], engines=[], rewards=[])
+
+    events = []
+
+    def pool(name):
+        async def start():
+            events.append(f"{name} starts")
+            await asyncio.sleep(0.01)
+            events.append(f"{name} up")
+
+        return lambda *_: SimpleNamespace(start=start, close=nowhere)
+
+    monkeypatch.setattr(parts, "reserve", reserved)
+    monkeypatch.setattr(parts, "_sized", lambda config, _: config)
+    for name, word in (("RewardPool", "rewards"), ("LearnerGroup", "learner"), ("EnginePool", "engines")):
+        monkeypatch.setattr(parts, name, pool(word))
+
+    async def go():
+        config = make_config(**{"rollout.colocate": True})
+        async with started(config, Needs.of(config, on_gpu=True)):
+            pass
+
+    asyncio.run(go())
+    assert events.index("learner up") < events.index("engines starts")
+    assert "rewards up" in events
+
+
 def test_a_private_ray_that_does_not_start_is_one_line_with_its_logs(monkeypatch, tmp_path):
     def overloaded(**_):
         raise Exception("The current node timed out during startup.\nThis could happen ...")
