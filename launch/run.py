@@ -193,10 +193,10 @@ class Session:
                 folder.finish()
 
     async def _lives(self, folder: RunFolder, parts: Parts) -> None:
-        """Train to the end; a learner that is lost is built again and goes on from the newest checkpoint."""
+        """Train to the end; a learner, or a device link, that is lost is built again and goes on from the newest checkpoint."""
         from launch.controller import Controller
         from launch.stacks import dump_stacks
-        from shared.errors import LearnerLost, Stalled
+        from shared.errors import LearnerLost, LinkLost, Stalled
 
         config, lost = self.prepared.config, 0
         partners = (parts.engines, parts.rewards, parts.learners, folder)
@@ -210,11 +210,12 @@ class Session:
                     await parts.learners.load(str(self.point.place))
                     controller.restore(self.point.state, self.point.queued(config, self.stream))
                 return await controller.run()
-            except LearnerLost as error:
+            except (LearnerLost, LinkLost) as error:
                 lost += 1
                 if lost > config.run.max_restarts:
                     raise
-                print(f"warning[W902] learner lost ({lost} of {config.run.max_restarts} times) — {error}", flush=True)
+                what = "device link" if isinstance(error, LinkLost) else "learner"
+                print(f"warning[W902] {what} lost ({lost} of {config.run.max_restarts} times) — {error}", flush=True)
             except Stalled:
                 print(f"what everyone does: {dump_stacks(folder.path)}", flush=True)
                 raise

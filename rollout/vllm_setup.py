@@ -11,6 +11,7 @@ from typing import Any
 
 from rollout.in_process import InProcessLLM
 from shared.config import Config
+from shared.threads import gpu_threads
 from shared.weights import backend_of
 
 COLOCATED_SHARE = 0.4
@@ -87,5 +88,6 @@ def start_vllm(config: Config, index: int, load_format: str) -> Any:
     arguments = engine_arguments(config, index, load_format)
     if current_platform.is_cpu():
         return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, config.rollout.cores(index))
+    os.environ["OMP_NUM_THREADS"] = str(gpu_threads())  # Of its own processes: one thread would load a model slowly.
     # vLLM's limits for offline work: a server's smaller ones would split what is in flight into waves.
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)

@@ -71,7 +71,9 @@ def _fold(words: Tensor, level: int) -> Tensor:
 def _sums(words: Tensor, keys: Tensor) -> Tensor:
     import torch
 
-    wide = words.view(-1 if len(words) else 1, words.shape[-1]).to(torch.int64)  # A tensor of one to three bytes has none.
+    wide = words.view(-1 if len(words) else 1, words.shape[-1]).to(
+        torch.int64
+    )  # A tensor of one to three bytes has none.
     return torch.stack([(wide * key).sum(-1) for key in keys], dim=-1)
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from rollout.engine import Engine
-from rollout.replica import stage_limit
 from shared.actors import ActorDied, ActorUnreachable, Call
 from shared.errors import EngineFailed, GroupFailed, WeightProofFailed
 from shared.types import VersionSpan
-from shared.weights import NCCL_BACKEND, Canary, Link, TensorMeta
+from shared.weights import Canary, Link, TensorMeta, stage_limit
 from tests.engine_worlds import REFUSAL, SAMPLING, ask, deliver, publication, recovered, texts, until
 from tests.fakes import make_prompt
 
@@ -317,22 +316,10 @@ async def test_a_publication_whose_memory_was_used_again_is_no_refusal(make_pool
     assert late.holds.version == 3
 
 
-async def test_a_publication_that_is_no_snapshot_fails_with_its_engine(make_pool):
-    pool, world = await make_pool()
-    await pool.connect(Link("host", 1, 2))
-    assert [actor.rank for actor in world.actors] == [1, 2]
-    world.last(0).fail["receive"] = [ValueError("nccl")]
-    with pytest.raises(WeightProofFailed, match="engine-0 refused version 1 1 times"):
-        await pool.receive(publication(1, NCCL_BACKEND))
-    world.last(1).die()
-    with pytest.raises(EngineFailed, match="engine-1 died"):
-        await asyncio.gather(*ask(pool, *range(4)))
-
-
 async def test_every_worker_of_an_engine_has_a_rank_in_the_link(make_pool):
     pool, world = await make_pool(**{"rollout.tensor_parallel_size": 2})
     assert pool.workers == 4
-    await pool.connect(Link("host", 1, 4))
+    await pool.link.join(Link("host", 1, 4))
     assert [actor.rank for actor in world.actors] == [1, 3]
 
 

@@ -73,7 +73,9 @@ def test_a_fingerprint_depends_on_the_bytes_and_not_on_their_type_place_or_group
     fingerprints._keys_of.cache_clear()
     words = data.view(torch.int32)
     alone = fingerprints._fold(words, 0)
-    grouped = [fingerprints._sums(words.view(-1, 8)[at : at + 3], fingerprints._keys_of(0, "cpu")) for at in range(0, 125, 3)]
+    grouped = [
+        fingerprints._sums(words.view(-1, 8)[at : at + 3], fingerprints._keys_of(0, "cpu")) for at in range(0, 125, 3)
+    ]
     assert torch.equal(alone, torch.cat(grouped))  # As many blocks at once as a GPU takes.
     fingerprints._keys_of.cache_clear()
 

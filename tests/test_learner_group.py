@@ -38,7 +38,7 @@ def test_a_group_merges_publications_of_an_applied_step_alone(monkeypatch, appli
     report = StepReport(1, applied, {})
     group = LearnerGroup.__new__(LearnerGroup)
     group._ranks, group.slices, group._durations, group._config = [None], [], deque(), make_config()
-    group._node = "here"
+    group._node, group._checking = "here", None
 
     async def call(self, *arguments, timeout_s=None):
         return [(report, PUBLICATION if applied else None), (report, None)]
