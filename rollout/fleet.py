@@ -18,6 +18,7 @@ from rollout.traffic import Traffic
 from shared.actors import Places, Slot
 from shared.config import Config
 from shared.errors import EngineFailed, FleetExhausted, LinkLost, one_line
+from shared.weights import read_s
 
 PROBE_EVERY_S, PROBE_LIMIT_S = 1.0, 5.0
 PLACE_TOLD_AFTER_S = 10.0
@@ -50,6 +51,7 @@ class Fleet:
     ) -> None:
         """``follow`` brings a new life to the newest weights, or loses it."""
         self._config, self._environment, self._follow = config, environment, follow
+        self._start_limit_s = config.rollout.start_timeout_s + read_s(config.model.path)
         self._members: dict[int, _Member] = {}
         self._leaving: set[_Member] = set()
         """No members any more, but they may still have requests."""
@@ -67,7 +69,7 @@ class Fleet:
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
         replicas = [self._spawn(member) for member in self._members.values()]
-        await asyncio.gather(*(r.start(self._config.rollout.start_timeout_s) for r in replicas))
+        await asyncio.gather(*(r.start(self._start_limit_s) for r in replicas))
         for replica, member in zip(replicas, self._members.values(), strict=True):
             self.tell(replica, "ready")
             member.keeper = asyncio.create_task(self._guarded(self._keep(member)))
@@ -258,7 +260,7 @@ class Fleet:
 
     async def _bring_up(self, replica: Replica) -> None:
         try:
-            await replica.start(self._config.rollout.start_timeout_s)
+            await replica.start(self._start_limit_s)
         except EngineFailed as error:
             self.lose(replica, error)
         else:
