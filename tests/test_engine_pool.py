@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from rollout.engine import Engine
+from rollout.stale_kv import StaleKV
 from shared.actors import ActorDied, ActorUnreachable, Call
 from shared.errors import EngineFailed, GroupFailed, WeightProofFailed
+from shared.ledger import TimeLedger
 from shared.types import VersionSpan
-from shared.weights import Canary, Link, TensorMeta, stage_limit
+from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication, TensorMeta, stage_limit
 from tests.engine_worlds import REFUSAL, SAMPLING, ask, deliver, publication, recovered, texts, until
 from tests.fakes import make_prompt
 
@@ -454,3 +456,37 @@ async def test_whatever_happens_every_group_is_answered_once_by_proved_weights(m
         actor.stopped = False
     await until(lambda: pool.metrics()["engines/healthy"] == 3)
     assert pool.metrics()["engines/restarts"] > 3
+
+
+@pytest.mark.parametrize("backend", [SHM_BACKEND, NCCL_BACKEND, IPC_BACKEND])
+async def test_an_engine_hashes_nothing_on_the_host_while_it_stands_still(backend, monkeypatch):
+    done = []
+
+    class LLM:
+        def __getattr__(self, name):
+            async def call(*_, **__):
+                done.append(name)
+                return ["prints"]
+
+            return call
+
+    def hashed(self):
+        done.append("hash")
+        return "d1" * 32
+
+    monkeypatch.setattr(Publication, "hash_segment", hashed)
+    engine = Engine.__new__(Engine)
+    engine._llm = LLM()
+    engine._llm.engine_core = engine._llm
+    engine._round, engine._stale_kv, engine._ledger, engine._running = (
+        asyncio.Lock(),
+        StaleKV(0.0),
+        TimeLedger("engine-0"),
+        0,
+    )
+    published = replace(publication(1, backend), digest="d1" * 32, segment="s" if backend == SHM_BACKEND else "")
+    received = await engine.receive(published)
+    still = done[done.index("pause_scheduler_async") : done.index("resume_generation")]
+    assert still == ["pause_scheduler_async", "start_weight_update", "update_weights", "finish_weight_update"]
+    assert done.count("hash") == (backend == SHM_BACKEND)
+    assert received.digests == ({"d1" * 32} if backend == SHM_BACKEND else {"prints"})
