@@ -26,7 +26,7 @@ from launch.memory import Sizes, refusals
 from launch.model_weights import count_parameters
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.private_ray import check_temporary_folder, keep_private, remove_folders, start_private
-from launch.ray_actors import RaySlot
+from launch.ray_actors import RaySlot, slots_of
 from shared.actors import LOGS
 from shared.config import Config
 from shared.errors import InputError, one_line, raise_all
@@ -76,7 +76,7 @@ class Reservation:
 
     def release(self) -> None:
         """Give the places back; a group that is gone already is no trouble."""
-        for slot in {id(slot.group): slot for slot in (*self.ranks, *self.engines)}.values():
+        for slot in {id(slot.group): slot for slot in (*self.ranks, *self.engines, *self.rewards)}.values():
             slot.free()
 
 
@@ -261,7 +261,7 @@ async def reserve(needs: Needs) -> Reservation:
     if arrangement is None:
         found, fix = "no arrangement of engines and ranks on these nodes", "a larger cluster, or ask for less"
         raise InputError("E501", "not enough resources", "cluster", found, expected, fix, table(needs, nodes()))
-    reservation = Reservation([], [], [RaySlot({})] * needs.rewards, needs)
+    reservation = Reservation([], [], [], needs)
     try:
         async with asyncio.timeout(PLACEMENT_TIMEOUT_S):
             await _fill(reservation, arrangement)
@@ -278,7 +278,8 @@ async def _fill(reservation: Reservation, arrangement: Arrangement) -> None:
         reservation.another_engine(near=node.id)
     await asyncio.gather(*(slot.ready() for slot in reservation.engines))
     reservation.add_learner(arrangement.accelerator)
-    await asyncio.gather(*(slot.ready() for slot in (*reservation.ranks, *reservation.engines)))
+    reservation.rewards = slots_of(reservation.needs.reward, reservation.needs.rewards)
+    await asyncio.gather(*(s.ready() for s in (*reservation.ranks, *reservation.engines, *reservation.rewards)))
 
 
 def worker_environment(output: Path | None = None) -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 ``_produce`` turns prompts into scored groups; ``_learn`` takes groups in admission order, trains, and publishes
 weights while both loops go on. A slot of the buffer is released only after the weights of the step that used it are
-loaded in every engine: that bounds staleness, and ``max_staleness = 0`` is the synchronous mode. The controller
-knows no Ray; engines, rewards and learners are objects with async methods.
+loaded in every engine: that bounds staleness, and ``max_staleness = 0`` is the synchronous mode. It knows no Ray.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from launch.accounts import Accounts, trainer_state
+from launch.delivery import Delivery
 from launch.early_stopping import EARLY_STOPPING
 from launch.failures import FailureBudget, RefusedSteps, stalled
 from launch.held_out import Judges, evaluate
@@ -65,8 +65,8 @@ class Controller:
         self._replaced: list[RolloutGroup] = []
         self._canary = np.concatenate([train.at(0).token_ids] * 2)[:CANARY_TOKENS]
         self._delivery: asyncio.Task[None] | None = None
-        self._evaluated = -1
-        self._samples = recorder.samples
+        self._way = Delivery(learners, engines)
+        self._evaluated, self._samples = -1, recorder.samples
         self._training: Training | None = None
         self._unrecorded: list[Done] = []
         self._again: list[int] = []
@@ -77,8 +77,7 @@ class Controller:
     async def run(self) -> None:
         """Publish the weights, evaluate, train, evaluate, save. Any failure on either side ends both."""
         publication = await self._learners.publish(self._canary)
-        digest, _ = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
-        await self._engines.prove(publication, digest)
+        await self._engines.prove(publication, (await self._way.bring(publication))[0])
         self.buffer.limit(self._config.batches_left(self.version))
         if self._evaluated < 0 or self._due(self._config.eval.every_steps, self._evaluated):
             await self._evaluate()
@@ -210,7 +209,7 @@ class Controller:
 
     async def _deliver(self, publication: Publication, done: Done) -> None:
         """Bring the engines to the publication, release the step's slots, prove the engines, record the step."""
-        digest, sync = await asyncio.gather(self._learners.send(publication), self._engines.receive(publication))
+        digest, sync = await self._way.bring(publication)
         await self.buffer.release(self._config.batches_left(publication.version))
         sync |= await self._engines.prove(publication, digest)
         sync |= {"sync/export_seconds": publication.seconds, "sync/bytes": float(publication.nbytes)}
@@ -246,7 +245,8 @@ class Controller:
         """Save what the learner has learned before the run ends for a reason that is not the learner's."""
         self._recorder.cut_short()
         async with rescuing(cause, bool(self._training) or self._keeper.version < self.version):
-            if isinstance(cause, LearnerFailed) or (isinstance(cause, Stalled) and self._training):
+            hangs = isinstance(cause, LearnerFailed) or (isinstance(cause, Stalled) and self._training)
+            if hangs or not await self._way.ended_well():
                 await self._keeper.finish()
                 return
             if self._training is not None:

@@ -25,7 +25,7 @@ from rollout.engine_pool import EnginePool
 from rollout.reward_pool import RewardPool
 from shared.config import Config
 from shared.errors import LearnerLost
-from shared.weights import NCCL_BACKEND, backend_of, remove_segments
+from shared.weights import COLLECTIVE, backend_of, remove_segments
 
 ROOM_TOLD_EVERY_S, ROOM_LIMIT_S = 10.0, 600.0
 START_TOLD_EVERY_S = 30.0
@@ -40,7 +40,7 @@ class Parts:
     rewards: RewardPool
     learners: LearnerGroup
     linked: bool
-    """Weights travel over a link that learner and engines have to join."""
+    """Weights travel while learner and engines both take part."""
 
     async def rebuild_learner(self) -> None:
         """New ranks for lost ones, and engines without weights. Where a lost host left no room for the ranks, engines make it.
@@ -72,9 +72,10 @@ class Parts:
         return "; ".join(f"{host}: {', '.join(names)}" for host, names in sorted(found.items()))
 
     async def link(self) -> None:
-        """Open it, if there is one; again whenever the learner is a new one."""
+        """Open the link between learner and engines, if there is one; again whenever the learner is a new one."""
         if self.linked:
-            await self.learners.connect(self.engines.connect, self.engines.workers)
+            await self.engines.link.complete(ROOM_LIMIT_S)
+            await self.learners.connect(self.engines.link.join, self.engines.workers)
 
 
 @asynccontextmanager
@@ -97,7 +98,7 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
                 if needs.colocated:  # What the learner takes and frees as it starts would confuse vLLM on the same GPU.
                     await _ready("learner", starts.pop("learner")(), missing, told)
                 await asyncio.gather(*(_ready(name, start(), missing, told) for name, start in starts.items()))
-            parts = Parts(engines, rewards, learners, backend_of(config, needs.on_gpu) == NCCL_BACKEND)
+            parts = Parts(engines, rewards, learners, backend_of(config, needs.on_gpu) in COLLECTIVE)
             async with _telling({"the link between learner and engines"}, output):
                 await parts.link()
             yield parts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -61,7 +61,9 @@ class Needs:
     colocated: bool = False
     """Engine and rank of the same number share a bundle, hence a GPU."""
     rewards: int = 1
-    """Reward workers; they are light and take nothing for themselves."""
+    """Reward workers."""
+    reward: dict[str, float] = field(default_factory=dict)
+    """What a reward worker takes for itself: GPUs that its models ask for, else nothing."""
 
     @classmethod
     def of(cls, config: Config, on_gpu: bool) -> Needs:
@@ -74,7 +76,9 @@ class Needs:
         else:
             engine = {"CPU": float(rollout.cpu_threads * rollout.workers_per_engine)}
             rank = {"CPU": float(learner.cpu_threads)}
-        return cls(engine, rollout.num_engines, rank, learner.num_ranks, rollout.colocate, config.reward.workers)
+        gpus = sum(function.gpus for function in config.reward.functions)
+        rewards = config.reward.workers, {"GPU": gpus} if gpus else {}
+        return cls(engine, rollout.num_engines, rank, learner.num_ranks, rollout.colocate, *rewards)
 
     @property
     def on_gpu(self) -> bool:
@@ -98,7 +102,8 @@ class Needs:
 
     def total(self, resource: str) -> float:
         """Sum over the bundles."""
-        return self.engine.get(resource, 0) * self.engines + self.rank.get(resource, 0) * self.ranks
+        roles = (self.engine, self.engines), (self.rank, self.ranks), (self.reward, self.rewards)
+        return sum(bundle.get(resource, 0) * count for bundle, count in roles)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ def check(needs: Needs, nodes: Sequence[Node], config: Config, origin: str) -> N
         )
     bundles = needs.bundles
     beside = [_most_ranks(bundles, nodes, _hosts(bundles, nodes, name))[-1] for name in _choices(needs, nodes)]
-    if any(ranks[-1] >= needs.ranks for ranks in beside):
+    rewarded = not needs.reward or needs.total("GPU") <= sum(node.count("GPU") for node in nodes)
+    if rewarded and any(ranks[-1] >= needs.ranks for ranks in beside):
         return
     fitted = max(int(np.flatnonzero(ranks >= needs.ranks).max(initial=-1)) for ranks in beside)
     for resource in ("GPU", "CPU"):
@@ -213,7 +219,14 @@ def table(needs: Needs, nodes: Sequence[Node], free: dict[str, float] | None = N
     rows = [("role", "actors", "each", "together")]
     rows.append(("engine", str(needs.engines), _text(needs.engine), _text(needs.engine, needs.engines)))
     rows.append(("learner rank", str(needs.ranks), _text(needs.rank), _text(needs.rank, needs.ranks)))
-    rows.append(("reward worker", str(needs.rewards), "nothing reserved", ""))
+    rows.append(
+        (
+            "reward worker",
+            str(needs.rewards),
+            _text(needs.reward) or "nothing reserved",
+            _text(needs.reward, needs.rewards),
+        )
+    )
     rows.append(("node", "", "has", ""))
     for node in nodes:
         rows.append((node.name, "", _text({name: node.count(name) for name in ("GPU", "CPU")}), node.accelerator))
@@ -226,7 +239,9 @@ def table(needs: Needs, nodes: Sequence[Node], free: dict[str, float] | None = N
 def _too_few(needs: Needs, nodes: Sequence[Node], origin: str, resource: str, fitted: int) -> InputError:
     per_engine, ranks = needs.engine.get(resource, 0), needs.rank.get(resource, 0) * needs.ranks
     there, needed = sum(node.count(resource) for node in nodes), needs.total(resource)
-    expected = f"{needed:g} (engines {needs.engines} x {per_engine:g}, learner {ranks:g})"
+    rewards = needs.reward.get(resource, 0) * needs.rewards
+    others = f", reward workers {rewards:g}" if rewards else ""
+    expected = f"{needed:g} (engines {needs.engines} x {per_engine:g}, learner {ranks:g}{others})"
     fix = f"rollout.num_engines = {fitted}" if fitted >= 1 else f"a cluster with at least {needed:g} {resource}s"
     place, found = f"{origin}:rollout.num_engines", f"{there:g} in the cluster"
     return InputError("E501", f"not enough {resource}s", place, found, expected, fix, table(needs, nodes))

@@ -223,6 +223,9 @@ def check_rewards(config: Config, origin: str, columns: list[str] | None) -> dic
             found, fix = " and ".join(kinds) or "none of them", "name one of the three"
             problems.append(InputError("E108", "options disagree", key, found, "function, model or url", fix))
             continue
+        if spec.gpus and spec.url is not None:
+            fix = "remove it: the service has GPUs of its own"
+            problems.append(InputError("E108", "options disagree", f"{key}.gpus", f"{spec.gpus:g}", "0", fix))
         if isolation_of(spec) == "sandbox":
             _collect(problems, lambda key=key: require_sandbox(f"{key}.isolation"))
         if names.count(names[i]) > 1 and names.index(names[i]) == i:

@@ -149,6 +149,16 @@ class RaySlot:
         return taken | {"scheduling_strategy": where}
 
 
+def slots_of(bundle: dict[str, float], count: int) -> list[RaySlot]:
+    """Return ``count`` places of a ``bundle`` each, reserved together; an empty bundle reserves nothing."""
+    from ray.util import placement_group
+
+    if not bundle:
+        return [RaySlot({})] * count
+    group = placement_group([bundle] * count, strategy="PACK")
+    return [RaySlot(bundle, group, i) for i in range(count)]
+
+
 def log_file(environment: Mapping[str, str]) -> Path | None:
     """The log of a process with this environment, if it has one."""
     folder, name = environment.get(LOGS), environment.get(NAME)

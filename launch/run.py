@@ -246,10 +246,10 @@ class Session:
                 folder.finish()
 
     async def _lives(self, folder: RunFolder, parts: Parts) -> None:
-        """Train to the end; a learner that is lost is built again and goes on from the newest checkpoint."""
+        """Train to the end; a learner, or a device link, that is lost is built again and goes on from the newest checkpoint."""
         from launch.controller import Controller
         from launch.stacks import dump_stacks
-        from shared.errors import LearnerLost, Stalled
+        from shared.errors import LearnerLost, LinkLost, Stalled
 
         config, held_out, lost = self.prepared.config, self.prepared.held_out, 0
         partners = (parts.engines, parts.rewards, parts.learners, folder)
@@ -267,11 +267,12 @@ class Session:
                 )
                 print(f"sending the first weights to the engines; then comes {then}", flush=True)
                 return await controller.run()
-            except LearnerLost as error:
+            except (LearnerLost, LinkLost) as error:
                 lost += 1
                 if lost > config.run.max_restarts:
                     raise
-                print(f"warning[W902] learner lost ({lost} of {config.run.max_restarts} times) — {error}", flush=True)
+                what = "device link" if isinstance(error, LinkLost) else "learner"
+                print(f"warning[W902] {what} lost ({lost} of {config.run.max_restarts} times) — {error}", flush=True)
             except Stalled:
                 print(f"what everyone does: {dump_stacks(folder.path)}", flush=True)
                 raise

@@ -30,6 +30,7 @@ from shared import checkpoints
 from shared.config import Config
 from shared.config_loader import known_keys
 from shared.errors import GroupFailed, InputError, one_line
+from shared.fingerprints import summary
 from shared.ledger import TimeBook
 from shared.metrics import MetricsWriter, read_metrics
 from shared.sample_ledger import SampleLedger
@@ -122,7 +123,7 @@ class RunFolder:
             self._last_sampled = step
             write_groups(self.path / "samples" / f"step-{step:06d}.parquet", groups, step)
         with (self.path / WEIGHTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "digest": digest}) + "\n")
+            file.write(json.dumps({"step": step, "digest": summary(digest)}) + "\n")
         self._metrics.write(step, metrics)  # Last: a step that has its row has everything.
         self._sinks.write(step, metrics)
         done, remain = step - self._first[0], max(last - step, 0)

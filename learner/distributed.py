@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.config import Config
+from shared.threads import gpu_threads
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -78,6 +79,8 @@ def join_group(config: Config, rank: int, world_size: int, master: tuple[str, in
         deepspeed.ops.__compatible_ops__ = {}
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(config.learner.cpu_threads)
+    else:  # Ray and ``learner_environment`` allow one thread: too few to load a model and to hash it.
+        torch.set_num_threads(gpu_threads())
     if torch.distributed.is_initialized():
         return
     host, port = master
@@ -131,6 +134,12 @@ def gather_values(values: Tensor) -> Tensor:
     everyone = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(everyone, padded)
     return torch.cat([part[:size] for part, size in zip(everyone, sizes.tolist(), strict=True)])
+
+
+def wait_for_device() -> None:
+    """Wait until this process's GPU, if it has one, has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def learner_device() -> torch.device:

@@ -8,6 +8,7 @@ depend on how it was split into micro-batches and ranks.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from learner.batching import MicroBatch, Row, Step, collate
 from learner.choices import Choices
-from learner.distributed import deepspeed_config, freed_at_once, join_group
+from learner.device_senders import make_sender
+from learner.distributed import deepspeed_config, freed_at_once, join_group, wait_for_device
 from learner.learner_state import load_state, save_all
 from learner.logprobs import PolicyModel, Sampled
 from learner.losses import LossInputs, LossSettings, grpo_loss
@@ -23,7 +25,6 @@ from learner.packing_proof import prove_packing
 from learner.passes import Given, Passes, plan_batch
 from learner.reference import Reference
 from learner.step_metrics import over_updates, reduce_metrics, token_means
-from learner.weight_sender import NcclSender, make_sender
 from shared import faults
 from shared.config import Config
 from shared.ledger import TimeLedger, TimeSlice
@@ -39,7 +40,7 @@ class Learner:
     ) -> None:
         """Join the learner's process group and load the policy (and the reference, if a KL term needs it)."""
         self.config, self.rank, self.world_size = config, rank, world_size
-        self._ledger = TimeLedger(f"learner-{rank}")
+        self._ledger = TimeLedger(f"learner-{rank}", settle=wait_for_device)
         self.policy_version = 0
         self._grad_norm = self._lr = float("nan")
         join_group(config, rank, world_size, master)
@@ -251,18 +252,20 @@ class Learner:
         Raises ``ModelRefused``.
         """
         prove_packing(self.engine, self.device)
-        self._sender = make_sender(self.config, self.engine, self.device, run_id, self.rank == 0)
+        self._sender: Any = make_sender(self.config, self.engine, self.device, run_id, self.rank)
+
+    def listen(self, host: str) -> int:
+        """Hold a port of ``host`` for the next link; its number."""
+        return int(self._sender.listen(host))
 
     def connect(self, link: Link) -> None:
         """Meet the engines' workers, for publications that are sent over a device link."""
-        assert isinstance(self._sender, NcclSender)
-        self._sender.connect(link, self.rank)
+        self._sender.connect(link)
 
-    def send(self) -> str:
-        """Send the weights of a collective publication; the digest of what was sent."""
-        assert isinstance(self._sender, NcclSender)
+    def send(self, check: bool = False) -> str:
+        """Send a collective publication; its fingerprints. With ``check``, compare the last one with the CPU's view of it."""
         with self._ledger.during("send"):
-            return self._sender.send()
+            return str(self._sender.check() if check else self._sender.send())
 
     def publish(self, canary: np.ndarray) -> Publication | None:
         """Snapshot the weights with the policy's log-probs of ``canary [T]``; rank 0 returns the publication.
@@ -277,8 +280,6 @@ class Learner:
     def times(self) -> TimeSlice:
         """What this rank did since it was asked last."""
         return self._ledger.take()
-
-    # --- a run that goes on later ---
 
     def save(self, directory: str) -> None:
         """Write the policy in Hugging Face form to ``directory``/hf, and to ``directory``/learner all that ``load`` needs.

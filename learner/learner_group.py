@@ -20,12 +20,15 @@ from learner.distributed import free_port, learner_environment
 from learner.learner import Learner
 from shared.actors import Actor, ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
-from shared.errors import LearnerFailed, LearnerLost, MillraceError
+from shared.errors import LearnerFailed, LearnerLost, MillraceError, one_line
 from shared.ledger import TimeSlice
 from shared.types import RolloutGroup, StepReport
-from shared.weights import Link, Publication, remove_segments
+from shared.weights import Link, Publication, read_s, remove_segments, stage_limit
 
 START_TIMEOUT_S = 300.0
+"""Seconds to start the ranks or to open the link, beside the time in which they read the model."""
+CHECK_EVERY = 100
+"""Number of publications without a snapshot after which one is compared with the CPU's view of it; so is the first."""
 KNOWN_STEPS, SHORTEST_LIMIT_S = 5, 120.0
 ECHO_S = 5.0
 """Longest wait for a death to be known after another rank has failed."""
@@ -44,7 +47,11 @@ class LearnerGroup:
         self._config, self._run_id, self._slots = config, run_id, slots
         self._environment = environment | learner_environment(config)
         self._ranks: list[Actor] = []
-        self._lives, self._node = 0, ""
+        self._lives, self._node, self._host = 0, "", ""
+        self._sends = 0
+        """Publications sent by these ranks, of those that are no snapshots."""
+        self._checking: asyncio.Task[None] | None = None
+        self._start_limit_s = START_TIMEOUT_S + read_s(config.model.path, len(slots))
         self._durations: deque[float] = deque(maxlen=20)
         """Seconds of the last steps."""
         self.slices: list[TimeSlice] = []
@@ -52,17 +59,18 @@ class LearnerGroup:
 
     async def start(self) -> None:
         """Spawn the ranks and wait until each holds its share of the model."""
-        master = await self._free_address()
+        self._host, _ = master = await self._free_address()
         for rank, slot in enumerate(self._slots):
             arguments = self._config, rank, len(self._slots), master
             environment = self._environment | named(f"learner-{rank}")
             self._ranks.append(slot.spawn(Learner, *arguments, environment=environment))
         self._lives += 1
-        await self._call("open_sender", f"{self._run_id}-{self._lives}", timeout_s=START_TIMEOUT_S)
+        await self._call("open_sender", f"{self._run_id}-{self._lives}", timeout_s=self._start_limit_s)
         self._node = await self._ranks[0].node()
 
     async def train_step(self, groups: list[RolloutGroup], canary: np.ndarray) -> tuple[StepReport, Publication | None]:
         """All updates on ``groups``, and the publication of the new weights unless none was applied."""
+        await self._checked()
         # One copy serves all ranks; a plain argument would be stored once per rank.
         shared = self._slots[0].share(groups) if len(self._ranks) > 1 else groups
         started = time.monotonic()
@@ -94,16 +102,52 @@ class LearnerGroup:
 
     async def connect(self, engines_connect: Callable[[Link], Awaitable[None]], workers: int) -> None:
         """Open a link with ``workers`` engine workers, which join it through ``engines_connect`` at the same time."""
-        host, port = await self._free_address()
-        link = Link(host, port, workers)
-        await asyncio.gather(self._call("connect", link, timeout_s=START_TIMEOUT_S), engines_connect(link))
+        if self._config.rollout.colocate:  # Memory of the same GPU: nothing has to be opened.
+            return
+        port = await self._ranks[0].call("listen", self._host).answer
+        link = Link(self._host, port, workers)
+        joining = [asyncio.ensure_future(c) for c in (self._call("connect", link), engines_connect(link))]
+        try:
+            async with asyncio.timeout(self._start_limit_s):
+                await asyncio.gather(*joining)
+        except LearnerLost:
+            raise
+        except Exception as error:  # Of two ends that wait for each other either may say so.
+            raise LearnerLost(f"no link to the engines: {one_line(error, 400)}") from error
+        finally:
+            for end in joining:
+                end.cancel()
 
     async def send(self, publication: Publication) -> str:
-        """The digest of what the engines receive; sends it first where a publication is no snapshot."""
-        return (await self._call("send"))[0] if publication.collective else publication.digest
+        """The digest of what the engines receive; sends it first where a publication is no snapshot.
+
+        Raises ``LearnerLost`` if it was not sent in the time of a stage: the ranks may hang for good.
+        """
+        if not publication.collective:
+            return publication.digest
+        sent = {text for text in await self._call("send", timeout_s=stage_limit(publication)) if text}
+        if len(sent) != 1:
+            raise LearnerFailed(f"learner ranks hold different weights of version {publication.version}")
+        if self._sends % CHECK_EVERY == 0:
+            self._checking = asyncio.ensure_future(self._check(publication.version))
+        self._sends += 1
+        return sent.pop()
+
+    async def _check(self, version: int) -> None:
+        """Compare what was sent with the learner's weights on the CPU; the ranks do it before anything else."""
+        began = time.monotonic()
+        digest, *_ = await self._call("send", True)
+        print(f"weights of version {version}: blake3 {digest}, checked in {time.monotonic() - began:.1f} s", flush=True)
+
+    async def _checked(self) -> None:
+        """Wait for the last check, whose result nobody has heard yet. Raises ``WeightProofFailed``."""
+        checking, self._checking = self._checking, None
+        if checking is not None:
+            await checking
 
     async def save(self, directory: str) -> None:
         """Write the policy to ``directory``/hf, and to ``directory``/learner all that ``load`` needs."""
+        await self._checked()
         await self._call("save", directory)
 
     async def load(self, directory: str) -> None:
@@ -112,8 +156,10 @@ class LearnerGroup:
 
     def end(self) -> None:
         """End the ranks, of which some may be dead or hang, and what they hold; ``start`` makes new ones in their places."""
+        if self._checking is not None:
+            self._checking.cancel()
         self.close()
-        self._ranks = []
+        self._ranks, self._sends, self._checking = [], 0, None
         remove_segments(f"{self._run_id}-{self._lives}")
 
     async def has_place(self, limit_s: float) -> bool:

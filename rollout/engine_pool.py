@@ -11,25 +11,21 @@ from __future__ import annotations
 import asyncio
 import time
 
+from rollout.device_link import DeviceLink
 from rollout.engine import Sampling
 from rollout.fleet import Fleet
 from rollout.relays import NotBrought, Relays
-from rollout.replica import Replica, Unanswered, Unreachable, stage_limit
+from rollout.replica import Replica, Unanswered, Unreachable, slowest
 from shared.actors import Places
 from shared.config import Config
 from shared.errors import EngineFailed, GroupFailed, InputError, WeightProofFailed
 from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
-from shared.weights import Link, Publication
+from shared.weights import Publication, stage_limit
 
 RESET_LIMIT_S = 30.0
 CATCH_UP_TRIES = 20
 """Publications that may overtake an engine on its way back."""
-
-
-def _worst(reports: list[dict[str, float]]) -> dict[str, float]:
-    names = {name for report in reports for name in report}
-    return {name: max(report[name] for report in reports if name in report) for name in names}
 
 
 class EnginePool:
@@ -39,7 +35,7 @@ class EnginePool:
         self._config, self._places = config, places
         self._relays = Relays(places, environment)
         self._fleet = Fleet(config, places.engines, environment, self._follow)
-        self._traffic = self._fleet.traffic
+        self._traffic, self.link = self._fleet.traffic, DeviceLink(config, self._fleet)
         self._newest: Publication | None = None
         self._refused: set[int] = set()
         """Engines that do not take ``_newest``."""
@@ -57,7 +53,7 @@ class EnginePool:
     @property
     def scalable(self) -> bool:
         """False where engines are tied to a device link or to learner ranks."""
-        return self._fleet.replaceable and not self._config.rollout.colocate
+        return not self._fleet.linked and not self._config.rollout.colocate
 
     async def nodes(self) -> dict[str, str]:
         """Engines that run, and where in the cluster each lives."""
@@ -102,14 +98,9 @@ class EnginePool:
             self._sampling.discard(work)
             work.cancel()
 
-    async def connect(self, link: Link) -> None:
-        """Join the learner's link; every engine's workers get ranks of their own in it."""
-        self._fleet.replaceable = False
-        per_engine = self._config.rollout.workers_per_engine
-        limit = self._config.rollout.start_timeout_s
-        ranks = range(1, 1 + self.workers, per_engine)
-        members = zip(self._fleet.running(), ranks, strict=True)
-        await asyncio.gather(*(r.ask("connect", link, rank, timeout_s=limit) for r, rank in members))
+    def check(self) -> None:
+        """Raise what ended the work of the engines, if something has: ``LinkLost``, ``FleetExhausted``."""
+        self._traffic.check()
 
     async def receive(self, publication: Publication) -> dict[str, float]:
         """Bring the engines to ``publication``; on return all that serve sample with it. Returns the slowest's figures.
@@ -118,13 +109,14 @@ class EnginePool:
         refuses the publication.
         """
         self._newest, self._refused = publication, set()
-        replicas = [replica for replica in self._fleet.running() if not replica.catching_up]
-        if publication.collective:  # An engine that fails in a broadcast takes the link with it: no other life for it.
-            await asyncio.gather(*(self._take(replica, publication) for replica in replicas))
-        for replica in replicas if not publication.collective else ():
-            update = asyncio.create_task(self._follow(replica))
-            self._updates.add(update)
-            update.add_done_callback(self._updates.discard)
+        if publication.collective:
+            replicas = await self.link.take(publication, self._take)
+        else:
+            replicas = [replica for replica in self._fleet.running() if not replica.catching_up]
+            for replica in replicas:
+                update = asyncio.create_task(self._follow(replica))
+                self._updates.add(update)
+                update.add_done_callback(self._updates.discard)
 
         scope = set(replicas)
         there = await self._traffic.passed(
@@ -135,7 +127,7 @@ class EnginePool:
         for replica in replicas:
             if replica.publication is not publication:
                 self._fleet.tell(replica, "outdated")
-        return _worst([replica.taken for replica in there])
+        return slowest([replica.taken for replica in there])
 
     async def prove(self, publication: Publication, digest: str) -> dict[str, float]:
         """Compare the engines' digests and canary log-probs with the learner's; then results flow.
@@ -143,7 +135,7 @@ class EnginePool:
         Raises ``WeightProofFailed`` if every engine fails.
         """
         if publication.collective:
-            await asyncio.gather(*(self._prove(r, publication, digest) for r in self._fleet.running()))
+            await asyncio.gather(*(self._prove_linked(r, publication, digest) for r in self._fleet.linked if r.runs))
 
         assert publication.digest in ("", digest)
         proved = await self._traffic.passed(
@@ -151,14 +143,15 @@ class EnginePool:
             awaited=lambda r: r.trusted and r.publication is publication and not r.proved,
             passed=lambda r: r.runs and r.publication is publication and r.proved,
         )
-        return _worst([replica.proof for replica in proved])
+        return slowest([replica.proof for replica in proved])
 
     async def reset(self) -> None:
         """Forget all weights, requests, keys and values: version numbers may name other weights from now on.
 
         Groups that wait for completions fail; engines serve again after the next publication.
         """
-        self._newest, self._refused = None, set()
+        self._newest, self._refused, self._fleet.linked = None, set(), set()
+        self._traffic.mend()
         dropped, self._sampling = self._sampling, set()
         for work in dropped:
             work.cancel()
@@ -252,6 +245,14 @@ class EnginePool:
             raise
         self._traffic.notify(replica)
 
+    async def _prove_linked(self, replica: Replica, publication: Publication, digest: str) -> None:
+        try:
+            await self._prove(replica, publication, digest)
+        except (EngineFailed, WeightProofFailed) as error:
+            if isinstance(error, WeightProofFailed):
+                self._refuse(replica, error)
+            self._fleet.lose(replica, error)
+
     async def _prove(self, replica: Replica, publication: Publication, digest: str) -> None:
         await replica.prove(publication, digest)
         if publication is not self._newest:
@@ -275,7 +276,7 @@ class EnginePool:
     async def _catch_up(self, replica: Replica) -> None:
         for _ in range(CATCH_UP_TRIES):
             newest = self._newest
-            if newest is None:  # The next one will include this engine.
+            if newest is None or newest.collective:  # The next one, or the next link, will include this engine.
                 return
             try:
                 await self._take(replica, newest)

@@ -17,7 +17,8 @@ from rollout.replica import Replica, Unanswered
 from rollout.traffic import Traffic
 from shared.actors import Places, Slot
 from shared.config import Config
-from shared.errors import EngineFailed, FleetExhausted, one_line
+from shared.errors import EngineFailed, FleetExhausted, LinkLost, one_line
+from shared.weights import read_s
 
 PROBE_EVERY_S, PROBE_LIMIT_S = 1.0, 5.0
 PLACE_TOLD_AFTER_S = 10.0
@@ -50,14 +51,16 @@ class Fleet:
     ) -> None:
         """``follow`` brings a new life to the newest weights, or loses it."""
         self._config, self._environment, self._follow = config, environment, follow
+        self._start_limit_s = config.rollout.start_timeout_s + read_s(config.model.path)
         self._members: dict[int, _Member] = {}
         self._leaving: set[_Member] = set()
         """No members any more, but they may still have requests."""
         self._indices = 0
         """Names are not used twice."""
         self.traffic = Traffic()
-        self.replaceable = True
-        """False where an engine has a place in a link that no other can take."""
+        self.linked: set[Replica] = set()
+        """Engines that take part in a device link: if one is lost, none of them can take weights before there is another link."""
+        self._moved = asyncio.Event()
         self.restarts, self.recovery_s = 0, 0.0
         """Lives begun after the first; seconds from the last loss that was made good to serving again."""
         for slot in slots:
@@ -66,7 +69,7 @@ class Fleet:
     async def start(self) -> None:
         """Start all engines side by side and wait until each answers. Raises ``EngineFailed``."""
         replicas = [self._spawn(member) for member in self._members.values()]
-        await asyncio.gather(*(r.start(self._config.rollout.start_timeout_s) for r in replicas))
+        await asyncio.gather(*(r.start(self._start_limit_s) for r in replicas))
         for replica, member in zip(replicas, self._members.values(), strict=True):
             self.tell(replica, "ready")
             member.keeper = asyncio.create_task(self._guarded(self._keep(member)))
@@ -123,6 +126,17 @@ class Fleet:
         """Engines that have started and are not lost."""
         return [m.replica for m in self._members.values() if m.replica is not None and m.replica.runs]
 
+    async def complete(self, limit_s: float) -> bool:
+        """Wait until every engine in service runs; whether that was so within ``limit_s``. Raises ``FleetExhausted``."""
+        try:
+            async with asyncio.timeout(limit_s):
+                while len(self.running()) < self.size or not self.size:
+                    self._moved.clear()
+                    await self.traffic.unless_failed(self._moved.wait())
+        except TimeoutError:
+            return False
+        return True
+
     def retired(self) -> list[str]:
         """Engines that have no life left."""
         return [f"engine-{m.index}" for m in self._members.values() if m.health.state == "retired"]
@@ -146,6 +160,7 @@ class Fleet:
             else:
                 self.traffic.shut(replica)
             self.traffic.notify(replica)
+            self._moved.set()
 
     def lose(self, replica: Replica, error: Exception) -> None:
         """Quarantine an engine: whoever waits for it hears of it, and its keeper gives it another life."""
@@ -160,9 +175,10 @@ class Fleet:
         self.traffic.shut(replica)
         left = f"{replica.health.restarts_left} restarts left"
         print(f"{replica.name} lost, {self._who_serves()}, {left}: {one_line(error, 400)}", flush=True)
-        if not self.replaceable:
-            self.traffic.fail(error)
+        if replica in self.linked:
+            self.traffic.fail(LinkLost(f"{replica.name}, which took part in the device link: {one_line(error, 400)}"))
         self.traffic.notify(replica)
+        self._moved.set()
 
     def _serves(self, replica: Replica) -> None:
         member = self._members.get(replica.index)
@@ -217,6 +233,7 @@ class Fleet:
         """Another may have its place. If it was the last engine, nothing can go on."""
         if not self._config.rollout.colocate:  # There it is the place of a learner rank too.
             member.slot.free()
+        self._moved.set()
         if not self._in_service():
             why = "; ".join(one_line(m.lost[1]) for m in self._members.values() if m.lost)
             restarts = self._config.run.max_restarts
@@ -243,7 +260,7 @@ class Fleet:
 
     async def _bring_up(self, replica: Replica) -> None:
         try:
-            await replica.start(self._config.rollout.start_timeout_s)
+            await replica.start(self._start_limit_s)
         except EngineFailed as error:
             self.lose(replica, error)
         else:

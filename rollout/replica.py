@@ -16,16 +16,18 @@ from rollout.vllm_setup import engine_environment
 from shared.actors import ActorDied, ActorUnreachable, Slot, named
 from shared.config import Config
 from shared.errors import EngineFailed, MillraceError, WeightProofFailed, one_line
+from shared.fingerprints import differing, summary
 from shared.ledger import TimeSlice
 from shared.types import Completion, Prompt
-from shared.weights import Publication
+from shared.weights import Publication, stage_limit
 
 ROUND_TRIES = 3
 
 
-def stage_limit(publication: Publication) -> float:
-    """Seconds that a stage of a weight update may take: 30 plus the bytes at 100 MB/s."""
-    return 30 + publication.nbytes / 100e6
+def slowest(reports: list[dict[str, float]]) -> dict[str, float]:
+    """Return the largest value of each figure in ``reports``, one of each engine."""
+    names = {name for report in reports for name in report}
+    return {name: max(report[name] for report in reports if name in report) for name in names}
 
 
 class Unanswered(Exception):
@@ -138,7 +140,7 @@ class Replica:
         """Compare the digest and the canary's log-probs with the learner's. Raises ``WeightProofFailed``."""
         started, where = time.monotonic(), f"{self.name}, version {publication.version}"
         if self._digests != {digest}:
-            raise WeightProofFailed(f"{where}: received {sorted(self._digests)}, sent {digest}")
+            raise WeightProofFailed(f"{where}: {_difference(publication, digest, self._digests)}")
         limit = stage_limit(publication)
         try:
             gap = await self.ask("prove", publication.canary, publication.version, timeout_s=limit)
@@ -236,6 +238,15 @@ class Replica:
     def kill(self) -> None:
         """End its process."""
         self._actor.kill()
+
+
+def _difference(publication: Publication, sent: str, received: set[str]) -> str:
+    """Say what an engine received, or which tensors differ where each has a fingerprint."""
+    names = [tensor.name for tensor in publication.tensors]
+    wrong = sorted({name for text in received for name in differing(sent, text, names)})
+    if wrong:
+        return f"received {len(wrong)} of {len(names)} tensors otherwise than they were sent: {', '.join(wrong[:3])}"
+    return f"received {sorted(summary(text) for text in received)}, sent {summary(sent)}"
 
 
 def _reason(error: Exception) -> str:

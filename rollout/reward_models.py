@@ -24,10 +24,15 @@ RETRIED = {429, 500, 502, 503, 504}
 
 
 class ClassifierReward:
-    """``logits[:, 0]`` in float32 of a sequence-classification model with one label, on CPU or one GPU."""
+    """``logits[:, 0]`` in float32 of a sequence-classification model with one label, on CPUs or one GPU."""
 
-    def __init__(self, path: str, key: str, *, max_tokens_per_batch: int = 16384, dtype: str = "float32") -> None:
-        """Load model and tokenizer (safetensors, no remote code). Raises ``InputError`` E301."""
+    def __init__(
+        self, path: str, key: str, *, max_tokens_per_batch: int = 16384, dtype: str = "float32", gpus: float = 0.0
+    ) -> None:
+        """Load model and tokenizer (safetensors, no remote code), on a GPU only if ``gpus`` were reserved for it.
+
+        Raises ``InputError`` E301.
+        """
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -49,7 +54,7 @@ class ClassifierReward:
             found, fix = "no pad token", "set pad_token_id in its config"
             raise InputError("E301", "reward model not usable", key, found, "a pad token", fix)
         self._tokenizer.padding_side = "right"
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if gpus and torch.cuda.is_available() else "cpu"
         self._model = model.eval().to(self._device)
         self._budget = max_tokens_per_batch
         self._longest = int(getattr(model.config, "max_position_embeddings", 1 << 30))

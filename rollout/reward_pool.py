@@ -203,6 +203,8 @@ class RewardPool:
 
     def _spawn(self, index: int, name: str) -> Actor:
         environment = self._environment | named(name)
+        if not any(function.gpus for function in self._settings.functions):  # Ray leaves all GPUs to who reserved none.
+            environment |= {"CUDA_VISIBLE_DEVICES": ""}
         return self._slots[index].spawn(RewardWorker, self._settings, False, name, environment=environment)
 
     def _replace(self, index: int) -> None:

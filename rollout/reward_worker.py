@@ -58,7 +58,7 @@ class _Scorer:
         self._starter = ThreadPoolExecutor(1)
         self._function: Callable[..., Any] | None = None
         if spec.model is not None:
-            self._function = _made(key, lambda: ClassifierReward(str(spec.model), key, **spec.args))
+            self._function = _made(key, lambda: ClassifierReward(str(spec.model), key, gpus=spec.gpus, **spec.args))
         elif spec.url is not None:
             urls = [spec.url] if isinstance(spec.url, str) else spec.url
             self._function = _made(key, lambda: HttpReward(urls, key, HttpOptions(**spec.args)))

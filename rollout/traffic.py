@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rollout.replica import Replica
+from shared.errors import LinkLost
 
 T = TypeVar("T")
 Test = Callable[[Replica], bool]
@@ -101,10 +102,17 @@ class Traffic:
             stage.look(replica)
 
     def fail(self, error: Exception) -> None:
-        """Nothing can go on: whoever waits gets ``error``."""
+        """Nothing can go on: whoever waits gets ``error``. A final failure takes the place of a lost link."""
+        if not isinstance(error, LinkLost):
+            self.mend()
         if not self._failure.done():
             self._failure.set_exception(error)
             self._failure.exception()  # Nobody may be waiting.
+
+    def mend(self) -> None:
+        """Go on after a failure that was made good: a lost link. Any other is final."""
+        if self._failure.done() and isinstance(self._failure.exception(), LinkLost):
+            self._failure = asyncio.get_running_loop().create_future()
 
     def check(self) -> None:
         """Raises what ended everything, if something has."""

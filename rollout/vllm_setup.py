@@ -11,6 +11,7 @@ from typing import Any
 
 from rollout.in_process import InProcessLLM
 from shared.config import Config
+from shared.threads import gpu_threads
 from shared.weights import backend_of
 
 COLOCATED_SHARE = 0.4
@@ -107,6 +108,7 @@ def start_vllm(config: Config, index: int, load_format: str) -> Any:
     arguments = engine_arguments(config, index, load_format)
     if current_platform.is_cpu():
         return InProcessLLM(arguments, f"engine-{index}", config.rollout.cpu_threads, config.rollout.cores(index))
+    os.environ["OMP_NUM_THREADS"] = str(gpu_threads())  # Of its own processes: one thread would load a model slowly.
     return start_async(arguments)
 
 

@@ -1,9 +1,9 @@
 """The worker's half of a weight transfer, loaded by vLLM through ``worker_extension_cls``.
 
 Importing this module registers our backends with vLLM's weight-transfer factory before the model loads. The rounds
-are vLLM's own: start, update, finish; what is added is proof. Invariant: every byte that is loaded was hashed on this
-side, by every worker (shared memory before the update; device links while loading), and a tied output head follows its
-embedding.
+are vLLM's own: start, update, finish; what is added is proof. Invariant: every byte that is loaded was looked at on this
+side, by every worker (shared memory is hashed before the update; between GPUs fingerprints are taken on the device while
+loading), and a tied output head follows its embedding.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rollout.cpu_weights import Replacement, make_ready, plan, put_in_place, reproduces, tied_heads
-from shared.errors import WeightProofFailed
+from shared.chunks import Turns, cut
+from shared.fingerprints import Fingerprints
 from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Segment, TensorMeta, digest, unpack_handle, views
 
 
@@ -114,72 +119,104 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
 
 class ProvedNcclEngine(NCCLWeightTransferEngine):
-    """vLLM's NCCL engine, with a digest of every tensor as it is loaded."""
+    """vLLM's NCCL engine, with a fingerprint of every tensor as it is loaded."""
 
     received = ""
 
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        """Leave the link that there is, and join another; vLLM would keep the old communicator for ever."""
+        self.shutdown()
+        super().init_transfer_engine(init_info)
+
     def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
-        """Join the broadcast; the digest covers all tensors in order, as the sender's does."""
-        with _hashed_load(self.model) as hasher:
+        """Join the broadcast; the fingerprints are those of all tensors in order, as the sender's are."""
+        with _printed_load(self.model) as prints:
             super().receive_weights(update_info)
-        self.received = hasher.hexdigest()
+        self.received = prints.text()
 
     def finish_weight_update(self) -> None:
-        """Finalise the layers, tied heads included."""
+        """Finalise the layers, and a tied output head with its embedding."""
         super().finish_weight_update()
         pack_tied_heads(self.model)
 
 
 @dataclass
 class IpcUpdateInfo(IPCWeightTransferUpdateInfo):
-    """vLLM's own packed form, with plain handles and the digest of the bytes."""
+    """All chunks of one publication: vLLM's own packed form, with plain handles."""
 
-    digest: str = ""
+    limit_s: float = 0.0
+    """Seconds that the learner may take for a chunk."""
+
+    def tensors(self) -> list[TensorMeta]:
+        """The tensors in order; where each lies depends on its chunk."""
+        rows = zip(self.names, self.dtype_names, self.shapes, self.tensor_sizes or [], strict=True)
+        return [TensorMeta(name, dtype, tuple(shape), 0, size) for name, dtype, shape, size in rows]
+
+    def part(self, chunk: list[TensorMeta], handles: dict[str, tuple[Any, ...]]) -> IPCWeightTransferUpdateInfo:
+        """What vLLM has to know of one ``chunk`` in the buffer."""
+        return IPCWeightTransferUpdateInfo(
+            names=[tensor.name for tensor in chunk],
+            dtype_names=[tensor.dtype for tensor in chunk],
+            shapes=[list(tensor.shape) for tensor in chunk],
+            ipc_handles=handles,
+            tensor_sizes=[tensor.nbytes for tensor in chunk],
+        )
 
 
 class ProvedIpcEngine(IPCWeightTransferEngine):
-    """vLLM's CUDA IPC engine over one packed buffer; the bytes are hashed before they are loaded."""
+    """vLLM's CUDA IPC engine over one buffer that takes all chunks; fingerprints are taken as they are loaded."""
 
     update_info_cls = IpcUpdateInfo
     received = ""
+    _turns: Turns | None = None
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.packed = True
 
     def receive_weights(self, update_info: IPCWeightTransferUpdateInfo) -> None:
-        """Map the learner's buffer on this GPU and load from it; a mismatch of the digest is refused."""
+        """Map the learner's buffer on this GPU and load every chunk from it. Raises ``TurnMissed``."""
         assert isinstance(update_info, IpcUpdateInfo)
         assert isinstance(update_info.ipc_handles, dict)
-        update_info.ipc_handles = {gpu: unpack_handle(list(h)) for gpu, h in update_info.ipc_handles.items()}
-        with _hashed_load(self.model, update_info.digest) as hasher:
-            super().receive_weights(update_info)
-        self.received = hasher.hexdigest()
+        gpu = str(torch.cuda.get_device_properties(self.device.index).uuid)
+        if gpu not in update_info.ipc_handles:
+            raise ValueError(f"no learner rank on GPU {gpu}, ranks are on {sorted(update_info.ipc_handles)}")
+        name, *handle = update_info.ipc_handles[gpu]
+        if self._turns is None or self._turns.name != name:
+            self._turns = Turns(name)
+        handles = {gpu: unpack_handle(handle)}
+        with _printed_load(self.model) as prints:
+            for chunk in cut(update_info.tensors(), handle[0]):
+                with self._turns.take(update_info.limit_s):
+                    super().receive_weights(update_info.part(chunk, handles))
+                    _wait_for(self.device)  # The learner writes over the buffer as soon as it may.
+        self.received = prints.text()
 
     def finish_weight_update(self) -> None:
-        """Finalise the layers, tied heads included."""
-        super().finish_weight_update()
+        """Finalise the layers; the mapping of the buffer stays, for the learner exports it once."""
+        finalize_layerwise_reload(self.model, self.model_config)
         pack_tied_heads(self.model)
 
 
+def _wait_for(device: torch.device) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
-def _hashed_load(model: torch.nn.Module, expected: str = "") -> Iterator[Any]:
-    """While open, ``model.load_weights`` hashes what it loads; given ``expected``, it refuses other bytes first."""
-    from blake3 import blake3
+def _printed_load(model: torch.nn.Module) -> Iterator[Fingerprints]:
+    """While open, ``model.load_weights`` takes the fingerprint of what it loads, on the device."""
+    prints, load = Fingerprints(), model.load_weights
 
-    hasher, load = blake3(), model.load_weights
-
-    def hashed(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+    def printed(weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
         named = list(weights)
         for _, tensor in named:
-            hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        if expected and hasher.hexdigest() != expected:
-            raise WeightProofFailed(f"shared GPU buffer: hashed {hasher.hexdigest()}, the learner sent {expected}")
+            prints.add(tensor)
         return load(named)
 
-    model.load_weights = hashed  # type: ignore[assignment]
+    model.load_weights = printed  # type: ignore[assignment]
     try:
-        yield hasher
+        yield prints
     finally:
         del model.load_weights
 

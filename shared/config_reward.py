@@ -18,6 +18,8 @@ class RewardFunction(Section):
     """Instead of a function: a Hugging Face sequence-classification model with one label."""
     url: str | list[str] | None = None
     """Instead of a function: a reward service, or its replicas; https, or http to this machine."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    """Number of GPUs, or share of one, that a model or function has in each reward worker; with 0 it sees none."""
     weight: float = 1.0
     """Factor in the combined reward; may be negative."""
     name: str | None = None

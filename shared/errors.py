@@ -88,6 +88,10 @@ class LearnerLost(LearnerFailed):
     """A learner rank died, hung or could not be started; the ranks can be built again from a checkpoint."""
 
 
+class LinkLost(MillraceError):
+    """An engine that took part in a device link is lost; the learner can be saved, then the link is built again."""
+
+
 class ModelRefused(LearnerFailed):
     """The learner cannot compute this model's log-probs exactly: another model is needed, not another try."""
 

@@ -35,9 +35,20 @@ class TimeSlice:
 class TimeLedger:
     """What one process does, as a sequence of states; used by one thread."""
 
-    def __init__(self, process: str, state: str = "start", clock: Callable[[], float] | None = None) -> None:
-        """``clock`` is monotonic, in seconds; by default the system's."""
+    def __init__(
+        self,
+        process: str,
+        state: str = "start",
+        clock: Callable[[], float] | None = None,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``clock`` is monotonic, in seconds; by default the system's.
+
+        ``settle`` waits for work that was begun but goes on by itself, as on a GPU. It is called where a state ends, so that
+        the state that began the work has its time.
+        """
         clock = clock or time.monotonic
+        self._settle = settle
         self._process, self._clock = process, clock
         # Monotonic inside a process, so that nothing ever runs backwards; comparable between them, for one timeline.
         self._offset = time.time() - clock()
@@ -52,6 +63,7 @@ class TimeLedger:
     def enter(self, state: str) -> None:
         """From now on the process is in ``state``."""
         if state != self._state:
+            self._settle()
             now = self._clock()
             self._intervals.append((self._state, self._since + self._offset, now + self._offset))
             self._state, self._since = state, now
@@ -68,6 +80,7 @@ class TimeLedger:
 
     def take(self) -> TimeSlice:
         """Everything since the last call; the current state goes on."""
+        self._settle()
         now = self._clock()
         self._intervals.append((self._state, self._since + self._offset, now + self._offset))
         taken = TimeSlice(self._process, self._sliced + self._offset, now + self._offset, tuple(self._intervals))

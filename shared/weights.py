@@ -36,6 +36,8 @@ NCCL_BACKEND = "millrace_nccl"
 """Weights over vLLM's NCCL broadcast: engines on GPUs of their own."""
 IPC_BACKEND = "millrace_ipc"
 """Weights in a CUDA buffer that both processes map: an engine that shares its GPU with a learner rank."""
+COLLECTIVE = (NCCL_BACKEND, IPC_BACKEND)
+"""Backends without a snapshot: the learner takes part while the engines receive."""
 
 
 def backend_of(config: Config, on_gpu: bool) -> str:
@@ -80,19 +82,19 @@ class Publication:
     """Shared-memory file with the bytes; empty for backends that send them over a device link."""
     tensors: tuple[TensorMeta, ...]
     digest: str
-    """blake3 of all bytes in order; empty where the bytes are sent later (see ``collective``)."""
+    """blake3 of all bytes in order; empty where the bytes are sent later (see ``collective``) and proved by fingerprints."""
     canary: Canary
     seconds: float = 0.0
     """Time the learner spent gathering and writing."""
     node: str = ""
     """Node of the cluster that has the segment."""
     handles: dict[str, list[Any]] = field(default_factory=dict)
-    """For the IPC backend: GPU UUID -> handle of the buffer with the bytes on that GPU (see ``pack_handle``)."""
+    """For the IPC backend: GPU UUID -> name of the counters, and handle, of the buffer on that GPU (see ``pack_handle``)."""
 
     @property
     def collective(self) -> bool:
         """True if the bytes are not a snapshot: the learner takes part while the engines receive."""
-        return self.backend == NCCL_BACKEND
+        return self.backend in COLLECTIVE
 
     @property
     def nbytes(self) -> int:
@@ -110,13 +112,23 @@ class Publication:
             "dtype_names": [t.dtype for t in self.tensors],
             "shapes": [list(t.shape) for t in self.tensors],
         }
-        if self.collective:
+        if self.backend == NCCL_BACKEND:
             return tensors
         sizes = [t.nbytes for t in self.tensors]
         if self.backend == IPC_BACKEND:
-            return {"ipc_handles": self.handles, "tensor_sizes": sizes, "digest": self.digest, **tensors}
+            return {"ipc_handles": self.handles, "tensor_sizes": sizes, "limit_s": stage_limit(self), **tensors}
         places = {"offsets": [t.offset for t in self.tensors], "sizes": sizes}
         return {"segment": self.segment, **tensors, **places}
+
+
+def stage_limit(publication: Publication) -> float:
+    """Seconds that a stage of a weight update may take: 30 plus the bytes at 100 MB/s."""
+    return 30 + publication.nbytes / 100e6
+
+
+def read_s(folder: str, readers: int = 1) -> float:
+    """Seconds in which ``readers`` processes read the model in ``folder`` from one disk, at 100 MB/s if nothing is cached."""
+    return readers * sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 100e6
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ class Actor(FakeActor):
         """Requests end once it is set."""
         self.holds, self.damaged, self.biased = None, False, False
         self.requests, self.aborted, self.resets = 0, 0, 0
+        self.rank = None
+        """In a device link."""
         self.fail = dict(world.fail.get((index, self.life), {}))
         """Method -> exceptions, one per call; the last stays."""
         if world.open:
@@ -93,6 +95,8 @@ class Actor(FakeActor):
 
     async def do_connect(self, link, rank):
         self.rank = rank
+        if self.world.wire is not None:
+            self.world.wire.members.add(self)
 
     async def do_reset(self):
         self.resets += 1
@@ -108,10 +112,14 @@ class Actor(FakeActor):
 
     async def do_receive(self, publication):
         await self.world.receive_gate.wait()
+        if self.world.wire is not None:
+            await self.world.wire.take_part(self)
         self.holds, self.biased = publication, (self.index, self.life, publication.version) in self.world.damaging
         seconds = {"prepare": 0.0, "paused": 0.0, "transfer": 0.0}
-        digest = "x" if (self.index, self.life, publication.version) in self.world.altering else publication.digest
-        self.damaged = self.biased or digest != publication.digest
+        digest = (
+            "x" if (self.index, self.life, publication.version) in self.world.altering else publication.digest or "sent"
+        )
+        self.damaged = self.biased or digest == "x"
         return Received({digest}, seconds, 0.0, False, self.ledger.take())
 
     async def do_prove(self, canary, version):
@@ -125,6 +133,8 @@ class World:
     def __init__(self):
         self.actors, self.open, self.full = [], True, False
         self.fail, self.damaging, self.altering = {}, set(), set()
+        self.wire = None
+        """What broadcasts go over, if they need all members (see ``test_device_link.py``)."""
         self.start_gate, self.receive_gate, self.prove_gate = (asyncio.Event() for _ in range(3))
         for gate in (self.start_gate, self.receive_gate, self.prove_gate):
             gate.set()

@@ -184,6 +184,9 @@ class FakeEngines(FakePart):
         self.crash_on: dict[tuple[str, int], Exception] = {}
         """Exceptions for ``("receive" | "prove", version)``."""
 
+    def check(self) -> None:
+        return None
+
     async def generate(self, group_id: int, prompt: Prompt, sampling: Any) -> tuple[Completion, ...]:
         assert self.version >= 0, "generation before the first publication"
         born = self.version

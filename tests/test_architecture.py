@@ -36,7 +36,7 @@ HEAVY = {
         "rollout/in_process.py",
         "rollout/weight_receiver.py",
         "rollout/cpu_weights.py",
-        "learner/weight_sender.py",
+        "learner/device_senders.py",
         "launch/bench_rollout.py",
     },
     "deepspeed": {
@@ -59,6 +59,7 @@ HEAVY = {
 LATE = {
     "torch": {
         "shared/weights.py",
+        "shared/fingerprints.py",
         "rollout/in_process.py",
         "rollout/reward_models.py",
         "launch/bench_learner.py",
@@ -81,6 +82,9 @@ SHARED_MORE = {
     ("shared/weights.py", "torch", "type checking"),
     ("shared/weights.py", "torch", "function"),
     ("shared/weights.py", "blake3", "function"),
+    ("shared/fingerprints.py", "torch", "type checking"),
+    ("shared/fingerprints.py", "torch", "function"),
+    ("shared/fingerprints.py", "blake3", "function"),
 }
 GIVEN_SIGNATURES = {"packed_attention", "vespo"}  # transformers and the formula fix these.
 INSIDE_THE_SANDBOX = "rollout/sandboxed_program.py"

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from learner.device_senders import _PrintedSource
 from learner.logprobs import PolicyModel, Sampled
-from learner.weight_sender import _HashedSource, full_tensors, layout, published
+from learner.weight_sender import full_tensors, layout, published
 from tests.tiny_models import ATTENTION_ALONE, HYBRID, tiny_model
 
 
@@ -29,7 +30,7 @@ def test_a_publication_is_the_file(tmp_path, name):
     sent = list(published(engine))
     assert [key for key, _ in sent] == list(described)
     assert all(torch.equal(tensor, stored[key]) for key, tensor in sent)
-    assert [meta.name for meta in _HashedSource(engine).metadata()] == list(described)
+    assert [meta.name for meta in _PrintedSource(engine, True).metadata()] == list(described)
 
 
 def test_experts_are_published_one_by_one_though_they_are_trained_as_one_tensor():

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from rollout.engine import Engine
-from rollout.replica import stage_limit
+from rollout.stale_kv import StaleKV
 from shared.actors import ActorDied, ActorUnreachable, Call
 from shared.errors import EngineFailed, GroupFailed, WeightProofFailed
+from shared.ledger import TimeLedger
 from shared.types import VersionSpan
-from shared.weights import NCCL_BACKEND, Canary, Link, TensorMeta
+from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication, TensorMeta, stage_limit
 from tests.engine_worlds import REFUSAL, SAMPLING, ask, deliver, publication, recovered, texts, until
 from tests.fakes import make_prompt
 
@@ -317,22 +318,10 @@ async def test_a_publication_whose_memory_was_used_again_is_no_refusal(make_pool
     assert late.holds.version == 3
 
 
-async def test_a_publication_that_is_no_snapshot_fails_with_its_engine(make_pool):
-    pool, world = await make_pool()
-    await pool.connect(Link("host", 1, 2))
-    assert [actor.rank for actor in world.actors] == [1, 2]
-    world.last(0).fail["receive"] = [ValueError("nccl")]
-    with pytest.raises(WeightProofFailed, match="engine-0 refused version 1 1 times"):
-        await pool.receive(publication(1, NCCL_BACKEND))
-    world.last(1).die()
-    with pytest.raises(EngineFailed, match="engine-1 died"):
-        await asyncio.gather(*ask(pool, *range(4)))
-
-
 async def test_every_worker_of_an_engine_has_a_rank_in_the_link(make_pool):
     pool, world = await make_pool(**{"rollout.tensor_parallel_size": 2})
     assert pool.workers == 4
-    await pool.connect(Link("host", 1, 4))
+    await pool.link.join(Link("host", 1, 4))
     assert [actor.rank for actor in world.actors] == [1, 3]
 
 
@@ -467,3 +456,37 @@ async def test_whatever_happens_every_group_is_answered_once_by_proved_weights(m
         actor.stopped = False
     await until(lambda: pool.metrics()["engines/healthy"] == 3)
     assert pool.metrics()["engines/restarts"] > 3
+
+
+@pytest.mark.parametrize("backend", [SHM_BACKEND, NCCL_BACKEND, IPC_BACKEND])
+async def test_an_engine_hashes_nothing_on_the_host_while_it_stands_still(backend, monkeypatch):
+    done = []
+
+    class LLM:
+        def __getattr__(self, name):
+            async def call(*_, **__):
+                done.append(name)
+                return ["prints"]
+
+            return call
+
+    def hashed(self):
+        done.append("hash")
+        return "d1" * 32
+
+    monkeypatch.setattr(Publication, "hash_segment", hashed)
+    engine = Engine.__new__(Engine)
+    engine._llm = LLM()
+    engine._llm.engine_core = engine._llm
+    engine._round, engine._stale_kv, engine._ledger, engine._running = (
+        asyncio.Lock(),
+        StaleKV(0.0),
+        TimeLedger("engine-0"),
+        0,
+    )
+    published = replace(publication(1, backend), digest="d1" * 32, segment="s" if backend == SHM_BACKEND else "")
+    received = await engine.receive(published)
+    still = done[done.index("pause_scheduler_async") : done.index("resume_generation")]
+    assert still == ["pause_scheduler_async", "start_weight_update", "update_weights", "finish_weight_update"]
+    assert done.count("hash") == (backend == SHM_BACKEND)
+    assert received.digests == ({"d1" * 32} if backend == SHM_BACKEND else {"prints"})

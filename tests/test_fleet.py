@@ -204,7 +204,7 @@ async def test_what_an_engine_does_not_finish_in_time_goes_to_others(make_pool):
 async def test_what_cannot_be_scaled_is_refused(make_pool, engines, linked, changes):
     pool, world = await make_pool(**changes)
     if linked:
-        await pool.connect(Link("host", 1, 2))
+        await pool.link.join(Link("host", 1, 2))
     with pytest.raises(InputError, match="cannot scale") as excinfo:
         await pool.scale(engines)
     assert excinfo.value.code == "E507"

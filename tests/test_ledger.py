@@ -33,6 +33,28 @@ def pass_time(ledger, clock, state, seconds):
     clock.now += seconds
 
 
+def test_the_state_that_began_work_on_a_gpu_has_its_time(clock):
+    """A GPU works on when a call returns: whoever asks it first for a result would have the time of all that was begun."""
+    begun = []
+
+    def settle():
+        clock.now += sum(begun)
+        begun.clear()
+
+    ledger = TimeLedger("learner-0", clock=clock, settle=settle)
+    ledger.enter("forward")
+    begun.append(3)
+    ledger.enter("backward")
+    begun.append(5)
+    with ledger.during("send"):
+        begun.append(7)
+    begun.append(11)
+    found = {}
+    for state, start, end in ledger.take().intervals:
+        found[state] = found.get(state, 0) + round(end - start)
+    assert found == {"start": 0, "forward": 3, "backward": 16, "send": 7}
+
+
 def test_states_follow_each_other_and_the_current_one_goes_on(clock):
     ledger = TimeLedger("engine-0", clock=clock)
     clock.now += 2

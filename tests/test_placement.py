@@ -153,6 +153,19 @@ def test_engines_that_come_and_go_need_weights_through_host_memory():
     checked(cpus(8), **{"rollout.max_engines": 4})
 
 
+@pytest.mark.parametrize(("share", "there", "fits"), [(0.25, 3, True), (0.5, 3, True), (1.0, 3, False), (1.0, 4, True)])
+def test_gpus_of_reward_models_are_reserved(share, there, fits):
+    """An engine and a rank take one GPU each; two reward workers take their share."""
+    models = [{"model": "judge", "gpus": share}, {"function": "exact_match"}]
+    changes = {E: 1, RANKS: 1, "reward.workers": 2, "reward.functions": models}
+    if fits:
+        checked(gpus(there), **changes)
+        return
+    error = refused(gpus(there), "E501", **changes)
+    assert error.expected == "4 (engines 1 x 1, learner 1, reward workers 2)"
+    assert error.table.splitlines()[3].split() == ["reward", "worker", "2", "1", "GPU", "2", "GPU"]
+
+
 def test_the_table():
     nodes = [*cpus(4), *gpus(8)]
     wanted, _ = needs(nodes, **{E: 2, TP: 2, RANKS: 4, "reward.workers": 3})

@@ -71,6 +71,15 @@ def one_by_one(path: str, texts: list[str]) -> list[float]:
         return [model.eval()(input_ids=one).logits[0, 0].item() for one in ids]
 
 
+@pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.25, "cuda")])
+def test_a_model_runs_on_a_gpu_only_if_one_was_reserved_for_it(judge, monkeypatch, gpus, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, where: moved.append(where))
+    assert ClassifierReward(judge, "key", gpus=gpus)._device == device
+    assert moved[-1] == device
+
+
 @pytest.mark.parametrize("budget", [1, 30, 16384])
 def test_batched_scores_equal_those_of_one_text_at_a_time(judge, budget):
     expected = one_by_one(judge, [p + c for p, c in zip(PROMPTS[:4], ANSWERS[:4], strict=True)])

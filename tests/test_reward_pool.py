@@ -69,6 +69,19 @@ async def make():
             task.cancel()
 
 
+@pytest.mark.parametrize(("gpus", "seen"), [(0.0, ""), (0.25, None)])
+async def test_a_worker_that_reserved_no_gpu_sees_none(gpus, seen):
+    """Ray leaves every GPU visible to an actor without one: its models would take memory that others have measured."""
+    found = []
+
+    class Slot(FakeSlot):
+        def spawn(self, kind, *arguments, environment, concurrency=1):
+            found.append(environment.get("CUDA_VISIBLE_DEVICES"))
+
+    RewardPool(make_config(**{"reward.functions": [{"model": "judge", "gpus": gpus}]}), [Slot(None)], {})
+    assert found == [seen]
+
+
 BAD = RewardFailed("E304", "reward raised", "f, sample 1 of group 7", "ValueError", "a number", "correct it", 1, "bad text", "the trace")  # fmt: skip
 SLOW = RewardFailed("E305", "reward too slow", "f", "> 1 s", "<= 1", "speed it up", -1, "", "")
 GONE = ActorDied("gone")
