@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class Parts:
 @asynccontextmanager
 async def started(config: Config, needs: Needs, output: Path | None = None) -> AsyncIterator[Parts]:
     """The parts of a run with ``config``, in a session of Ray that has what it ``needs``, writing into ``output``."""
-    run_id, told = uuid.uuid4().hex[:12], output is not None
+    run_id = uuid.uuid4().hex[:12]
     try:
         async with _telling({"room on the cluster"}, output):
             reservation = await reserve(needs)
@@ -94,10 +94,8 @@ async def started(config: Config, needs: Needs, output: Path | None = None) -> A
         engines = EnginePool(_sized(config, needs), reservation, environment)
         try:
             starts = {"engines": engines.start, "learner": learners.start, "reward workers": rewards.start}
-            async with _telling(missing := set(starts), output):
-                if needs.colocated:  # What the learner takes and frees as it starts would confuse vLLM on the same GPU.
-                    await _ready("learner", starts.pop("learner")(), missing, told)
-                await asyncio.gather(*(_ready(name, start(), missing, told) for name, start in starts.items()))
+            # What the learner takes and frees as it starts would confuse vLLM on the same GPU.
+            await _start_all(starts, ["learner"] if needs.colocated else [], output)
             parts = Parts(engines, rewards, learners, backend_of(config, needs.on_gpu) in COLLECTIVE)
             async with _telling({"the link between learner and engines"}, output):
                 await parts.link()
@@ -132,6 +130,15 @@ async def _telling(missing: set[str], output: Path | None) -> AsyncIterator[None
     finally:
         if task is not None:
             task.cancel()
+
+
+async def _start_all(starts: dict[str, Callable[[], Awaitable[None]]], first: list[str], output: Path | None) -> None:
+    """Start the parts that are ``first``, one after the other; then the rest together."""
+    missing, told = set(starts), output is not None
+    async with _telling(missing, output):
+        for name in first:
+            await _ready(name, starts[name](), missing, told)
+        await asyncio.gather(*(_ready(name, starts[name](), missing, told) for name in starts if name not in first))
 
 
 async def _ready(name: str, start: Awaitable[None], missing: set[str], told: bool) -> None:

@@ -161,6 +161,7 @@ def test_colocated_the_learner_is_up_before_any_engine_starts(monkeypatch, tmp_p
 
         return lambda *_: SimpleNamespace(start=start, close=nowhere)
 
+    monkeypatch.setattr(parts.Parts, "link", nowhere)
     monkeypatch.setattr(parts, "reserve", reserved)
     monkeypatch.setattr(parts, "_sized", lambda config, _: config)
     for name, word in (("RewardPool", "rewards"), ("LearnerGroup", "learner"), ("EnginePool", "engines")):
