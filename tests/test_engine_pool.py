@@ -15,7 +15,7 @@ from shared.actors import ActorDied, ActorUnreachable, Call
 from shared.errors import EngineFailed, GroupFailed, WeightProofFailed
 from shared.ledger import TimeLedger
 from shared.types import VersionSpan
-from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link, Publication, TensorMeta, stage_limit
+from shared.weights import IPC_BACKEND, NCCL_BACKEND, SHM_BACKEND, Canary, Link, TensorMeta, stage_limit
 from tests.engine_worlds import REFUSAL, SAMPLING, ask, deliver, publication, recovered, texts, until
 from tests.fakes import make_prompt
 
