@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.contracts import ROOT, resolve, sources
+from tests.contracts import ROOT, sources
 
 MEANT = {
     "vllm/_version.py": "the version",
@@ -44,14 +43,11 @@ def installed() -> Path:
 
 
 def named_files(site: Path) -> set[str]:
-    """Return the files of vLLM that our sources name, and those that define what is imported from them."""
+    """Return the files of vLLM that our sources name."""
     found: set[str] = set()
     for text in sources().values():
         for module, name in _imports(ast.parse(text), ""):
             found |= _files(site, module, name)
-            origin = inspect.getsourcefile(thing) if inspect.isclass(thing := resolve(f"{module}:{name}")) else None
-            if origin is not None and Path(origin).is_relative_to(site):
-                found.add(str(Path(origin).relative_to(site)))
     return found
 
 
