@@ -106,7 +106,7 @@ async def test_a_run_goes_on_whoever_is_killed_before_or_in_a_broadcast(over_glo
     monkeypatch.setattr(EnginePool, "prove", proved)
     monkeypatch.setattr(LearnerGroup, "start", started)
     told, say = [], print
-    monkeypatch.setattr("builtins.print", lambda *words, **options: (told.append(words[0]), say(*words, **options)))
+    monkeypatch.setattr("builtins.print", lambda *words, **options: (told.extend(words), say(*words, **options)))
     folder = await over_gloo()
     output = "\n".join(map(str, told))
     assert not due
