@@ -22,11 +22,6 @@ class _Kept(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, output)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        query, key, value, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
 
 def saved_bytes(model: Any) -> float:
     """Return the bytes that a forward pass of ``model``, which is on the meta device, keeps for each packed token.
@@ -38,7 +33,8 @@ def saved_bytes(model: Any) -> float:
     ours = model.config._attn_implementation
     kernels = attention._causal, attention._banded
     model.set_attn_implementation(ATTENTION_NAME)
-    attention._causal = attention._banded = lambda query, key, value, *_: _Kept.apply(query, key, value)
+    for kernel in ("_causal", "_banded"):
+        setattr(attention, kernel, lambda query, key, value, *_: _Kept.apply(query, key, value))
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # They stay alive, or their numbers would be used again.
 
