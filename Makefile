@@ -106,9 +106,11 @@ format: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+LOCK := uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header
+
 lock:
-	uv pip compile --quiet requirements/cpu.in --override requirements/excluded.txt --python-version 3.11 \
-	  --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --output-file requirements/cpu.lock
+	$(LOCK) requirements/cpu.in --override requirements/excluded.txt --output-file requirements/cpu.lock
+	$(LOCK) requirements/gpu.in --output-file requirements/gpu.lock
 
 clean:
 	rm -rf $(VENV) $(VENV_GPU) build site *.egg-info

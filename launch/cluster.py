@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.environment import SAFE, check_temporary_folder, refuse_open_dashboard, temporary_folder, uses_gpus
-from launch.memory import Sizes, refusals
-from launch.model_weights import count_parameters
+from launch.memory import refuse_unfit
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.ray_actors import RaySlot
 from shared.actors import LOGS
@@ -179,13 +178,10 @@ def addresses() -> dict[str, str]:
 
 def check_resources(config: Config, origin: str) -> Needs:
     """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table, or ``InputErrors`` E508."""
-    there = nodes()
-    gpus = sum(node.count("GPU") for node in there)
-    needs = Needs.of(config, on_gpu=uses_gpus(gpus, config.rollout.colocate, origin))
+    there, colocate = nodes(), config.rollout.colocate
+    needs = Needs.of(config, uses_gpus(sum(node.count("GPU") for node in there), colocate, origin))
     check(needs, there, config, origin)
-    if needs.on_gpu:
-        parameters = count_parameters(Path(config.model.path))
-        raise_all(refusals(config, Sizes.of(config, parameters), there, origin))
+    refuse_unfit(config, there if needs.on_gpu else [], origin)
     return needs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,15 @@ class _Kept(torch.autograd.Function):
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output)
         return output
+
+
+def of_folder(path: str, dtype: str, trusted: bool) -> float:
+    """Return ``saved_bytes`` of the model in the folder ``path``, of which only config.json is read."""
+    from learner import meta_model
+
+    raw = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    model = meta_model.build(path, meta_model.read(path, raw, trusted), trusted)
+    return saved_bytes(model.to(getattr(torch, dtype)))
 
 
 def saved_bytes(model: Any) -> float:
