@@ -30,8 +30,7 @@ from shared.config import Config
 from shared.errors import InputError, MillraceError, one_line, raise_all
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACEMENT_TIMEOUT_S = 60.0
-TASKS_TIMEOUT_S = 1.0
+PLACEMENT_TIMEOUT_S, TASKS_TIMEOUT_S = 60.0, 1.0
 CLAIM_S = 5.0
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
