@@ -1,11 +1,12 @@
 # Everything a newcomer needs: `make quickstart` and `make test` install what they need first.
 PYTHON ?= python3
 VENV := .venv
+VENV_GPU := .venv-gpu
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox browser quickstart test test-fast test-slow test-times test-gpu check-gpu-wheel plan-check chaos soak break-check lint format lock bench-check docs clean
+.PHONY: install sandbox browser quickstart test test-fast test-slow test-times install-gpu has-gpu test-gpu check-gpu-wheel plan-check chaos soak break-check lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -63,9 +64,24 @@ chaos: install
 	  tests/test_hosts_stack.py tests/test_checkpoints.py tests/test_resume.py tests/test_engine_pool.py tests/test_fleet.py \
 	  tests/test_traffic.py tests/test_reward_pool.py tests/test_sandbox.py
 
-# Everything that needs GPUs; what there are too few for is skipped.
-test-gpu: install
-	$(BIN)/python -m pytest -q -rs tests/gpu
+# The packages for GPUs, in an environment of their own.
+install-gpu: $(VENV_GPU)/installed
+
+$(VENV_GPU)/installed: requirements/gpu.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV_GPU)
+	$(VENV_GPU)/bin/python -m pip install --disable-pip-version-check --quiet uv
+	$(VENV_GPU)/bin/uv pip install --quiet --python $(VENV_GPU)/bin/python --compile-bytecode --requirement requirements/gpu.lock
+	$(VENV_GPU)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	@touch $@
+
+# Everything that needs GPUs; what there are too few for is skipped, but without any it fails, before it installs.
+test-gpu: has-gpu
+	@$(MAKE) --no-print-directory install-gpu
+	MILLRACE_TEST_GPU=1 $(VENV_GPU)/bin/python -m pytest -q -rs tests/gpu
+
+has-gpu:
+	@nvidia-smi --list-gpus 2>/dev/null | grep -q GPU || { \
+	  echo "error[E501] no GPU — make test-gpu. Found none that nvidia-smi lists, expected at least one. Fix: run it where there is one" >&2; exit 1; }
 
 # Downloads vLLM's CUDA wheel (326 MB): what we import from it is what the tests ran on, and takes the arguments that we give.
 check-gpu-wheel: install
@@ -100,9 +116,11 @@ format: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+LOCK := uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header
+
 lock:
-	uv pip compile --quiet requirements/cpu.in --override requirements/excluded.txt --python-version 3.11 \
-	  --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --output-file requirements/cpu.lock
+	$(LOCK) requirements/cpu.in --override requirements/excluded.txt --output-file requirements/cpu.lock
+	$(LOCK) requirements/gpu.in --output-file requirements/gpu.lock
 
 clean:
-	rm -rf $(VENV) build site *.egg-info
+	rm -rf $(VENV) $(VENV_GPU) build site *.egg-info

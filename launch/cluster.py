@@ -22,8 +22,7 @@ from typing import Any
 
 from launch.environment import SAFE, refuse_open_dashboard, refuse_open_gcs, uses_gpus
 from launch.interrupts import kept
-from launch.memory import Sizes, refusals
-from launch.model_weights import count_parameters
+from launch.memory import refuse_unfit
 from launch.placement import ACCELERATOR, SOME, Arrangement, Needs, Node, arrange, check, table
 from launch.private_ray import check_temporary_folder, keep_private, remove_folders, start_private
 from launch.ray_actors import RaySlot, slots_of
@@ -32,8 +31,7 @@ from shared.config import Config
 from shared.errors import InputError, one_line, raise_all
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACEMENT_TIMEOUT_S = 60.0
-TASKS_TIMEOUT_S = 1.0
+PLACEMENT_TIMEOUT_S, TASKS_TIMEOUT_S = 60.0, 1.0
 CLAIM_S = 5.0
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
 
@@ -170,13 +168,10 @@ def addresses() -> dict[str, str]:
 
 def check_resources(config: Config, origin: str) -> Needs:
     """The run's needs, compared with the cluster. Raises ``InputError`` E501 or E506, with a table, or ``InputErrors`` E508."""
-    there = nodes()
-    gpus = sum(node.count("GPU") for node in there)
-    needs = Needs.of(config, on_gpu=uses_gpus(gpus, config.rollout.colocate, origin))
+    there, colocate = nodes(), config.rollout.colocate
+    needs = Needs.of(config, uses_gpus(sum(node.count("GPU") for node in there), colocate, origin))
     check(needs, there, config, origin)
-    if needs.on_gpu:
-        parameters = count_parameters(Path(config.model.path))
-        raise_all(refusals(config, Sizes.of(config, parameters), there, origin))
+    refuse_unfit(config, there if needs.on_gpu else [], origin)
     return needs
 
 

@@ -12,9 +12,10 @@ from functools import cache
 from pathlib import Path
 
 from launch.hardware import ENGINE_SHARE, Device, Shape, device_named
+from launch.model_weights import count_parameters
 from launch.placement import Node
 from shared.config import Config
-from shared.errors import InputError
+from shared.errors import InputError, raise_all
 from shared.weights import IPC_BACKEND, NCCL_BACKEND, backend_of
 
 RULE = 33
@@ -66,17 +67,10 @@ class Sizes:
 @cache
 def _kept(path: str, dtype: str, trusted: bool) -> float:
     """Bytes that a backward pass keeps for each token, measured; 0 for a model that needs values or is not there."""
-    import json
-
-    import torch
-
-    from learner import meta_model
-    from learner.activations import saved_bytes
+    from learner.activations import of_folder
 
     try:
-        raw = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-        model = meta_model.build(path, meta_model.read(path, raw, trusted), trusted)
-        return saved_bytes(model.to(getattr(torch, dtype)))
+        return of_folder(path, dtype, trusted)
     except Exception:  # Whatever a model of any kind raises without values.
         return 0.0
 
@@ -135,6 +129,12 @@ def engine_bytes(config: Config, sizes: Sizes) -> dict[str, float]:
 def total(parts: dict[str, float]) -> float:
     """Sum of the bytes."""
     return sum(parts.values())
+
+
+def refuse_unfit(config: Config, nodes: Sequence[Node], origin: str) -> None:
+    """Raise ``InputErrors`` E508 if a learner rank or an engine cannot fit the GPUs of ``nodes``."""
+    if _devices(nodes):
+        raise_all(refusals(config, Sizes.of(config, count_parameters(Path(config.model.path))), nodes, origin))
 
 
 def refusals(config: Config, sizes: Sizes, nodes: Sequence[Node], origin: str) -> list[InputError]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +24,14 @@ class _Kept(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, output)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        query, key, value, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+def of_folder(path: str, dtype: str, trusted: bool) -> float:
+    """Return ``saved_bytes`` of the model in the folder ``path``, of which only config.json is read."""
+    from learner import meta_model
+
+    raw = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    model = meta_model.build(path, meta_model.read(path, raw, trusted), trusted)
+    return saved_bytes(model.to(getattr(torch, dtype)))
 
 
 def saved_bytes(model: Any) -> float:
@@ -38,7 +44,8 @@ def saved_bytes(model: Any) -> float:
     ours = model.config._attn_implementation
     kernels = attention._causal, attention._banded
     model.set_attn_implementation(ATTENTION_NAME)
-    attention._causal = attention._banded = lambda query, key, value, *_: _Kept.apply(query, key, value)
+    for kernel in ("_causal", "_banded"):
+        setattr(attention, kernel, lambda query, key, value, *_: _Kept.apply(query, key, value))
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}  # They stay alive, or their numbers would be used again.
 

@@ -64,7 +64,7 @@ def freed_at_once() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", 1 << 25)))
+        libc.mallopt(M_MMAP_THRESHOLD, int(os.environ.get("MALLOC_MMAP_THRESHOLD_", f"{1 << 25}")))
         libc.malloc_trim(0)
 
 

@@ -72,7 +72,7 @@ def _where(files: list[str]) -> dict[str, str]:
     """Return the file of every tensor in ``files``, by name."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, str] = {}
     for path in files:
         with safe_open(path, "pt") as file:
             found |= dict.fromkeys(file.keys(), path)

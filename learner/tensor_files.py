@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -45,28 +44,53 @@ def write_tensors(files: Sequence[tuple[Path, Sequence[Described]]], tensors: It
 
     Raises ``OSError``, but only after ``tensors`` has ended: to iterate it may be a collective that other ranks wait for.
     """
-    failed: OSError | None = None
-    wanted = iter([(path, one.name, number) for path, all_ in files for number, one in enumerate(all_)])
-    described = dict(files)
-    with ExitStack() as opened:
-        stream: IO[bytes] | None = None
-        for name, tensor in tensors:
-            path, expected, number = next(wanted)
-            assert name == expected, f"{name} where {expected} was described"
-            if failed is not None:
-                continue
-            try:
-                if number == 0 or stream is None:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    stream = opened.enter_context(path.open("wb"))
-                    stream.write(_header(described[path]))
-                stream.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-                stream.flush()
-            except OSError as error:
-                failed = error
-        assert failed or next(wanted, None) is None, "tensors were described and did not come"
-    if failed is not None:
-        raise failed
+    wanted = iter([(path, one.name) for path, all_ in files for one in all_])
+    stream = _Stream(dict(files))
+    for name, tensor in tensors:
+        path, expected = next(wanted)
+        assert name == expected, f"{name} where {expected} was described"
+        stream.write(path, tensor)
+    stream.close()
+    assert next(wanted, None) is None, "tensors were described and did not come"
+
+
+class _Stream:
+    """Writes one file after the other; after the first failure it takes what comes and writes nothing."""
+
+    def __init__(self, files: dict[Path, Sequence[Described]]) -> None:
+        self._files = files
+        self._path: Path | None = None
+        self._open: IO[bytes] | None = None
+        self._failed: OSError | None = None
+
+    def write(self, path: Path, tensor: Tensor) -> None:
+        """Append ``tensor`` to the file ``path``, which begins with its header."""
+        if self._failed is not None:
+            return
+        try:
+            if path != self._path or self._open is None:
+                self._begin(path)
+            assert self._open is not None
+            self._open.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            self._failed = error
+
+    def _begin(self, path: Path) -> None:
+        if self._open is not None:
+            self._open.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._open = path, path.open("wb")
+        self._open.write(_header(self._files[path]))
+
+    def close(self) -> None:
+        """End the last file. Raises the first failure."""
+        try:
+            if self._open is not None:
+                self._open.close()
+        except OSError as error:
+            self._failed = self._failed or error
+        if self._failed is not None:
+            raise self._failed
 
 
 def _header(described: Sequence[Described]) -> bytes:

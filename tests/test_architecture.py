@@ -44,6 +44,7 @@ HEAVY = {
         "learner/learner.py",
         "learner/learner_state.py",
         "learner/reference.py",
+        "learner/sharded_loading.py",
         "learner/weight_sender.py",
     },
     "ray": {

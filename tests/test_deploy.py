@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -287,3 +289,25 @@ def test_the_gpu_image_has_the_extra():
     lines = stages()["gpu"]
     assert lines.index("RUN pip install .[gpu]") < lines.index("RUN pip install --no-deps --editable .")
     assert any(requirement.startswith("vllm==") for requirement in PROJECT["optional-dependencies"]["gpu"])
+
+
+@pytest.mark.process
+def test_make_test_gpu_fails_in_one_line_where_there_is_no_gpu(tmp_path):
+    """It neither installs nor skips; ``PATH`` holds no nvidia-smi."""
+    names = ("grep", "sh", "bash", "env")
+    for name in names:
+        (tmp_path / name).symlink_to(shutil.which(name))
+    command = [shutil.which("make"), "test-gpu", f"VENV_GPU={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    told = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("make")]
+    assert len(told) == 1
+    assert told[0].startswith("error[E501] no GPU — make test-gpu. Found none that nvidia-smi lists")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_gpu_lock_has_the_pinned_packages():
+    lock = (ROOT / "requirements" / "gpu.lock").read_text(encoding="utf-8").splitlines()
+    pinned = [one for one in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["gpu"] if "==" in one]
+    assert all(re.sub(r"\[.*\]", "", one) in lock for one in pinned)
+    assert "+cpu" not in "".join(lock)
