@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +132,7 @@ async def _telling(missing: set[str], output: Path | None) -> AsyncIterator[None
             task.cancel()
 
 
-async def _start_all(starts: dict[str, Callable[[], Awaitable[None]]], first: list[str], output: Path | None) -> None:
+async def _start_all(starts: Mapping[str, Callable[[], Awaitable[None]]], first: list[str], output: Path | None) -> None:
     """Start the parts that are ``first``, one after the other; then the rest together."""
     missing, told = set(starts), output is not None
     async with _telling(missing, output):

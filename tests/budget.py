@@ -71,7 +71,7 @@ def _rank(item: pytest.Item) -> int:
 
 TOGETHER = {
     **dict.fromkeys(("test_end_to_end", "test_security_stack"), "quickstart"),
-    **dict.fromkeys(("test_learner_stack", "test_learner_state"), "ranks"),
+    **dict.fromkeys(("test_learner_stack", "test_learner_state", "test_sharded_loading"), "ranks"),
     **dict.fromkeys(("test_placement_stack", "test_hosts_stack", "test_reward_pool"), "ray"),
 }
 """Test file -> the name of a group that runs in one process: its files share a fixture that takes long to make."""

@@ -34,7 +34,7 @@ RECEIVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "rollout/weight_receiver.py": {
         "engine": ("rollout.weight_receiver:ShmWeightTransferEngine",),
     },
-    "learner/weight_sender.py": {
+    "learner/device_senders.py": {
         "self._transfer": ("vllm.distributed.weight_transfer.nccl_engine:NCCLTrainerWeightTransferEngine",),
     },
     "learner/learner.py": {"self.engine": ("deepspeed:DeepSpeedEngine",)},

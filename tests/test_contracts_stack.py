@@ -85,11 +85,11 @@ def test_vllm_s_trainer_calls_nothing_that_our_source_and_our_client_lack():
     """What vLLM's sender does with the client and the weights that ``NcclSender`` gives it."""
     from vllm.distributed.weight_transfer import nccl_engine
 
-    from learner.weight_sender import _DrivenByThePool, _HashedSource
+    from learner.device_senders import _DrivenByThePool, _PrintedSource
 
     tree = ast.parse(inspect.getsource(nccl_engine.NCCLTrainerWeightTransferEngine))
     for call in [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]:
-        for name, ours in (("client", _DrivenByThePool), ("source", _HashedSource)):
+        for name, ours in (("client", _DrivenByThePool), ("source", _PrintedSource)):
             if ast.unparse(call.value).split(".")[-1] == name:
                 assert hasattr(ours, call.attr), (name, call.attr)
 

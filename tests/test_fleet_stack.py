@@ -171,15 +171,17 @@ async def fleet(model_dir):
 
     patch.setattr(Replica, "start", timed)
     connect(config)
-    reservation = await reserve(Needs.of(config, on_gpu=False))
-    fleet = Fleet(EnginePool(config, reservation, worker_environment()), Policy(model_dir))
-    await fleet.pool.start()
-    print("started", fleet.starts)
-    await fleet.publish()
-    yield fleet
-    await fleet.pool.close()
-    ray.shutdown()
-    patch.undo()
+    try:
+        reservation = await reserve(Needs.of(config, on_gpu=False))
+        fleet = Fleet(EnginePool(config, reservation, worker_environment()), Policy(model_dir))
+        await fleet.pool.start()
+        print("started", fleet.starts)
+        await fleet.publish()
+        yield fleet
+        await fleet.pool.close()
+    finally:  # Later tests of this process must not meet what was patched.
+        ray.shutdown()
+        patch.undo()
     for segment in fleet.policy.segments:
         segment.unlink()
 

@@ -312,7 +312,7 @@ async def test_no_task_outlives_the_connection_to_ray(monkeypatch):
             events.append("asked Ray")
 
     monkeypatch.setattr(cluster, "connect", lambda config: events.append("connected"))
-    monkeypatch.setattr(cluster, "disconnect", lambda: events.append("disconnected"))
+    monkeypatch.setattr(cluster, "disconnect", lambda failed: events.append("disconnected"))
     async with cluster.ray_session(None):
         task = asyncio.create_task(left_behind())
         await asyncio.sleep(0)

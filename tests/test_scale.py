@@ -138,14 +138,18 @@ async def test_a_learner_without_a_place_is_lost_in_the_end(monkeypatch, scalabl
 async def test_a_learner_that_was_lost_is_linked_with_the_engines_again():
     engines = Engines(2)
     learners = Learners(engines, 2)
-    engines.connect, engines.workers = "connect", 2
+
+    async def complete(limit_s):
+        learners.events.append("the engines run")
+
+    engines.link, engines.workers = SimpleNamespace(join="join", complete=complete), 2
 
     async def connect(join, workers):
         learners.events.append((join, workers))
 
     learners.connect = connect
     await Parts(engines, None, learners, True).rebuild_learner()
-    assert learners.events == ["end", "start", ("connect", 2)]
+    assert learners.events == ["end", "start", "the engines run", ("join", 2)]
 
 
 def test_an_answer_that_cannot_be_written_does_not_end_the_obedience(live, monkeypatch, capsys):
