@@ -148,16 +148,14 @@ def refusals(config: Config, sizes: Sizes, nodes: Sequence[Node], origin: str) -
         largest = max(parts, key=lambda name: parts[name])
         found = f"~{gb(_beside(config, sizes) + total(parts))} a rank, most of it {largest}"
         found += ", with the engine on the same GPU" if config.rollout.colocate else ""
-        problems.append(
-            _refused("learner does not fit", f"{origin}:learner", found, device, _fix(config, sizes, device))
-        )
+        problems.append(_refused(f"{origin}:learner", found, device, _fix(config, sizes, device)))
     needed, share = total(engine_bytes(config, sizes)), _engine_share(config)
     if needed > share * device.memory and not config.rollout.colocate:
         room = share * device.memory - RUNTIME
         workers = next((n for n in (2, 4, 8) if (needed - RUNTIME) * config.rollout.workers_per_engine / n <= room), 0)
         fix = f"rollout.tensor_parallel_size = {workers}" if workers else "a smaller model, or GPUs with more memory"
         place, found = f"{origin}:rollout.tensor_parallel_size", f"~{gb(needed)} a worker"
-        problems.append(_refused("engine does not fit", place, found, device, fix, share))
+        problems.append(_refused(place, found, device, fix, share))
     return problems
 
 
@@ -185,11 +183,11 @@ def _devices(nodes: Sequence[Node]) -> list[Device]:
     return [device for node in nodes if node.count("GPU") and (device := device_named(node.accelerator))]
 
 
-def _refused(what: str, place: str, found: str, device: Device, fix: str, share: float = 1.0) -> InputError:
+def _refused(place: str, found: str, device: Device, fix: str, share: float = 1.0) -> InputError:
     expected = f"at most {gb(share * device.memory)}" + (
         f", {share:.0%} of the GPU" if share < 1 else ", the GPU's memory"
     )
-    return InputError("E508", what, place, found, expected, fix)
+    return InputError("E508", "too little GPU memory", place, found, expected, fix)
 
 
 def _engine_share(config: Config) -> float:
