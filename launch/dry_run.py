@@ -55,7 +55,8 @@ def dry_run(config: Config, origin: str, output: Path, point: Point | None, devi
     begin = f"goes on from {point.place}" if point else "begins at step 0"
     print(visible(f"{dump_config(config)}\n# {begin}, in {output}; placement:\n{table(needs, nodes)}"))
     print("# memory, estimated:\n" + "\n".join(f"  {line}" for line in memory(config, needs.on_gpu)), flush=True)
-    _collect(problems, lambda: check(needs, nodes, config, origin))
+    if not problems:  # Packages that do not fit the hardware leave nothing to compare with it.
+        _collect(problems, lambda: check(needs, nodes, config, origin))
     if needs.on_gpu:
         problems += refusals(config, Sizes.of(config, count_parameters(Path(config.model.path))), nodes, origin)
     _collect(problems, lambda: check_room(config, output, origin))
@@ -109,7 +110,7 @@ def _on_gpus() -> bool:
 def memory(config: Config, on_gpu: bool) -> list[str]:
     """What an engine, a learner rank and a checkpoint take, in words, from the shape of the model alone."""
     rollout, stage = config.rollout, config.learner.zero_stage
-    sizes = Sizes.of(config, count_parameters(Path(config.model.path)))
+    sizes = Sizes.of(config, count_parameters(Path(config.model.path)), measure=on_gpu)
     parts = learner_bytes(config, sizes, on_gpu)
     told = ", ".join(f"{name} {gb(nbytes)}" for name, nbytes in parts.items())
     told += "" if sizes.kept else "; activations not estimated"

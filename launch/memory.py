@@ -14,6 +14,7 @@ from pathlib import Path
 from launch.hardware import ENGINE_SHARE, Device, Shape, device_named
 from launch.model_weights import count_parameters
 from launch.placement import Node
+from shared.chunks import CHUNK_BYTES
 from shared.config import Config
 from shared.errors import InputError, raise_all
 from shared.weights import IPC_BACKEND, NCCL_BACKEND, backend_of
@@ -51,14 +52,17 @@ class Sizes:
     """Bytes that a backward pass keeps for each packed token; 0 where they are not known."""
 
     @classmethod
-    def of(cls, config: Config, parameters: float = 0.0) -> Sizes:
-        """Read the files of the model of ``config``; ``parameters`` are counted by its shape unless they are given."""
+    def of(cls, config: Config, parameters: float = 0.0, measure: bool = True) -> Sizes:
+        """Read the files of the model of ``config``; ``parameters`` are counted by its shape unless they are given.
+
+        Without ``measure``, which takes a second, what a backward pass keeps is told by a rule.
+        """
         number = 4 if config.model.dtype == "float32" else 2
         try:
             shape = Shape.of(config)
         except InputError:  # A family whose configuration names things otherwise.
             return cls(parameters, number, 0.0, 0, 0, 0.0, 0.0)
-        kept = _kept(config.model.path, config.model.dtype, config.model.trust_remote_code)
+        kept = measure and _kept(config.model.path, config.model.dtype, config.model.trust_remote_code)
         kept = kept or RULE * number * shape.hidden * shape.layers
         head, parameters = float(shape.hidden * shape.vocabulary), parameters or shape.parameters
         return cls(parameters, number, head, shape.layers, shape.hidden, shape.kv_bytes, kept)
@@ -98,7 +102,9 @@ def learner_bytes(config: Config, sizes: Sizes, on_gpu: bool, ranks: int | None 
         parts["whole layers"] = size * (min(LIVE, count) + min(BUCKET, count))
     if on_gpu:
         backend = backend_of(config, on_gpu)
-        parts["publication"] = WIRE if backend == NCCL_BACKEND else 2 * size * count if backend == IPC_BACKEND else 0.0
+        # Over IPC, the buffer of a chunk, and the engine's copy of it on the same GPU.
+        chunk = max(min(size * count, CHUNK_BYTES), size * sizes.head)
+        parts["publication"] = WIRE if backend == NCCL_BACKEND else 2 * chunk if backend == IPC_BACKEND else 0.0
         parts["CUDA"] = CONTEXT
     return {name: nbytes for name, nbytes in parts.items() if nbytes}
 

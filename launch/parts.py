@@ -132,7 +132,9 @@ async def _telling(missing: set[str], output: Path | None) -> AsyncIterator[None
             task.cancel()
 
 
-async def _start_all(starts: Mapping[str, Callable[[], Awaitable[None]]], first: list[str], output: Path | None) -> None:
+async def _start_all(
+    starts: Mapping[str, Callable[[], Awaitable[None]]], first: list[str], output: Path | None
+) -> None:
     """Start the parts that are ``first``, one after the other; then the rest together."""
     missing, told = set(starts), output is not None
     async with _telling(missing, output):

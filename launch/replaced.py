@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from shared.checkpoints import all_of
+from shared.errors import InputError
 from shared.metrics import read_metrics
 
 OURS = (
@@ -40,7 +41,9 @@ def length_of(folder: Path) -> str:
     if not steps and not (metrics.exists() and metrics.stat().st_size):
         return ""
     if metrics.exists():
-        with contextlib.suppress(ValueError, KeyError, TypeError, InputError):  # A damaged file is replaced like any other.
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, InputError
+        ):  # A damaged file is replaced like any other.
             steps += [int(row["step"]) for row in read_metrics(folder)[-1:]]
     longest = max(steps, default=0)
     return f"run of {longest} step{'' if longest == 1 else 's'}"

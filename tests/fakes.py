@@ -460,7 +460,10 @@ class FakePlaces:
 
 
 def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, nodes: list[dict[str, float]] | None = None) -> Any:
-    """Put a module ``ray`` in place that knows a cluster's ``nodes``, by default one, and makes no actor."""
+    """Put a module ``ray`` in place that knows a cluster's ``nodes``, by default one, and makes no actor.
+
+    Where a node has GPUs, the packages count as those for GPUs.
+    """
     calls: Counter[str] = Counter()
     have = [{"CPU": cpus} | ({"GPU": gpus} if gpus else {})] if nodes is None else nodes
     module = types.SimpleNamespace(
@@ -473,4 +476,6 @@ def fake_ray(monkeypatch: Any, cpus: float = 8, gpus: float = 0, nodes: list[dic
         ],
     )
     monkeypatch.setitem(sys.modules, "ray", module)
+    if any("GPU" in resources for resources in have):  # Those for CPUs would leave the GPUs alone.
+        monkeypatch.setattr("launch.environment.made_for_gpus", lambda: True)
     return module

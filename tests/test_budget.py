@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -98,7 +99,7 @@ def test_files_that_share_a_fixture_run_in_one_process():
         using = {
             path.stem
             for path in (ROOT / "tests").glob("test_*.py")
-            if f"{fixture}," in (text := path.read_text()) or f"{fixture})" in text
+            if re.search(rf"def \w+\([^)]*\b{fixture}\b", path.read_text())
         }
         assert {file for file, group in TOGETHER.items() if group == name} >= using - {"test_budget"}
 

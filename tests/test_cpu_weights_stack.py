@@ -381,9 +381,10 @@ def test_a_padded_head_with_a_bias_is_declined():
 def test_a_tied_head_follows_weights_from_a_device_link_once_the_layers_are_final(monkeypatch, name):
     receiver, done = getattr(weight_receiver, name), []
     monkeypatch.setattr(receiver.__mro__[1], "finish_weight_update", lambda self: done.append("final"))
+    monkeypatch.setattr(weight_receiver, "finalize_layerwise_reload", lambda *_: done.append("final"))
     monkeypatch.setattr(weight_receiver, "pack_tied_heads", done.append)
     engine = receiver.__new__(receiver)
-    engine.model = "the model"
+    engine.model, engine.model_config = "the model", None
     engine.finish_weight_update()
     assert done == ["final", "the model"]
 

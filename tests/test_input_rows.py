@@ -657,7 +657,7 @@ TABLE: dict[int, list[Case]] = {
         Case(
             score(),
             "error[E302] wrong reward count — rewards.py:score, run.toml:reward.functions[0]. "
-            "Found 1 values, expected 26 numbers (one per completion). "
+            "Found 1 values, expected 30 numbers (one per completion). "
             "Fix: return a flat list",
             spoil=scoring("    return [0.0]"),
         ),
@@ -872,7 +872,7 @@ TABLE: dict[int, list[Case]] = {
         Case(
             {"rollout.tensor_parallel_size": 4},
             "error[E406] heads do not split — run.toml:rollout.tensor_parallel_size. "
-            "Found 4 for 14 heads, expected one of [1, 2, 7, 14]. "
+            "Found 4 for 14 heads, expected one of [1, 2]. "
             "Fix: use 2",
             spoil=model(num_attention_heads=14, head_dim=64),
         )
@@ -973,15 +973,9 @@ TABLE: dict[int, list[Case]] = {
         ),
         Case(
             {"rollout.colocate": True},
-            "error[E501] not enough GPUs — run.toml:rollout.num_engines. "
-            "Found 0 in the cluster, expected 1 (engines 1 x 0.5, learner 0.5). "
-            "Fix: a cluster with at least 1 GPUs\n"
-            "  role           actors  each              together\n"
-            "  engine         1       0.5 GPU 1 CPU     0.5 GPU 1 CPU\n"
-            "  learner rank   1       0.5 GPU 1 CPU     0.5 GPU 1 CPU\n"
-            "  reward worker  1       nothing reserved\n"
-            "  node                   has\n"
-            "  <host>               2 CPU",
+            "error[E701] wrong packages — run.toml:rollout.colocate. "
+            "Found packages for CPUs, expected those for GPUs, which engines and learner share. "
+            "Fix: make install-gpu, and run with .venv-gpu/bin/millrace",
             spoil=on_a_laptop,
         ),
     ],
