@@ -80,7 +80,7 @@ def test_what_cannot_fit_is_refused_with_the_settings_that_make_it_fit(config_of
 
 
 def test_colocated_the_engine_and_the_rank_are_added_up(config_of):
-    changes = {"learner.num_ranks": 4, "learner.zero_stage": 3, "learner.gradient_checkpointing": True}
+    changes = {"learner.num_ranks": 4, "learner.zero_stage": 3}
     config = config_of("7B", **changes, **{"rollout.num_engines": 4, "learner.max_tokens_per_microbatch": 4096})
     together = config.model_copy(update={"rollout": config.rollout.model_copy(update={"colocate": True})})
     sizes = Sizes.of(config)
