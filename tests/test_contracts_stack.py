@@ -146,6 +146,7 @@ def test_the_memory_for_keys_of_an_engine_on_cpus_is_shared_out_to_its_workers(m
     assert arguments["distributed_executor_backend"] == "mp"
 
 
+@pytest.mark.slow
 def test_a_file_of_the_cuda_wheel_that_differs_is_found(tmp_path):
     site, files = installed(), {"vllm/v1/engine/async_llm.py", "vllm/_version.py", "vllm/version.py"}
     assert files <= reached_files(site)

@@ -375,6 +375,10 @@ async def test_whoever_is_lost_the_link_is_built_again_from_the_newest_checkpoin
             figures = await prove(published, digest)
             if "before" in strike and published.version == at - 1 and not pool.metrics()["engines/restarts"]:
                 hit()
+                with pytest.raises(LinkLost):  # Once the pool knows.
+                    while True:
+                        pool.check()
+                        await asyncio.sleep(0.01)
             return figures
 
         monkeypatch.setattr(pool, "prove", proved)
