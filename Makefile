@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps
 
-.PHONY: install sandbox browser quickstart test test-fast test-slow test-times install-gpu has-gpu test-gpu check-gpu-wheel plan-check chaos soak break-check lint format lock bench-check docs clean
+.PHONY: install sandbox browser quickstart test test-fast test-slow test-thorough test-times install-gpu has-gpu test-gpu check-gpu-wheel plan-check chaos soak break-check lint format lock bench-check docs clean
 
 install: $(VENV)/installed sandbox
 
@@ -48,9 +48,12 @@ test: install
 test-fast: install
 	$(PYTEST) -m "not stack and not process and not slow"
 
-# What is long by nature.
+# What is long by nature; CI runs it after `make test`.
 test-slow: install browser
 	$(PYTEST) -m "slow and not chaos"
+
+# Tests of properties, with a hundred examples each in place of fifteen.
+test-thorough: install
 	$(PYTEST) -m "hypothesis and not slow and not chaos" --hypothesis-profile=thorough
 
 # Seconds of `make test` by file and by shared fixture, of imports and of cold starts.
@@ -61,6 +64,7 @@ test-times: install
 # Every row of the fault matrix: faults inflicted on parts and on whole runs.
 chaos: install
 	$(BIN)/python -m pytest -q -m "chaos or not chaos" tests/test_chaos.py tests/test_resume_stack.py tests/test_fleet_stack.py \
+	  tests/test_link_stack.py tests/test_killed_starts_stack.py \
 	  tests/test_hosts_stack.py tests/test_checkpoints.py tests/test_resume.py tests/test_engine_pool.py tests/test_fleet.py \
 	  tests/test_traffic.py tests/test_reward_pool.py tests/test_sandbox.py
 

@@ -32,7 +32,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["MILLRACE_CACHE"] = str(PRIVATE / "cache")
 ROOT = Path(__file__).resolve().parent.parent
 
-# `make test` tries properties on a few examples, `make test-slow` on many (--hypothesis-profile=thorough).
+# `make test` tries properties on a few examples, `make test-thorough` on many (--hypothesis-profile=thorough).
 settings.register_profile("quick", max_examples=15, deadline=None)
 settings.register_profile("thorough", max_examples=100, deadline=None)
 settings.load_profile("quick")

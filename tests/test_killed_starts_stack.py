@@ -23,7 +23,7 @@ from tests.fakes import write_config, write_rows
 from tests.pace import scaled
 from tests.whole_run import own_environment, processes_of
 
-pytestmark = [pytest.mark.stack, pytest.mark.slow]
+pytestmark = [pytest.mark.stack, pytest.mark.chaos]
 KILLS = 20
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own, which look for their control plane for a minute before they end; they hold nothing."""

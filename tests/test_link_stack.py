@@ -19,7 +19,7 @@ from shared.weights import NCCL_BACKEND
 from tests.fakes import write_config, write_rows
 from tests.gloo_link import GlooEngine, GlooLearner
 
-pytestmark = [pytest.mark.stack, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.stack, pytest.mark.chaos, pytest.mark.timeout(1800)]
 STEPS = 5
 
 
