@@ -48,7 +48,7 @@ test: install
 test-fast: install
 	$(PYTEST) -m "not stack and not process and not slow"
 
-# What is long by nature; CI runs it after `make test`.
+# What is long by nature.
 test-slow: install browser
 	$(PYTEST) -m "slow and not chaos"
 

@@ -288,6 +288,6 @@ def test_a_run_beside_zero_3_goes_on_when_a_worker_process_or_the_engine_is_kill
         run.end()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "sync/canary_gap" in row]
-    assert len(steps) > 5
+    assert len(steps) >= 3  # One before each end, and one after the last.
     assert max(row["sync/canary_gap"] for row in steps) < 1e-3
     assert {path for path in left if path.exists()} == set()
