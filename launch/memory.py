@@ -97,7 +97,10 @@ def learner_bytes(config: Config, sizes: Sizes, on_gpu: bool, ranks: int | None 
     if config.needs_reference:
         parts["reference"] = size * count / (ranks if stage >= 3 else 1)
     whole = size * sizes.head if stage >= 3 and ranks > 1 else 0.0
-    parts["output head"] = CHUNKS * CHUNK[on_gpu] + 4 * sizes.head + whole if sizes.head else 0.0
+    apart = (
+        4 * sizes.head if size == 2 else 0.0
+    )  # Its gradient is summed in float32; in float32 that sum is the gradient.
+    parts["output head"] = CHUNKS * CHUNK[on_gpu] + apart + whole if sizes.head else 0.0
     if stage >= 3 and ranks > 1:
         parts["whole layers"] = size * (min(LIVE, count) + min(BUCKET, count))
     if on_gpu:

@@ -16,6 +16,7 @@ import pytest_asyncio
 from shared.errors import FleetExhausted, GroupFailed
 from shared.types import Prompt
 from tests.fakes import make_config
+from tests.pace import scaled
 from tests.policies import Policy
 
 pytestmark = [pytest.mark.stack, pytest.mark.asyncio(loop_scope="module")]
@@ -285,9 +286,13 @@ async def test_who_goes_away_aborts_the_request_in_vllm(fleet):
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(0.2)
-    for index in (0, 1):
-        assert await fleet.inside(index, what_runs) == (0, False, 0.0)
+    begun, running = time.monotonic(), [(1, True, 1.0)]
+    while any(count for count, *_ in running) and time.monotonic() - begun < scaled(
+        0.8
+    ):  # To their ends they take longer.
+        await asyncio.sleep(0.1)
+        running = [await fleet.inside(index, what_runs) for index in (0, 1)]
+    assert running == [(0, False, 0.0)] * 2
 
 
 async def test_with_no_restart_left_all_who_wait_hear_why_and_no_process_is_left(fleet):
