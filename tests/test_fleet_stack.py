@@ -286,10 +286,8 @@ async def test_who_goes_away_aborts_the_request_in_vllm(fleet):
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    begun, running = time.monotonic(), [(1, True, 1.0)]
-    while any(count for count, *_ in running) and time.monotonic() - begun < scaled(
-        0.8
-    ):  # To their ends they take longer.
+    end, running = time.monotonic() + scaled(0.8), [(1, True, 1.0)]  # To their ends they take longer.
+    while any(count for count, *_ in running) and time.monotonic() < end:
         await asyncio.sleep(0.1)
         running = [await fleet.inside(index, what_runs) for index in (0, 1)]
     assert running == [(0, False, 0.0)] * 2
