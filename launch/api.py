@@ -75,7 +75,7 @@ def train_steps(
 ) -> Iterator[dict[str, Any]]:
     """Train, and yield each step's row of metrics, evaluations included (``step`` says when); arguments as for ``train``.
 
-    The run goes on while the caller looks at a row. Leaving the loop early ends the run, which saves what it has learned.
+    Training continues while the caller handles a row. If the caller leaves the loop, the run saves a checkpoint and ends.
     """
     told = _Told()
     session = _Background(config, rewards, rows, settings or {}, told)

@@ -1,7 +1,7 @@
-"""Publications on their way from the learner to the engines.
+"""Brings new weights from the learner to the engines: as a snapshot, or as a broadcast in which both sides take part.
 
-One that is no snapshot is a broadcast, in which both sides take part. It goes on to its end even if the run is ending, because
-a learner that is left alone in it cannot save any more. Invariant: a broadcast ends, whole or with ``LearnerLost``.
+A broadcast runs to its end even if the run is ending, because a learner that waits in a broadcast cannot save a checkpoint.
+Invariant: every broadcast ends, either complete or with ``LearnerLost``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Delivery:
         return await asyncio.shield(self._broadcast)
 
     async def ended_well(self) -> bool:
-        """Wait for a broadcast that is under way; whether the learner is free for other calls."""
+        """Wait for a broadcast that is under way. Return True if the learner is free for other calls."""
         if self._broadcast is None:
             return True
         await asyncio.wait([self._broadcast])
         return not self._broadcast.cancelled() and self._broadcast.exception() is None
 
     async def _together(self, publication: Publication) -> Delivered:
-        """Give up the side that waits as soon as the other has failed: it would wait for ever."""
+        """Run both sides of a broadcast; if one fails, cancel the other, which would wait for ever. Raises ``LearnerLost``."""
         sides = self._learners.send(publication), self._engines.receive(publication)
         calls = [asyncio.ensure_future(side) for side in sides]
         try:

@@ -81,7 +81,7 @@ def cancelling(task: asyncio.Task[None]) -> Iterator[Caught]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Keep the handlers of signals as they are while Ray starts, which puts its own there.
+    """Keep this process's signal handlers inside the block, in which Ray starts and sets its own.
 
     The processes that are started inside ignore SIGHUP: a terminal that closes sends it to all of them, and a run could
     not save any more what its learner has learned.
@@ -118,7 +118,7 @@ def _steps(count: int) -> str:
 
 
 def _near(place: Path) -> str:
-    """The path from here, if it lies below; else the whole one."""
+    """Return ``place`` relative to the working directory if it lies below it, else ``place`` itself."""
     return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
 
 

@@ -124,10 +124,8 @@ def start_bytes(config: Config, sizes: Sizes, ranks: int | None = None) -> float
 
 def engine_bytes(config: Config, sizes: Sizes) -> dict[str, float]:
     """Bytes that one engine worker needs at the least, by what they are for."""
-    workers, tokens = (
-        config.rollout.workers_per_engine,
-        config.rollout.max_prompt_tokens + config.rollout.max_new_tokens,
-    )
+    workers = config.rollout.workers_per_engine
+    tokens = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     return {
         "weights": sizes.number * sizes.parameters / workers,
         "longest sequence": sizes.kv_bytes * tokens / workers,

@@ -100,7 +100,7 @@ def _check_heads(config: Config, origin: str, shape: Shape, problems: list[Input
 
 
 def _splits(shape: Shape, heads: int, workers: int) -> bool:
-    """Return whether so many workers take equal parts of every layer; heads of keys may instead be repeated evenly."""
+    """Return True if ``workers`` can share every layer equally; key heads may be split, or repeated, evenly."""
     given = shape.get("num_key_value_heads")
     keys = given if isinstance(given, int) and given > 0 else heads
     shared = max(keys, workers) % min(keys, workers) == 0

@@ -1,4 +1,4 @@
-"""What becomes of the run whose folder a new one takes over, with ``run.resume = "overwrite"``.
+"""Keeps the old run of a folder until the new one has a checkpoint, with ``run.resume = "overwrite"``.
 
 Nothing of the old run is removed before the new one has written a checkpoint. Until then the old files lie in ``replaced/``.
 A new run that ends before that moves to ``unfinished/``, and the old files come back, at the latest at the next start.
@@ -41,9 +41,8 @@ def length_of(folder: Path) -> str:
     if not steps and not (metrics.exists() and metrics.stat().st_size):
         return ""
     if metrics.exists():
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, InputError
-        ):  # A damaged file is replaced like any other.
+        # A damaged file is replaced like any other.
+        with contextlib.suppress(ValueError, KeyError, TypeError, InputError):
             steps += [int(row["step"]) for row in read_metrics(folder)[-1:]]
     longest = max(steps, default=0)
     return f"run of {longest} step{'' if longest == 1 else 's'}"
@@ -70,7 +69,7 @@ def remove(folder: Path) -> None:
 def bring_back(folder: Path) -> bool:
     """Put the files of an old run back where they were, and those of the new one into ``unfinished/``; False without any.
 
-    The caller holds the folder's lock. A process that was killed in here is no trouble: the next call goes on.
+    The caller holds the folder's lock. If the process is killed inside, the next call finishes the work.
     """
     if not any((folder / name).is_dir() for name in (REPLACED, MOVING, LEAVING)):
         return False

@@ -207,7 +207,7 @@ class Session:
                 raise Interrupted(caught.number, self._story()) from None
 
     def _story(self) -> str:
-        """What an interrupt leaves of this run."""
+        """Return what the interrupted run has saved, and how to continue it."""
         point, folder = self.point.version if self.point else 0, self.folder
         learned = self.controller.version if self.controller else point
         replaced = folder.replaced if folder else ""
@@ -246,7 +246,7 @@ class Session:
                 folder.finish()
 
     async def _lives(self, folder: RunFolder, parts: Parts) -> None:
-        """Train to the end; a learner, or a device link, that is lost is built again and goes on from the newest checkpoint."""
+        """Train to the end. After the loss of the learner or of a device link, rebuild it and continue from the newest checkpoint."""
         from launch.controller import Controller
         from launch.stacks import dump_stacks
         from shared.errors import LearnerLost, LinkLost, Stalled

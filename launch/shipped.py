@@ -41,7 +41,7 @@ def _configs(arguments: list[str]) -> None:
 
 
 def copy_of(path: Path) -> str:
-    """The text of a shipped configuration as a user's own: a run that is started again goes on and replaces nothing."""
+    """Return the shipped configuration ``path`` without ``resume = "overwrite"``: a second start of a copy resumes the run."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return "".join(line for line in lines if not line.startswith('resume = "overwrite"'))
 

@@ -1,8 +1,8 @@
-"""The engines that take weights together, over NCCL or CUDA IPC, where the learner takes part and nothing is a snapshot.
+"""The engines that receive weights together with the learner, over NCCL or CUDA IPC.
 
-Invariants: while the link stands every engine in it is well; as soon as one is not, ``LinkLost`` reaches whoever waits for the
-engines, and the run builds both ends again from a checkpoint. An engine that does not get to the end of a broadcast is
-replaced, because NCCL has no way out of one: its process may hang for good.
+Invariant: while the link exists, every engine in it is healthy. When one is lost, every call that waits for the engines raises
+``LinkLost``, and the run rebuilds both ends from a checkpoint. An engine that did not finish a broadcast is replaced, because
+NCCL cannot abort: the engine's process may hang for ever.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DeviceLink:
     async def complete(self, limit_s: float) -> None:
         """Wait until all engines run that are to take part. Raises ``LinkLost`` if too few do within ``limit_s``.
 
-        After that a link goes on without the engines that are missing, unless each has a learner rank of its own.
+        After ``limit_s`` the link is built without the engines that are missing, unless every engine shares its GPU with a learner rank.
         """
         everyone = await self._fleet.complete(limit_s)
         running, wanted = len(self._fleet.running()), self._rollout.num_engines

@@ -102,7 +102,7 @@ class Traffic:
             stage.look(replica)
 
     def fail(self, error: Exception) -> None:
-        """Nothing can go on: whoever waits gets ``error``. A final failure takes the place of a lost link."""
+        """Raise ``error`` in every call that waits for the engines. A final failure replaces an earlier ``LinkLost``."""
         if not isinstance(error, LinkLost):
             self.mend()
         if not self._failure.done():
