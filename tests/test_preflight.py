@@ -11,7 +11,7 @@ import tomllib
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from launch import builtin, cluster, dry_run
+from launch import builtin, cluster, dry_run, model_config
 from launch.environment import VERSIONS
 from launch.preflight import check_model, prepare
 from rollout.reward_loading import load_reward
@@ -339,3 +339,11 @@ def test_free_memory_is_within_the_containers_limit(monkeypatch, tmp_path, limit
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(dry_run, "CGROUP", tmp_path)
     assert dry_run.free_memory() == pytest.approx(free or everything, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "workers", "splits"),
+    [(12, 4, 2, True), (12, 2, 4, True), (12, 3, 2, False), (12, 4, 6, False), (12, 12, 5, False), (12, None, 4, True)],
+)
+def test_workers_share_query_heads_and_split_or_repeat_key_heads(heads, keys, workers, splits):
+    assert model_config._splits({"num_key_value_heads": keys}, heads, workers) == splits
